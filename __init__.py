@@ -1,0 +1,7 @@
+"""graftax: pretrain a base, graft onto it. One train step over (frozen, trainable) pytrees."""
+
+__version__ = "0.1.0"
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave: what, where, what was wanted, what to do. The command line prints it as one line and exits 2."""

@@ -1,0 +1,160 @@
+"""Rows of tuning data -> messages -> packed rows whose loss is on the assistant's words alone.
+
+The one template: bos, then for each turn `<|role|>` content `<|end|>`. A vocabulary without these tokens (an imported
+base) gets `<|role|>` and a newline as plain text, and eos for `<|end|>`.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import numpy as np
+
+from .. import InputError
+from .pack import Row, empty_row
+from .sources import check_text
+from .tokenizer import ROLES, Tokenizer
+
+Message = dict[str, str]  # {"role": ..., "content": ...}
+_SHAPES = (
+    'one of {"prompt", "completion"}, {"instruction", "input", "output"} and {"messages": [{"role", "content"}, ...]}'
+)
+_FIELDS = {"messages", "prompt", "completion", "instruction", "input", "output"}
+_BINS = 64  # rows kept open while packing: more fill better and pack slower
+
+
+@dataclass(frozen=True)
+class Sft:
+    """What tuning reads; `rows` is one epoch in order, `train` the endless shuffled stream of them."""
+
+    train: grain.MapDataset
+    rows: list[Row]
+    examples: int
+    tokens: int  # of one epoch, padding not counted
+    target_tokens: int  # of one epoch, those with weight 1
+    digest: str  # the same digest is the same stream of rows
+
+
+def messages(row: dict[str, Any], where: str) -> list[Message]:
+    """One row, of any known shape, as messages. InputError names `where` and what was wanted."""
+    shape = _FIELDS & set(row)
+    if shape == {"messages"}:
+        return _turns(row["messages"], where)
+    if shape == {"prompt", "completion"}:
+        if isinstance(row["prompt"], list):  # earlier turns
+            reply = {"role": "assistant", "content": row["completion"]}
+            return _turns([*row["prompt"], reply], where)
+        pair = _content(row, "prompt", where), _content(row, "completion", where)
+    elif shape in ({"instruction", "output"}, {"instruction", "input", "output"}):
+        given = _content(row, "input", where) if row.get("input") is not None else ""
+        asked = _content(row, "instruction", where)
+        pair = f"{asked}\n\n{given}" if given else asked, _content(row, "output", where)
+    else:
+        raise InputError(f"{where}: fields {sorted(map(str, row))}; {_SHAPES} is wanted")
+    return _turns([{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}], where)
+
+
+def _content(row: dict[str, Any], field: str, where: str) -> str:
+    text = row.get(field)
+    if not isinstance(text, str):
+        kind = "null" if text is None else f"a {type(text).__name__}"
+        raise InputError(f"{where}: {field!r} is {kind}; text is wanted")
+    return check_text(text, where)
+
+
+def _turns(turns: Any, where: str) -> list[Message]:
+    if not isinstance(turns, (list, tuple)) or not turns:
+        raise InputError(f"{where}: 'messages' is {_kind(turns)}; a list of {{role, content}} is wanted")
+    checked = []
+    for n, turn in enumerate(turns):
+        if not isinstance(turn, dict) or not {"role", "content"} <= set(turn):
+            raise InputError(f"{where}: message {n} is {_kind(turn)}; {{role, content}} is wanted")
+        if turn["role"] not in ROLES:
+            raise InputError(f"{where}: message {n} has role {turn['role']!r}; one of {', '.join(ROLES)} is wanted")
+        if turn["role"] == "system" and n:
+            raise InputError(f"{where}: message {n} is from system; only the first may be")
+        checked.append({"role": turn["role"], "content": _content(turn, "content", f"{where}: message {n}")})
+    if not any(turn["role"] == "assistant" and turn["content"] for turn in checked):
+        raise InputError(f"{where}: no words by the assistant, so nothing to learn; drop the row or fill it in")
+    return checked
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"an object with {sorted(map(str, value))}"
+    return "empty" if value == [] else "null" if value is None else f"a {type(value).__name__}"
+
+
+def _marker(role: str, tokenizer: Tokenizer) -> list[int]:
+    name = f"<|{role}|>"
+    return [tokenizer.special[name]] if name in tokenizer.special else tokenizer.encode(f"{name}\n")
+
+
+def encode_example(turns: list[Message], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """(ids, weights): weight 1 on the assistant's content tokens and the `<|end|>` after them, 0 elsewhere."""
+    ids, weights = [tokenizer.bos], [0]
+    for turn in turns:
+        head, content = _marker(turn["role"], tokenizer), tokenizer.encode(turn["content"])
+        ids += [*head, *content, tokenizer.end]
+        weights += [0] * len(head) + [int(turn["role"] == "assistant")] * (len(content) + 1)
+    return ids, weights
+
+
+def render_prompt(turns: list[Message], tokenizer: Tokenizer) -> list[int]:
+    """The ids a reply is generated from: `turns` without a last reply, then `<|assistant|>`."""
+    turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
+    return encode_example(turns, tokenizer)[0] + _marker("assistant", tokenizer)
+
+
+def sft_rows(rows: Iterable[tuple[str, dict]], tokenizer: Tokenizer, T: int, seed: int, pack: bool = True) -> Sft:
+    """Encode (where, row) pairs and put several in a row of T (pack=False: one). Same row format as pretraining.
+
+    n tokens take n - 1 positions, because the last is only ever a target. InputError: a bad row, one that does not
+    fit T, or no rows.
+    """
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed {seed}: an integer in [0, 2**32) is wanted")
+    sha = hashlib.sha256(f"{tokenizer.digest} {T} {seed} {pack}".encode())
+    examples = []
+    for where, row in rows:
+        ids, weights = (np.array(x, np.int32) for x in encode_example(messages(row, where), tokenizer))
+        if len(ids) - 1 > T:
+            raise InputError(f"{where}: {len(ids) - 1} tokens, but a row holds T={T}; raise T, or shorten the row")
+        sha.update(ids.tobytes() + b"|" + weights.tobytes())
+        examples.append({"ids": ids[:-1], "targets": ids[1:], "weights": weights[1:].astype(np.float32)})
+    if not examples:
+        raise InputError("tuning data: no rows; at least one is wanted")
+    packed = _pack(examples, T, seed) if pack else [_one(example, T) for example in examples]
+    packed = [row | {"row": np.int64(i)} for i, row in enumerate(packed)]
+    return Sft(
+        train=grain.MapDataset.source(packed).shuffle(seed=seed).repeat(),
+        rows=packed,
+        examples=len(examples),
+        tokens=sum(len(example["ids"]) for example in examples),
+        target_tokens=int(sum(example["weights"].sum() for example in examples)),
+        digest=sha.hexdigest(),
+    )
+
+
+def _one(example: Row, T: int) -> Row:
+    row, n = empty_row(T), len(example["ids"])
+    for name, values in example.items():
+        row[name][:n] = values
+    row["segments"][:n], row["positions"][:n] = 1, np.arange(n)
+    return row
+
+
+def _pack(examples: list[Row], T: int, seed: int) -> list[Row]:
+    """Best fit, once and offline: the result is a list with random access. Longest first leaves the least padding."""
+    order = np.random.default_rng(seed).permutation(len(examples))
+    order = sorted(order, key=lambda k: -len(examples[k]["ids"]))
+    packed = grain.experimental.BestFitPackIterDataset(
+        grain.MapDataset.source([examples[k] for k in order]).to_iter_dataset(grain.ReadOptions(0, 0)),
+        length_struct=dict.fromkeys(examples[0], T),
+        num_packing_bins=_BINS,
+        shuffle_bins=False,
+    )
+    names = {"ids_segment_ids": "segments", "ids_positions": "positions", "ids": "ids", "targets": "targets"}
+    return [{to: row[name] for name, to in (names | {"weights": "weights"}).items()} for row in packed]

@@ -1,0 +1,123 @@
+"""What a fine-tune is judged on: train, valid and test rows, and a score. Held-out prompts never occur in train."""
+
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import InputError
+from .sft import messages
+from .sources import is_held_out
+from .sources import rows as source_rows
+
+Row = dict[str, Any]  # {"prompt": str or earlier turns, "completion": str}, maybe "meta" and "where"
+Score = Callable[[list[Row], list[str]], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """`score(rows, outputs)` gives named numbers, the headline first. `choices`: all completions, if they are few."""
+
+    name: str
+    train: list[Row]
+    valid: list[Row]
+    test: list[Row]
+    score: Score
+    choices: list[str] | None = None
+    dropped: int = 0  # train and valid rows left out because their prompt is held out
+
+    def pairs(self, part: str = "train") -> Iterator[tuple[str, Row]]:
+        """("where", row) of one part, as `sft_rows` takes them."""
+        for n, row in enumerate(getattr(self, part), 1):
+            yield row.get("where", f"{self.name}/{part}:{n}"), row
+
+
+def exact_match(rows: list[Row], outputs: list[str]) -> float:
+    """The share of outputs equal to the completion, outer white space aside."""
+    if not rows:
+        raise InputError("exact match: no rows to score; at least one is wanted")
+    return sum(o.strip() == r["completion"].strip() for r, o in zip(rows, outputs, strict=True)) / len(rows)
+
+
+def accuracy(rows: list[Row], outputs: list[str]) -> dict[str, float]:
+    """{"accuracy": exact match}, for a task with choices."""
+    return {"accuracy": exact_match(rows, outputs)}
+
+
+def drop_leaks(rows: list[Row], held: list[Row], key: Callable[[str], str] = str.strip) -> tuple[list[Row], int]:
+    """(rows whose prompt, under `key`, is not among the prompts of `held`, how many were dropped)."""
+    banned = {key(row["prompt"]) for row in held}
+    kept = [row for row in rows if key(row["prompt"]) not in banned]
+    return kept, len(rows) - len(kept)
+
+
+def floors(task: Task) -> dict[str, float]:
+    """Test exact match of the most frequent train completion, and of unigram naive Bayes (add one)."""
+    words: dict[str, Counter] = defaultdict(Counter)
+    labels: Counter = Counter()
+    for row in task.train:
+        labels[row["completion"]] += 1
+        words[row["completion"]].update(re.findall(r"\w+", row["prompt"]))
+    vocabulary = set().union(*words.values())
+    totals = {label: sum(words[label].values()) + len(vocabulary) for label in labels}
+
+    def likelihood(label: str, seen: list[str]) -> float:
+        return math.log(labels[label]) + sum(math.log((words[label][w] + 1) / totals[label]) for w in seen)
+
+    def bayes(prompt: str) -> str:
+        seen = [word for word in re.findall(r"\w+", prompt) if word in vocabulary]
+        return max(labels, key=lambda label: likelihood(label, seen))
+
+    majority = labels.most_common(1)[0][0]
+    return {
+        "majority": exact_match(task.test, [majority] * len(task.test)),
+        "naive_bayes": exact_match(task.test, [bayes(row["prompt"]) for row in task.test]),
+    }
+
+
+def file_task(path: Path | str, fraction: float, seed: int = 0) -> Task:
+    """A user's rows: `fraction` of the prompts, by hash, are valid; there is no test part. Score: exact match.
+
+    InputError: a bad row, or nothing left on one side.
+    """
+    if not 0 < fraction < 1:
+        raise InputError(f"validation fraction {fraction}: a number between 0 and 1 is wanted")
+    parts: dict[bool, list[Row]] = {False: [], True: []}
+    for where, row in source_rows(str(path)):
+        turns = messages(row, where)
+        if turns[-1]["role"] != "assistant":
+            raise InputError(f"{where}: the last message is from {turns[-1]['role']}; a reply by assistant is wanted")
+        pair = len(turns) == 2 and turns[0]["role"] == "user"
+        prompt = turns[0]["content"] if pair else turns[:-1]
+        held = is_held_out(f"{seed}/{json.dumps(prompt)}", fraction)  # by prompt: its repetitions stay on one side
+        parts[held].append({"prompt": prompt, "completion": turns[-1]["content"], "where": where})
+    for held, name in ((False, "training"), (True, "validation")):
+        if not parts[held]:
+            total = len(parts[not held])
+            raise InputError(f"{path}: {total} rows leave none for {name} at fraction {fraction}; give more rows")
+    score = lambda rows, outputs: {"exact_match": exact_match(rows, outputs)}  # noqa: E731
+    return Task(Path(path).stem, parts[False], parts[True], [], score)
+
+
+def _lazy(module: str, name: str) -> Callable[[Path], Task]:
+    def make(root: Path) -> Task:
+        from importlib import import_module
+
+        return getattr(import_module(f".{module}", __package__), name)(root)
+
+    return make
+
+
+# Name -> (root of the data folder) -> Task; the embedded ones take no notice of root.
+tasks: dict[str, Callable[[Path], Task]] = {
+    "clinc150": _lazy("public_tasks", "clinc150"),
+    "snips": _lazy("public_tasks", "snips"),
+    "e2e_nlg": _lazy("public_tasks", "e2e_nlg"),
+    "embedded:package": _lazy("embedded_tasks", "package"),
+    "embedded:next_statement": _lazy("embedded_tasks", "next_statement"),
+    "embedded:next_token": _lazy("embedded_tasks", "next_token"),
+}

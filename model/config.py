@@ -1,0 +1,75 @@
+"""Config of the decoder, the presets, and what each parameter starts as."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from .. import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The architecture and its numerics. Letters are the axes of the legend in model/transformer.py."""
+
+    V: int  # vocabulary
+    D: int  # model width
+    L: int  # layers
+    N: int  # query heads
+    K: int  # key/value heads, a divisor of N
+    H: int  # width of a head, even
+    F: int  # width of the MLP
+    context: int  # longest sequence trained on, in tokens
+    rope_theta: float = 10_000.0
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-5
+    activation: Literal["silu", "gelu"] = "silu"
+    gated: bool = True  # act(x @ gate) * (x @ up); plain MLP: act(x @ up)
+    tied: bool = True  # logits = x @ table.T
+    qkv_bias: bool = False
+    bias: bool = False  # on every other projection
+    param_dtype: str = "float32"  # what is stored and trained
+    dtype: str = "float32"  # what is multiplied
+    logits_dtype: str = "float32"
+    scan: bool = True  # stack the layers: compiles in constant time; unrolled runs faster on a CPU
+    remat: Literal["none", "full", "dots"] = "none"  # recompute in the backward pass: all, or all but products
+    attention: Literal["auto", "xla", "cudnn"] = "auto"
+
+    def __post_init__(self) -> None:
+        for field in ("V", "D", "L", "N", "K", "H", "F", "context"):
+            if getattr(self, field) < 1:
+                raise InputError(f"config: {field} = {getattr(self, field)}, wanted 1 or more")
+        if self.N % self.K:
+            raise InputError(f"config: N = {self.N} query heads do not divide into K = {self.K} key/value heads")
+        if self.H % 2:
+            raise InputError(f"config: H = {self.H} is odd; rotary embedding turns pairs, so H must be even")
+
+
+def initial(config: Config, name: str, key: Any, shape: tuple[int, ...]) -> jax.Array:
+    """What the parameter `name` of one layer starts as: norms 1, biases 0, matrices normal with std fan_in^-1/2.
+
+    Projections into the residual stream are scaled by (2L)^-1/2 besides (GPT-2); the table has std 0.02.
+    """
+    dtype = jnp.dtype(config.param_dtype)
+    if name.endswith("norm/scale"):
+        return jnp.ones(shape, dtype)
+    if name.endswith("bias"):
+        return jnp.zeros(shape, dtype)
+    std = 0.02 if name == "embed/table" else shape[0] ** -0.5
+    if name.endswith(("attn/o", "mlp/down")):
+        std *= (2 * config.L) ** -0.5
+    return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+
+presets: dict[str, Config] = {
+    "tiny": Config(V=512, D=64, L=2, N=4, K=2, H=16, F=176, context=128),
+    "demo": Config(V=2048, D=128, L=4, N=4, K=2, H=32, F=344, context=256, scan=False),
+    "5m": Config(V=4096, D=256, L=4, N=8, K=4, H=32, F=688, context=256, scan=False),
+    "s": Config(V=8192, D=256, L=4, N=8, K=8, H=32, F=688, context=256, scan=False),
+    "m": Config(V=32000, D=768, L=12, N=12, K=12, H=64, F=2048, context=256, scan=False),
+    "llama-2-7b": Config(V=32000, D=4096, L=32, N=32, K=32, H=128, F=11008, context=4096, tied=False,
+                         dtype="bfloat16", remat="full"),
+    "qwen2.5-0.5b": Config(V=151936, D=896, L=24, N=14, K=2, H=64, F=4864, context=32768, qkv_bias=True,
+                           rope_theta=1e6, norm_eps=1e-6, dtype="bfloat16", remat="full"),
+}  # fmt: skip

@@ -1,0 +1,112 @@
+"""Generation with a key/value cache: prefill once, then one token a step, for prompts of different lengths."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from .. import InputError
+from .attention import PAD
+from .config import Config
+from .transformer import Context, Transformer, forward
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn: greedy at temperature 0, else from the top_k tokens that make up mass top_p."""
+
+    temperature: float = 0.0
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise InputError(f"{self}: wanted temperature >= 0, top_k >= 0 (0 is off), 0 < top_p <= 1")
+
+
+def sample(key: Array, logits_BV: Array, how: Sampling) -> Array:
+    """The next token ids [B]."""
+    if how.temperature == 0:
+        return logits_BV.argmax(-1).astype(jnp.int32)
+    logits_BV = logits_BV.astype(jnp.float32) / how.temperature
+    ranked = jnp.sort(logits_BV, axis=-1, descending=True)
+    if 0 < how.top_k < logits_BV.shape[-1]:
+        logits_BV = jnp.where(logits_BV < ranked[:, how.top_k - 1 : how.top_k], -jnp.inf, logits_BV)
+        ranked = jnp.sort(logits_BV, axis=-1, descending=True)
+    if how.top_p < 1:
+        mass = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)
+        kept = jnp.sum(mass < how.top_p, axis=-1, keepdims=True)  # the index of the last token inside the nucleus
+        logits_BV = jnp.where(logits_BV < jnp.take_along_axis(ranked, kept, axis=-1), -jnp.inf, logits_BV)
+    return jax.random.categorical(key, logits_BV).astype(jnp.int32)
+
+
+def empty_cache(config: Config, B: int, S: int) -> dict[str, Any]:
+    """A cache of S positions for B rows; its slots are padding until they are written."""
+    kv = jnp.zeros((B, S, config.K, config.H), config.dtype)
+    layer = {"attn": {"k": kv, "v": kv}}
+    layers: Any = {str(i): layer for i in range(config.L)}
+    if config.scan:
+        layers = jax.tree.map(lambda x: jnp.broadcast_to(x, (config.L, *x.shape)), layer)
+    slots = jnp.full((B, S), PAD, jnp.int32)
+    # An unused slot has the position behind all others and the segment of padding: no real query sees it.
+    return {"positions": slots + S, "segments": slots, "index": jnp.int32(0), "layers": layers}
+
+
+@partial(jax.jit, static_argnames=("model", "new", "stop", "how", "tokens"))
+def _run(model: Transformer, params: Any, past: Any, ids_BT: Array, lengths_B: Array, key: Array,
+         new: int, stop: tuple[int, ...], how: Sampling, tokens: int) -> Array:  # fmt: skip
+    B, T = ids_BT.shape
+    context = Context(tokens, past)
+    cache = empty_cache(model.config, B, tokens + T + new)
+    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+    segments = (positions < lengths_B[:, None]).astype(jnp.int32)
+    x_BTD, cache = forward(model, params, ids_BT, positions, segments, context=context, cache=cache, method="hidden")
+    last_BD = jnp.take_along_axis(x_BTD, lengths_B[:, None, None] - 1, axis=1)[:, 0]
+    logits = model.apply({"params": params}, last_BD, method="logits")
+
+    def step(state: Any) -> Any:
+        i, logits, cache, done, out = state
+        token = jnp.where(done, stop[0] if stop else 0, sample(jax.random.fold_in(key, i), logits, how))
+        out = out.at[:, i].set(token)
+        done = done | jnp.isin(token, jnp.array(stop or (-1,)))
+        at = (lengths_B + i)[:, None]
+        logits, cache = forward(
+            model, params, token[:, None], at, jnp.ones_like(at), context=context, cache=cache, start=False
+        )
+        return i + 1, logits[:, 0], cache, done, out
+
+    start = (jnp.int32(0), logits, cache, jnp.zeros(B, bool), jnp.full((B, new), stop[0] if stop else 0, jnp.int32))
+    return jax.lax.while_loop(lambda s: (s[0] < new) & ~s[3].all(), step, start)[-1]
+
+
+def generate(
+    model: Transformer, params: Any, prompts: Sequence[Sequence[int]], new: int, *, stop: Sequence[int] = (),
+    how: Sampling = Sampling(), key: Array | None = None, context: Context | None = None, pad_to: int = 32,
+) -> list[list[int]]:  # fmt: skip
+    """Up to `new` token ids behind each prompt, cut before the first stop token. `params` may be bound.
+
+    Prompts are padded on the right to a multiple of `pad_to`, so that few shapes compile.
+    Raises InputError for an empty prompt and for one that, with its answer, exceeds the context.
+    """
+    context, longest = context or Context(), max(map(len, prompts), default=0)
+    if not prompts or not all(prompts):
+        raise InputError("a prompt is empty: generation needs at least one token (a tokenizer's bos will do)")
+    if longest + new > model.config.context:
+        raise InputError(f"a prompt of {longest} tokens + {new} new ones exceeds the context of {model.config.context}")
+    T = min(-(-longest // pad_to) * pad_to, model.config.context)
+    ids = np.zeros((len(prompts), T), np.int32)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    key = jax.random.key(0) if key is None else key
+    out = _run(model, params, context.past, ids, lengths, key, new, tuple(stop), how, context.tokens)
+    return [_cut(row, stop) for row in np.asarray(out).tolist()]
+
+
+def _cut(row: list[int], stop: Sequence[int]) -> list[int]:
+    return row[: min((row.index(s) for s in stop if s in row), default=len(row))]

@@ -1,0 +1,116 @@
+"""Mesh `data x fsdp x tensor`, and rules that give every parameter its NamedSharding."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from .. import InputError
+from .tree import Rules, canonical, is_stacked, match, named, nested, paths, uniform
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # the axes a batch is split over
+
+# One value per matrix axis; the layer axis of a stacked array is never split.
+rules: Rules = [
+    ("embed/table", P("tensor", "fsdp")),
+    ("layers/attn/[qkv]", P("fsdp", "tensor")),
+    ("layers/attn/o", P("tensor", "fsdp")),
+    ("layers/mlp/(gate|up)", P("fsdp", "tensor")),
+    ("layers/mlp/down", P("tensor", "fsdp")),
+    ("head/matrix", P("fsdp", "tensor")),
+    (".*(norm/scale|bias)", P()),
+]
+
+
+def make_mesh(shape: Sequence[int] = (1, 1, 1), devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of `data x fsdp x tensor` devices; -1 in one place takes what is left. All devices must be used."""
+    devices = jax.devices() if devices is None else list(devices)
+    sizes, n = [int(s) for s in shape], len(devices)
+    known = math.prod(s for s in sizes if s != -1)
+    wanted = f"mesh {'x'.join(map(str, sizes))} (data x fsdp x tensor)"
+    if len(sizes) != 3 or sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+        raise InputError(f"{wanted}: wanted three sizes of 1 or more, one of which may be -1 (what is left)")
+    if -1 in sizes and n % known == 0:
+        sizes[sizes.index(-1)] = n // known
+    if math.prod(sizes) != n:
+        raise InputError(f"{wanted} does not match the {n} device(s) here; the product must be {n}, e.g. {n},1,1")
+    return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def shardings(mesh: Mesh, params: Any, rules: Rules = rules) -> dict[str, Any]:
+    """The tree of NamedShardings of a base, from its shapes; an axis that does not divide is an error that says so."""
+    used = [(rule, spec) for rule, spec in rules if _matches(rule, params)]
+    specs = uniform(match(used, params, what="sharding rule"), "sharding")
+    flat = {}
+    for path, leaf in named(params).items():
+        spec = P(None, *specs[path]) if is_stacked(path) else specs[path]
+        _check(path, leaf.shape, spec, mesh)
+        flat[path] = NamedSharding(mesh, spec)
+    return nested(flat)
+
+
+def follow(mesh: Mesh, tree: Any, base: Any, base_shardings: Any) -> Any:
+    """Shardings for a method's tree: an axis as long as the same axis of the parameter it belongs to is split alike.
+
+    So a LoRA `a` [L, D, R] follows the input axis of its matrix and `b` [L, R, F] the output axis.
+    """
+    base, split = named(base), named(base_shardings)
+
+    def one(name: str, leaf: Any) -> NamedSharding:
+        plain = f"/{canonical(name)[0]}/"
+        owner = next((p for p in base if f"/{canonical(p)[0]}/" in plain), None)
+        if owner is None:
+            return NamedSharding(mesh, P())
+        spec = tuple(split[owner].spec) + (None,) * leaf.ndim
+        whole = base[owner].shape
+        axes = [spec[i] if i < len(whole) and leaf.shape[i] == whole[i] else None for i in range(leaf.ndim)]
+        return NamedSharding(mesh, P(*axes))
+
+    return jax.tree.unflatten(jax.tree.structure(tree), [one(path, leaf) for path, leaf in paths(tree)])
+
+
+def constrain(x: Array, *axes: Any) -> Array:
+    """Pin an activation's layout on the mesh in use (`jax.set_mesh`); without a mesh, or on one device, x itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*axes))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """A batch [B, ...] split over `data` and `fsdp`."""
+    return NamedSharding(mesh, P(BATCH))
+
+
+def put_batch(mesh: Mesh) -> Callable[[dict[str, Any]], dict[str, Array]]:
+    """A function that puts a numpy batch [B, ...] on the mesh.
+
+    In a run of several processes each gives its own rows of the global batch.
+    """
+    sharding = batch_sharding(mesh)
+    return lambda batch: {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def _matches(rule: str, params: Any) -> bool:
+    try:
+        match([(rule, None)], params, default=None)
+    except InputError:
+        return False
+    return True
+
+
+def _check(path: str, shape: tuple[int, ...], spec: P, mesh: Mesh) -> None:
+    for i, axes in enumerate(spec):
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        parts = math.prod(mesh.shape[a] for a in names)
+        if shape[i] % parts:
+            raise InputError(
+                f"{path} {list(shape)}: dimension {i} of {shape[i]} does not divide over {'x'.join(names)} = {parts}; "
+                f"take a mesh size that divides {shape[i]}"
+            )

@@ -1,0 +1,50 @@
+"""Bottleneck adapters behind attention and MLP (arXiv:1902.00751)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ..model import Weight
+from ..model.tree import replace
+from .base import Method, each_layer, layer_keys, targets, whole
+
+
+class AdapterWeight(Weight):
+    """y + gelu(y @ down + down_bias) @ up + up_bias with y = x @ w."""
+
+    linear = False
+
+    w: Any  # [D, F] frozen
+    down: Array  # [F, R]
+    down_bias: Array  # [R]
+    up: Array  # [R, F]
+    up_bias: Array  # [F]
+
+    def __rmatmul__(self, x: Array) -> Array:
+        y = x @ self.w
+        return y + jax.nn.gelu(y @ self.down + self.down_bias) @ self.up + self.up_bias
+
+
+class Houlsby(Method):
+    """y + gelu(y W_down + b_down) W_up + b_up behind both sublayers, W_up = 0 at init (arXiv:1902.00751)."""
+
+    rank: int = 16
+    where: str = "layers/(attn/o|mlp/down)"
+
+    def init(self, key: Array, params: Any) -> dict[str, Any]:
+        def one(key: Array, F: int) -> dict[str, Array]:
+            down = F**-0.5 * jax.random.normal(key, (F, self.rank))
+            return {
+                "down": down,
+                "down_bias": jnp.zeros(self.rank),
+                "up": jnp.zeros((self.rank, F)),
+                "up_bias": jnp.zeros(F),
+            }
+
+        found = targets(self.where, params, ndim=2, what="houlsby")
+        return {t.key: each_layer(t, lambda k, t=t: one(k, t.shape[1]), layer_keys(key, t, "down")) for t in found}
+
+    def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
+        return replace(params, {path: AdapterWeight(w, **t) for path, w, t in whole(params, trainable)})

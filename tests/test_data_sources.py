@@ -1,0 +1,188 @@
+"""Reading: every source gives the same documents each time, and every bad input one line with path and row."""
+
+import datasets
+import pytest
+from graftax import InputError
+from graftax.data import clean
+from graftax.data.sources import Document, documents, five_domains, is_held_out, rows, split
+
+
+def test_plain_text_is_cut_without_loss(tmp_path):
+    text = "".join(f"Paragraph {i} " + "word " * (i % 90) + "\n\n" for i in range(400)) + "x" * 20_000 + "\n\nend"
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "a.txt").write_text(text)
+    docs = list(documents(str(tmp_path / "books")))
+    assert "".join(d.text for d in docs) == text
+    assert [d.id for d in docs] == [f"books/a.txt#{n}" for n in range(len(docs))]
+    assert max(len(d.text) for d in docs) <= 8192
+    assert docs == list(documents(str(tmp_path / "books" / ".." / "books")))
+
+
+def test_cut_pieces_concatenate_with_any_characters():
+    text = "é\r\n\r\n" * 50 + "\f\u2028🙂" * 300 + "\n\n\n\n x\n" * 40
+    for size in (7, 64, 1000):
+        assert "".join(clean.cut(text, size)) == text
+        assert max(len(p.encode()) for p in clean.cut(text, size)) <= max(size, 12)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "glob"])
+def test_structured_sources_give_the_same_texts(tmp_path, kind):
+    texts = ["one\ntwo, three", "NA", "3", "é \u2028 '\""]
+    table = datasets.Dataset.from_dict({"body": texts})
+    path = tmp_path / f"x.{'jsonl' if kind == 'glob' else kind}"
+    if kind in ("jsonl", "glob"):
+        table.to_json(path)
+    elif kind == "json":
+        table.to_json(path, lines=False)
+    else:
+        getattr(table, f"to_{kind}")(str(path))
+    spec = str(tmp_path / "*.jsonl") if kind == "glob" else str(path)
+    assert [d.text for d in documents(spec, field="body")] == texts
+    assert [row for _, row in rows(spec)] == [{"body": t} for t in texts]
+
+
+def test_bom_is_dropped(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "hi"}\r\n')
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhi")
+    assert [d.text for d in documents(str(tmp_path))] == ["hi", "hi"]
+
+
+BAD = {  # file name: (bytes, what the message says)
+    "a.jsonl": (
+        b'{"text": "x"}\n{"text": "y" 3}\n',
+        r"a.jsonl:2: not valid JSON \(Expecting ',' delimiter at column 14",
+    ),
+    "b.jsonl": (b'{"text": "x"}\n["y"]\n', "b.jsonl:2: a JSON list"),
+    "c.jsonl": (b'{"text": "x"}\n\n{"txt": "y"}\n', "c.jsonl:3: no field 'text', only .'txt'"),
+    "d.jsonl": (b'{"text": null}\n', "d.jsonl:1: field 'text' is null"),
+    "e.jsonl": (b'{"text": ["x"]}\n', "e.jsonl:1: field 'text' is list"),
+    "f.jsonl": (b'{"text": "x"}\n{"text": "caf\xe9"}\n', "f.jsonl:2: not UTF-8 .byte 0xe9 at offset 27"),
+    "g.jsonl": (b"\n \n", "g.jsonl: empty"),
+    "h.jsonl": (b'{"text": "\\ud800"}\n', "h.jsonl:1: lone surrogate"),
+    "i.jsonl": (b'{"text": ' + b"[" * 200_000 + b"\n", "i.jsonl:1: "),
+    "j.jsonl": (b'{"text": ' + b"1" * 5000 + b"}\n", "j.jsonl:1: JSON that cannot be read"),
+    "k.txt": (b"one\ntwo \xff\n", "k.txt:2: not UTF-8 .byte 0xff at offset 8"),
+    "l.txt": (b"  \n", "l.txt: no text in it"),
+    "m.json": (b'[{"text": "x"},\n 3]', "m.json:2: a JSON int"),
+    "n.json": (b'{"text": "x"}', "n.json: a JSON dict; one JSON array"),
+    "o.json": (b'[{"text": "x"}\n{"text": "y"}]', "o.json:2: not valid JSON"),
+    "p.csv": (b"", "p.csv: no rows"),
+    "q.csv": (b"text\nx\ncaf\xe9\n", "q.csv:3: not UTF-8"),
+    "r.csv": (b'text,b\nx,1\n"y,2,3\nz', "r.csv:4: not valid CSV"),
+    "s.csv": (b"body\nx\n", "s.csv:2: no field 'text'"),
+    "t.parquet": (b"PAR1 nothing", "t.parquet: not readable as parquet"),
+    "u.csv": (b"text\n", "u.csv: no rows"),
+    "v.csv": (b"text,b\nx,1\ny,2,3\n", "v.csv:3: 3 cells; 2 are wanted"),
+    "w.csv": (b"text,b\nx\n", "w.csv:2: 1 cells; 2 are wanted"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_is_one_line_with_its_place(tmp_path, name):
+    raw, message = BAD[name]
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(InputError, match=message) as caught:
+        list(documents(str(tmp_path / name)))
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nowhere.jsonl", "nowhere.jsonl: no such file"),
+        ("*.jsonl", "matches no file"),
+        (".", "holds no files"),
+        ("embedded:cod", "no such embedded corpus"),
+        ("hub:a/b/c/d", "not a hub spec"),
+    ],
+)
+def test_a_bad_spec_is_one_line(tmp_path, monkeypatch, spec, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=message):
+        list(documents(spec))
+
+
+def test_rows_are_not_read_from_plain_text(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    for spec in (str(tmp_path / "a.txt"), str(tmp_path), "embedded:code"):
+        with pytest.raises(InputError, match="has no rows"):
+            list(rows(spec))
+
+
+def test_hub_spec(monkeypatch):
+    asked = []
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        if name == "no/such":
+            raise FileNotFoundError("Dataset 'no/such' doesn't exist\non the hub")
+        return [{"text": "x"}, {"text": 3}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = documents("hub:org/set:cfg@test[:10]")
+    assert next(found) == Document("org/set@test[:10]:1", "x")
+    with pytest.raises(InputError, match=r"org/set@test\[:10\]:2: field 'text' is int"):
+        next(found)
+    assert next(documents("hub:set")).id == "set@train:1"
+    assert asked == [("org/set", "cfg", "test[:10]"), ("set", None, "train")]
+    with pytest.raises(InputError, match=r"hub:no/such: the hub gave no data \(Dataset 'no/such' doesn't exist\)"):
+        list(rows("hub:no/such"))
+
+
+def test_the_split_is_by_id_alone_and_drops_twins():
+    docs = [Document(f"d{i}", f"text {i}") for i in range(2000)]
+    train, held = split(docs, 0.1)
+    assert 140 < len(held) < 260
+    assert split(docs[::-1], 0.1) == (train[::-1], held[::-1])
+    assert set(held) < set(split(docs, 0.2)[1])
+    twin = Document(next(d.id for d in train) + "?", held[0].text)
+    twin = next(Document(f"twin{i}", held[0].text) for i in range(99) if not is_held_out(f"twin{i}", 0.1))
+    assert split([*docs, twin], 0.1) == (train, held)
+    with pytest.raises(InputError, match="fraction 1.5"):
+        split(docs, 1.5)
+
+
+def test_cleaning():
+    book = "\ufeffhead\n*** START OF THIS PROJECT GUTENBERG EBOOK A\nB ***\n\n\nText *** here\n\nEnd of Project Gutenberg's A"
+    assert clean.strip_gutenberg(book) == "Text *** here\n"
+    assert clean.strip_gutenberg("no markers\n") == "no markers\n"
+    assert clean.strip_front_matter("---\na: 1\n---\n\nBody\n---\nmore") == "Body\n---\nmore"
+    assert clean.strip_front_matter("Body\n---\nmore\n---\n") == "Body\n---\nmore\n---\n"
+    assert clean.lf("a\r\nb\rc\n") == "a\nb\nc\n"
+    wiki = " \n = One = \n \n text \n = = Sub = = \n more \n = Two = \n x\n"
+    assert [title for title, _ in clean.wikitext_articles(wiki)] == ["One", "Two"]
+    assert "more" in dict(clean.wikitext_articles(wiki))["One"]
+
+
+@pytest.fixture
+def domain_root(tmp_path):
+    files = {
+        "web/posts/a.md": "---\nt: 1\n---\nA post\r\n",
+        "web/LICENSE.md": "licence",
+        "books/b.txt": "\ufeffx\r\n*** START OF THIS PROJECT GUTENBERG EBOOK B ***\r\nOnce\r\n*** END OF THIS PROJECT GUTENBERG",
+        "encyclopedia/wikitext2_test.txt": " \n = T = \n \n text\n",
+        "encyclopedia/bio/m1.md": "---\nt: 1\n---\nCells",
+        "forum/irc/train/2008-06-03.train-a.raw.txt": "[09:19] <a> hi\n=== b left\n",
+        "forum/irc/dev/2008-06-03_12.raw.txt": "=== b left\n[12:00] <c> ho\n",
+        "forum/irc/dev/2009-01-01_12.raw.txt": "x\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(text.encode())
+    return tmp_path
+
+
+def test_five_domains(domain_root):
+    domains = five_domains(domain_root)
+    assert list(domains) == ["web", "books", "encyclopedia", "forum", "code"]
+    read = {name: [tuple(d) for d in domains[name]()] for name in list(domains)[:4]}
+    assert read["web"] == [("web/posts/a.md", "A post\n")]
+    assert read["books"] == [("books/b.txt", "Once\n")]
+    assert [i for i, _ in read["encyclopedia"]] == ["encyclopedia/wikitext2_test.txt#0 T", "encyclopedia/bio/m1.md"]
+    day = "[09:19] <a> hi\n=== b left\n[12:00] <c> ho\n"  # one document a day; dev comes first by path
+    assert [i for i, _ in read["forum"]] == ["forum/2008-06-03", "forum/2009-01-01"]
+    assert sorted(read["forum"][0][1].splitlines()) == sorted(day.splitlines())
+    (domain_root / "forum").rename(domain_root / "forums")
+    with pytest.raises(InputError, match="forum: no such folder"):
+        five_domains(domain_root)

@@ -1,0 +1,114 @@
+"""Evaluation: held-out loss and bits per byte of each domain, and scores of a task by generation or by its choices."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..data.loader import batches
+from ..data.pack import empty_row
+from ..data.sft import encode_example, messages, render_prompt
+from ..model import Sampling, Transformer, generate, token_losses
+from ..peft import Method
+
+
+@cache
+def loss_fn(model: Transformer, method: Method, chunk: int = 8192) -> Callable[[Any, Any, Any], Any]:
+    """A jitted (trainable, frozen, batch) -> target losses summed over each row [B], in nats."""
+
+    @jax.jit
+    def row_losses(trainable: Any, frozen: Any, batch: Any) -> Any:
+        context = method.context(trainable)
+        nll_BT = token_losses(model, method.bind(frozen, trainable), batch, context, chunk)
+        return jnp.sum(jnp.where(batch["weights"] > 0, nll_BT * batch["weights"], 0.0), axis=1)
+
+    return row_losses
+
+
+def row_losses(
+    model: Transformer, method: Method, trainable: Any, frozen: Any, rows: Sequence[Any], batch: int, put: Any = None
+) -> np.ndarray:
+    """The loss of each row, summed over its targets, in nats."""
+    found, keys = [], ("ids", "targets", "weights", "segments", "positions")
+    for b in batches(rows, batch):
+        b = {k: b[k] for k in keys}
+        found.append(np.asarray(loss_fn(model, method)(trainable, frozen, put(b) if put else b)))
+    return np.concatenate(found)[: len(rows)]
+
+
+def held_out_losses(
+    model: Transformer, method: Method, trainable: Any, frozen: Any, held_out: Mapping[str, Any], batch: int,
+    tokens: int = 0, put: Any = None,
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """{domain: loss (nats a token), perplexity, bits_per_byte, zlib} on at most `tokens` tokens of each (0: all).
+
+    bits per byte = nats / ln 2 / bytes; with fewer than all rows, by the domain's bytes a token.
+    """
+    result = {}
+    for name, domain in held_out.items():
+        rows = domain.rows[: max(tokens // len(domain.rows[0]["ids"]), 1)] if tokens else domain.rows
+        targets = sum(float(r["weights"].sum()) for r in rows)
+        loss = float(row_losses(model, method, trainable, frozen, rows, batch, put).sum()) / max(targets, 1)
+        bytes_a_token = domain.n_bytes / sum(float(r["weights"].sum()) for r in domain.rows)
+        result[name] = {
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700)),
+            "bits_per_byte": loss / math.log(2) / bytes_a_token,
+            "zlib": domain.zlib_bits_per_byte,
+        }
+    return result
+
+
+def mean_loss(losses: Mapping[str, Mapping[str, float]]) -> float:
+    """The plain mean over domains of the held-out loss."""
+    return sum(d["loss"] for d in losses.values()) / len(losses)
+
+
+def outputs(
+    model: Transformer, method: Method, trainable: Any, frozen: Any, tokenizer: Any, rows: Sequence[dict[str, Any]],
+    new: int, batch: int = 32, how: Sampling = Sampling(), progress: Callable[[int], None] = lambda n: None,
+) -> list[str]:  # fmt: skip
+    """What the model answers to each row's prompt, up to `new` tokens, rows of like length together."""
+    prompts = [render_prompt(messages(row, f"row {i + 1}"), tokenizer) for i, row in enumerate(rows)]
+    bound, context = jax.jit(method.bind)(frozen, trainable), method.context(trainable)
+    answers = [""] * len(rows)
+    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
+    for at in range(0, len(order), batch):
+        taken = order[at : at + batch]
+        filled = taken + taken[:1] * (batch - len(taken))  # one batch size compiles once
+        ids = generate(model, bound, [prompts[i] for i in filled], new, stop=(tokenizer.end, tokenizer.eos),
+                       how=how, context=context, key=jax.random.key(at))  # fmt: skip
+        for i, out in zip(taken, ids, strict=False):
+            answers[i] = tokenizer.decode(out).strip()
+        progress(len(taken))
+    return answers
+
+
+def choose(
+    model: Transformer, method: Method, trainable: Any, frozen: Any, tokenizer: Any, rows: Sequence[dict[str, Any]],
+    choices: Sequence[str], batch: int = 32,
+) -> list[str]:  # fmt: skip
+    """The choice with the highest log-probability as the answer to each row's prompt."""
+    pairs = [(row, choice) for row in rows for choice in choices]
+    examples = [encode_example(messages(row | {"completion": c}, "choice"), tokenizer) for row, c in pairs]
+    T = -(-max(len(ids) - 1 for ids, _ in examples) // 32) * 32
+    packed = [one_row(ids, weights, T) for ids, weights in examples]
+    losses = row_losses(model, method, trainable, frozen, packed, batch).reshape(len(rows), len(choices))
+    return [choices[i] for i in losses.argmin(axis=1)]
+
+
+def one_row(ids: Sequence[int], weights: Sequence[float], T: int) -> dict[str, np.ndarray]:
+    """One example as a row of T: ids, shifted targets, weights, segment 1."""
+    row, n = empty_row(T), len(ids) - 1
+    row["ids"][:n], row["targets"][:n], row["weights"][:n] = ids[:-1], ids[1:], weights[1:]
+    row["segments"][:n], row["positions"][:n] = 1, np.arange(n)
+    return row
+
+
+def longest_answer(rows: Sequence[dict[str, Any]], tokenizer: Any) -> int:
+    """Tokens of the longest completion, its end included."""
+    return max(len(ids) for ids in (tokenizer.encode(row["completion"]) for row in rows)) + 1

@@ -1,0 +1,112 @@
+"""Optimizers and schedules over a trainable tree; masks and rates by the rule language."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from ..model.tree import is_stacked, match, paths
+from .config import Optim
+
+
+def schedule(optim: Optim, steps: int) -> Callable[[Any], Array]:
+    """The learning rate at a step: linear warm-up to `lr`, then constant, linear, cosine or WSD down to `lr * end`.
+
+    WSD (warm-up, stable, decay; arXiv:2404.06395) falls linearly over the last `decay` part of the steps.
+    """
+    warmup = min(optim.warmup if optim.warmup >= 1 else int(optim.warmup * steps), steps)
+    rest, low = max(steps - warmup, 1), optim.lr * optim.end
+    shapes = {
+        "constant": optax.constant_schedule(optim.lr),
+        "linear": optax.linear_schedule(optim.lr, low, rest),
+        "cosine": optax.cosine_decay_schedule(optim.lr, rest, optim.end),
+        "wsd": optax.linear_schedule(optim.lr, low, max(int(optim.decay * rest), 1), rest - int(optim.decay * rest)),
+    }
+    # The first step already moves: step 0 of a warm-up over n steps has lr / n.
+    rise = optax.linear_schedule(optim.lr / max(warmup, 1), optim.lr, max(warmup - 1, 1))
+    return optax.join_schedules([rise, shapes[optim.schedule]], [int(warmup)])
+
+
+def make_optimizer(optim: Optim, trainable: Any, steps: int) -> optax.GradientTransformation:
+    """clip -> AdamW (arXiv:1711.05101) or Muon (arXiv:2502.16982) -> decay -> rate of each group -> schedule.
+
+    Muon orthogonalises the update of every matrix inside a layer; tables, the head and vectors get Adam. With its
+    updates scaled to Adam's size (rms 0.2), one learning rate serves both. `trainable` may be shapes.
+    """
+    adam = optax.scale_by_adam(optim.b1, optim.b2, optim.eps)
+    if optim.name == "muon":
+        muon = optax.chain(
+            optax.contrib.scale_by_muon(weight_dimension_numbers=_dimensions), optax.stateless(_like_adam)
+        )
+        rule = _by_path(trainable, lambda path, leaf: "muon" if _is_matrix(path, leaf) else "adam")
+        scaled = optax.partition({"muon": muon, "adam": adam}, rule)
+    else:
+        scaled = adam
+    if optim.decay_where:
+        decay = _per_layer(match([(optim.decay_where, 1.0)], trainable, default=0.0), trainable)
+    else:
+        decay = _by_path(trainable, lambda path, leaf: float(_layer_ndim(path, leaf) >= 2))
+    groups = _per_layer(match(optim.groups, trainable, default=1.0, what="rate group"), trainable)
+    return optax.chain(
+        optax.clip_by_global_norm(optim.clip) if optim.clip else optax.identity(),
+        scaled,
+        _add_decay(optim.weight_decay, decay) if optim.weight_decay else optax.identity(),
+        _times(groups) if optim.groups else optax.identity(),
+        optax.scale_by_learning_rate(schedule(optim, steps)),
+    )
+
+
+def rms(tree: Any) -> Array:
+    """Root mean square over all numbers of a tree, fp32."""
+    leaves = jax.tree.leaves(tree)
+    total = sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in leaves)
+    return jnp.sqrt(total / sum(x.size for x in leaves))
+
+
+def _layer_ndim(path: str, leaf: Any) -> int:
+    return leaf.ndim - is_stacked(path)
+
+
+def _is_matrix(path: str, leaf: Any) -> bool:
+    return "layers/" in path and _layer_ndim(path, leaf) == 2
+
+
+def _by_path(tree: Any, fn: Callable[[str, Any], Any]) -> Any:
+    values = [fn(path, leaf) for path, leaf in paths(tree)]
+    return jax.tree.unflatten(jax.tree.structure(tree), values)
+
+
+def _per_layer(values: dict[str, list[float]], tree: Any) -> Any:
+    """A number for each leaf, or an array [L, 1, ...] where its layers differ."""
+
+    def one(path: str, leaf: Any) -> Any:
+        row = values[path]
+        return row[0] if len(set(row)) == 1 else np.array(row, np.float32).reshape(-1, *[1] * (leaf.ndim - 1))
+
+    return _by_path(tree, one)
+
+
+def _times(factors: Any) -> optax.GradientTransformation:
+    return optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, factors))
+
+
+def _add_decay(rate: float, where: Any) -> optax.GradientTransformation:
+    def add(updates: Any, params: Any) -> Any:
+        return jax.tree.map(lambda u, p, on: u + (rate * on) * p, updates, params, where)
+
+    return optax.stateless(add)
+
+
+def _dimensions(tree: Any) -> Any:
+    """Of each matrix the axes that Muon orthogonalises: the last two, whatever stands before them."""
+    axes = optax.contrib.MuonDimensionNumbers
+    return jax.tree.map(lambda x: axes(reduction_axis=x.ndim - 2, output_axis=x.ndim - 1), tree)
+
+
+def _like_adam(updates: Any, _: Any) -> Any:
+    """An orthogonalised [D, F] update has rms max(D, F)^-1/2; make it 0.2."""
+    return jax.tree.map(lambda u: 0.2 * max(u.shape[-2:]) ** 0.5 * u, updates)

@@ -1,0 +1,98 @@
+"""What a run holds in memory before its first step: rows, base, method, optimizer state, all checked and laid out."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from .. import InputError
+from ..data.sft import sft_rows
+from ..model import Config, Transformer, init, shapes_of
+from ..model.sharding import follow, shardings
+from ..peft import Method, partition
+from . import report
+from .checkpoint import fingerprint
+from .config import Run
+from .inputs import check_lengths, corpus_and_tokenizer, task_of
+from .optim import make_optimizer
+from .progress import console
+from .runs import load_run
+from .step import State, init_state
+
+
+@dataclasses.dataclass
+class Phase:
+    """All that a run needs in memory before its first step."""
+
+    run: Run
+    mesh: Any
+    model: Transformer
+    method: Method
+    frozen: Any
+    state: State
+    tx: Any
+    rows: Any  # the endless stream of training rows
+    data_digest: str
+    tokenizer: Any
+    held_out: dict[str, Any]
+    task: Any = None
+    base: str = ""  # fingerprint of the base; empty for a pretraining run
+    totals: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def prepare(run: Run, mesh: Any, work: Path) -> Phase:
+    """Read and check everything, say what trains, and lay it out on the mesh. Writes nothing outside `work`."""
+    return (_pretraining if run.phase == "pretrain" else _tuning)(run, mesh, work)
+
+
+def _pretraining(run: Run, mesh: Any, work: Path) -> Phase:
+    if run.model is None:
+        raise InputError("pretraining needs an architecture: take a recipe that has one, or set --model")
+    check_lengths(run.data, run.model.context)
+    corpus, tokenizer = corpus_and_tokenizer(run.data, run.seed, work)
+    config = dataclasses.replace(run.model, V=tokenizer.vocab_size)
+    run = dataclasses.replace(run, model=config)
+    console.print("tokens a domain: " + " · ".join(f"{k} {v:,}" for k, v in corpus.tokens.items()))
+    split = shardings(mesh, shapes_of(config))
+    params = jax.jit(init, static_argnums=0, out_shardings=split)(config, jax.random.key(run.seed))
+    return _assemble(run, mesh, config, params, corpus.train, corpus.digest, tokenizer, corpus.held_out)
+
+
+def _tuning(run: Run, mesh: Any, work: Path) -> Phase:
+    if not run.base:
+        raise InputError("fine-tuning starts from a base: give --base RUN_DIRECTORY")
+    base = load_run(run.base, mesh)
+    check_lengths(run.data, base.config.context)
+    task = task_of(run.data, run.seed)
+    named_rows = ((f"{task.name} row {i + 1}", row) for i, row in enumerate(task.train))
+    sft = sft_rows(named_rows, base.tokenizer, run.data.T, run.seed, run.data.pack)
+    steps = run.steps or max(round(run.epochs * len(sft.rows) / run.data.batch), 1)
+    run = dataclasses.replace(run, steps=steps, base=str(run.base))
+    share = sft.tokens / (len(sft.rows) * run.data.T)
+    console.print(f"{task.name}: {sft.examples:,} examples in {len(sft.rows):,} rows of {run.data.T} ({share:.0%} filled), "
+                  f"{sft.target_tokens:,} target tokens; {steps} steps")  # fmt: skip
+    params = base.merged
+    phase = _assemble(run, mesh, base.config, params, sft.train, sft.digest, base.tokenizer, base.held_out)
+    phase.task, phase.base = task, fingerprint(params)
+    return phase
+
+
+def _assemble(
+    run: Run, mesh: Any, config: Config, params: Any, rows: Any, digest: str, tokenizer: Any, held_out: Any
+) -> Phase:
+    """Split the base by the method, lay everything out on the mesh, and say what trains."""
+    method, key = run.method, jax.random.key(run.seed + 1)
+    shapes = jax.eval_shape(lambda: params)
+    split = shardings(mesh, shapes)
+    frozen, trainable = jax.eval_shape(lambda p: partition(method, p, key), shapes)
+    tx = make_optimizer(run.optim, trainable, run.steps)
+    title = f"{run.phase} {run.recipe} · {type(method).__name__.lower()} · {run.optim.name} lr {run.optim.lr:g} · {run.steps} steps"
+    totals = report.show(console, title, method, shapes, trainable, tx)
+    where = (follow(mesh, frozen, shapes, split), follow(mesh, trainable, shapes, split))
+    frozen, trainable = jax.jit(lambda p: partition(method, p, key), out_shardings=where)(params)
+    state = jax.eval_shape(lambda t: init_state(t, tx), trainable)
+    state = jax.jit(lambda t: init_state(t, tx), out_shardings=follow(mesh, state, shapes, split))(trainable)
+    return Phase(
+        run, mesh, Transformer(config), method, frozen, state, tx, rows, digest, tokenizer, held_out, totals=totals
+    )

@@ -1,0 +1,137 @@
+"""Progress for people (stderr), metrics for programs (metrics.jsonl, TensorBoard), and the loss curve as a picture."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+console = Console(stderr=True, highlight=False)
+
+# Dense bf16 peak FLOP/s of a chip, by what `device_kind` holds; vendor data sheets.
+_PEAK = {"v6": 918e12, "v5p": 459e12, "v5 lite": 197e12, "v5e": 197e12, "v4": 275e12, "B200": 2250e12,
+         "H200": 989e12, "H100": 989e12, "A100": 312e12}  # fmt: skip
+
+
+def peak_flops() -> float | None:
+    """Peak FLOP/s of all devices together, where it is known."""
+    kind = jax.devices()[0].device_kind
+    one = next((v for k, v in _PEAK.items() if k.lower() in kind.lower()), None)
+    return one and one * jax.device_count()
+
+
+def step_flops(config: Any, total: int, trained: int, tokens: int, T: int) -> float:
+    """Model FLOPs of a step: 2 forward + 2 for the states backward a base parameter, 2 more a trained one, attention 12.
+
+    The table of an untied model is only looked up; recomputation does not count (PaLM's MFU, arXiv:2204.02311).
+    """
+    matrices = total - (0 if config.tied else config.V * config.D)
+    return tokens * (4.0 * matrices + 2.0 * trained + 12.0 * config.L * config.N * config.H * T / 2)
+
+
+def clock(seconds: float) -> str:
+    """75 -> '1:15'."""
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+
+
+class Log:
+    """One run's progress bar (lines where there is no terminal) and its metric files."""
+
+    def __init__(self, folder: Path, title: str, steps: int, start: int, flops: float, tensorboard: bool):
+        self.steps, self.start, self.flops, self.title = steps, start, flops, title
+        self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self.board = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"))
+        text = TextColumn("{task.description} {task.completed:.0f}/{task.total:.0f} {task.fields[text]}")
+        self.bar = Progress(text, BarColumn(None), console=console, transient=True, disable=not console.is_terminal)
+        self.task = self.bar.add_task(title, total=steps, completed=start, text="")
+        self.bar.start()
+        self.began = self.last = time.perf_counter()
+        self.spoken = self.at = start
+
+    def step(self, step: int, metrics: dict[str, float], tokens: int) -> dict[str, float]:
+        """Write one object for the steps since the last; returns it."""
+        now = time.perf_counter()
+        rate = tokens / (now - self.last)
+        row = {"step": step, **metrics, "tokens_per_second": round(rate, 1),
+               "seconds_per_step": round((now - self.last) / (step - self.at), 5)}  # fmt: skip
+        if peak := peak_flops():
+            row["mfu"] = round(self.flops * (step - self.at) / (now - self.last) / peak, 4)
+        left = (now - self.began) / (step - self.start) * (self.steps - step)
+        mfu = f" · MFU {row['mfu']:.1%}" if "mfu" in row else ""
+        text = f"· loss {metrics['loss']:.4f} · {rate:,.0f} tokens/s{mfu} · {clock(left)} left"
+        self.write(row)
+        self.bar.update(self.task, completed=step, text=text)
+        # Without a terminal: about 20 lines a run.
+        if not console.is_terminal and (step - self.spoken >= self.steps / 20 or step == self.steps):
+            console.print(f"{self.title} {step}/{self.steps} {text}")
+            self.spoken = step
+        self.last, self.at = now, step
+        return row
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append an object to metrics.jsonl, and its numbers to TensorBoard."""
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        if self.board:
+            for name, value in row.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self.board.add_scalar(name, value, row["step"])
+
+    def note(self, step: int, found: dict[str, Any]) -> None:
+        """Say and write an evaluation."""
+        if held := found.get("held_out"):
+            bits = " · ".join(f"{k} {v['bits_per_byte']:.3f} (zlib {v['zlib']:.2f})" for k, v in held.items())
+            said = f"held-out loss {found['held_out_loss']:.4f} · bits per byte: {bits}"
+            console.print(f"step {step}: {said}", soft_wrap=True)
+        if scores := found.get("scores"):
+            console.print(f"step {step}: " + " · ".join(f"{k} {v:.4f}" for k, v in scores.items()), soft_wrap=True)
+        if found:
+            self.write({"step": step, **found})
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what happens here (an evaluation, a save) from the rate and the time left."""
+        stopped = time.perf_counter()
+        yield
+        gap = time.perf_counter() - stopped
+        self.last, self.began = self.last + gap, self.began + gap
+
+    def close(self) -> None:
+        """Close bar and files."""
+        self.bar.stop()
+        self.file.close()
+        if self.board:
+            self.board.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The objects of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def plot_losses(path: Path, curves: dict[str, list[tuple[int, float]]], title: str) -> None:
+    """A PNG of loss against step, one line a curve."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, points in curves.items():
+        axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2)
+    axes.set(xlabel="step", ylabel="loss, nats a token", title=title)
+    axes.grid(alpha=0.3)
+    if len(curves) > 1:
+        axes.legend()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

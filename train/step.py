@@ -1,0 +1,90 @@
+"""The one train step: differentiate the trainable tree, whatever the method and the phase."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from ..model import Transformer, token_losses
+from ..peft import Method
+from .optim import rms
+
+Batch = dict[str, Array]
+
+
+class State(NamedTuple):
+    """What a step changes. Everything else (the frozen base, the data) is an argument."""
+
+    step: Array
+    trainable: Any
+    opt_state: Any
+    skipped: Array  # updates left out because the loss or a gradient was not finite
+
+
+def init_state(trainable: Any, tx: optax.GradientTransformation) -> State:
+    """The state before the first step."""
+    return State(jnp.int32(0), trainable, tx.init(trainable), jnp.int32(0))
+
+
+def make_loss(
+    model: Transformer, method: Method, chunk: int = 8192
+) -> Callable[[Any, Any, Batch], tuple[Array, Array]]:
+    """loss(trainable, frozen, batch) -> (sum of target losses in nats, number of targets)."""
+
+    def loss(trainable: Any, frozen: Any, batch: Batch) -> tuple[Array, Array]:
+        context = method.context(trainable)
+        nll_BT = token_losses(model, method.bind(frozen, trainable), batch, context, chunk)
+        # where, not times: what an unwanted position computed, NaN included, must not count.
+        wanted_BT = batch["weights"] > 0
+        return jnp.sum(jnp.where(wanted_BT, nll_BT * batch["weights"], 0.0)), jnp.sum(batch["weights"])
+
+    return loss
+
+
+def make_train_step(
+    model: Transformer, method: Method, tx: optax.GradientTransformation, *, accumulate: int = 1, chunk: int = 8192
+) -> Callable[[State, Any, Batch], tuple[State, dict[str, Array]]]:
+    """step(state, frozen, batch) -> (state, metrics): pure; jit it, donate the state.
+
+    The gradient is of the mean loss over the batch's targets, also when it is accumulated over `accumulate` parts, and
+    of `state.trainable` alone: frozen leaves have no gradient, no optimizer state, no update. A step whose loss or
+    gradient is not finite changes nothing but the counts.
+    """
+    loss = make_loss(model, method, chunk)
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, Array]]:
+        batch = {k: v for k, v in batch.items() if v.ndim == 2}
+        if accumulate == 1:
+            (total, targets), grads = gradient(state.trainable, frozen, batch)
+        else:
+            total, targets, grads = _accumulate(gradient, state.trainable, frozen, batch, accumulate)
+        n = jnp.maximum(targets, 1.0)
+        grads = jax.tree.map(lambda g: g / n, grads)
+        norm = optax.global_norm(grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        ok = jnp.isfinite(total) & jnp.isfinite(norm) & (targets > 0)
+        new = (optax.apply_updates(state.trainable, updates), opt_state)
+        trainable, opt_state = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, (state.trainable, state.opt_state))
+        metrics = {"loss": total / n, "targets": targets, "grad_norm": norm, "update_rms": rms(updates), "ok": ok}
+        return State(state.step + 1, trainable, opt_state, state.skipped + ~ok), metrics
+
+    return step
+
+
+def _accumulate(gradient: Any, trainable: Any, frozen: Any, batch: Batch, parts: int) -> tuple[Array, Array, Any]:
+    """Sums of loss, targets and gradients over `parts` of the batch, one in memory at a time."""
+
+    def split(x: Array) -> Array:
+        # Part p takes rows p, p + parts, ...: each device keeps its own rows of a batch split over devices.
+        return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    def add(sums: Any, part: Batch) -> tuple[Any, None]:
+        (total, targets), grads = gradient(trainable, frozen, part)
+        return jax.tree.map(jnp.add, sums, (total, targets, grads)), None
+
+    zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
+    return jax.lax.scan(add, zero, {k: split(v) for k, v in batch.items()})[0]
