@@ -28,7 +28,7 @@ _TEST, _VALID = 0.12, 0.04  # of the functions
 class Function(NamedTuple):
     """A function or method that is not inside another function; `part` is train, valid or test."""
 
-    id: str  # json/decoder.py:JSONDecoder.decode
+    id: str  # json/decoder.py:332:JSONDecoder.decode
     package: str  # json; "" for a module that is in no package
     source: str  # dedented, decorators included
     first: int  # lines of the module, from 1
@@ -131,7 +131,7 @@ def _function(node: ast.AST, qualname: str, module: str, package: str, lines: li
     margin = len(raw[0]) - len(raw[0].lstrip())
     source = "".join(line[margin:] if not line[:margin].strip() else line for line in raw)
     docstring = ast.get_docstring(node) or ""
-    return Function(f"{module}:{qualname}", package, source, first, node.end_lineno, docstring, part(source))
+    return Function(f"{module}:{first}:{qualname}", package, source, first, node.end_lineno, docstring, part(source))
 
 
 def _docstrings(tree: ast.Module) -> list[tuple[int, str]]:

@@ -118,9 +118,7 @@ def csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
             if None in row or None in row.values():
                 wanted, got = len(table.fieldnames), sum(v is not None for k, v in row.items() if k is not None)
                 got += len(row.get(None, []))
-                raise InputError(
-                    f"{where}: {got} cells; {wanted} are wanted, as in the header (quote commas)"
-                )
+                raise InputError(f"{where}: {got} cells; {wanted} are wanted, as in the header (quote commas)")
             yield where, row
     except csv.Error as e:
         raise InputError(f"{path}:{table.reader.line_num}: not valid CSV ({e}); check the quotes") from None

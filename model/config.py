@@ -34,7 +34,7 @@ class Config:
     logits_dtype: str = "float32"
     scan: bool = True  # stack the layers: compiles in constant time; unrolled runs faster on a CPU
     remat: Literal["none", "full", "dots"] = "none"  # recompute in the backward pass: all, or all but products
-    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    attention: Literal["auto", "reference", "xla", "cudnn"] = "auto"
 
     def __post_init__(self) -> None:
         for field in ("V", "D", "L", "N", "K", "H", "F", "context"):
@@ -65,7 +65,7 @@ def initial(config: Config, name: str, key: Any, shape: tuple[int, ...]) -> jax.
 presets: dict[str, Config] = {
     "tiny": Config(V=512, D=64, L=2, N=4, K=2, H=16, F=176, context=128),
     "demo": Config(V=2048, D=128, L=4, N=4, K=2, H=32, F=344, context=256, scan=False),
-    "5m": Config(V=4096, D=256, L=4, N=8, K=4, H=32, F=688, context=256, scan=False),
+    "5m": Config(V=4096, D=256, L=5, N=8, K=8, H=32, F=688, context=256, scan=False),
     "s": Config(V=8192, D=256, L=4, N=8, K=8, H=32, F=688, context=256, scan=False),
     "m": Config(V=32000, D=768, L=12, N=12, K=12, H=64, F=2048, context=256, scan=False),
     "llama-2-7b": Config(V=32000, D=4096, L=32, N=32, K=32, H=128, F=11008, context=4096, tied=False,

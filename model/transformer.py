@@ -64,7 +64,8 @@ class Attention(Part):
             k, v = self.cached("k", k, index), self.cached("v", v, index)
         if self.has_variable("past", "k"):
             k, v = self.behind_past("k", k), self.behind_past("v", v)
-        y = attend(q, k, v, mask_BTS, c.attention).reshape(B, T, c.N * c.H)
+        ahead = k.shape[1] - T if index is None else None
+        y = attend(q, k, v, mask_BTS, c.attention, ahead).reshape(B, T, c.N * c.H)
         return self.bias(matmul(y, self.leaf("o", c.N * c.H, c.D)), "o_bias", c.bias)
 
     def cached(self, name: str, new_BTKH: Array, index: Array) -> Array:

@@ -139,12 +139,12 @@ def test_the_split_is_by_id_alone_and_drops_twins():
     twin = Document(next(d.id for d in train) + "?", held[0].text)
     twin = next(Document(f"twin{i}", held[0].text) for i in range(99) if not is_held_out(f"twin{i}", 0.1))
     assert split([*docs, twin], 0.1) == (train, held)
-    with pytest.raises(InputError, match="fraction 1.5"):
+    with pytest.raises(InputError, match=r"fraction 1\.5"):
         split(docs, 1.5)
 
 
 def test_cleaning():
-    book = "\ufeffhead\n*** START OF THIS PROJECT GUTENBERG EBOOK A\nB ***\n\n\nText *** here\n\nEnd of Project Gutenberg's A"
+    book = "head\n*** START OF THIS PROJECT GUTENBERG EBOOK A\nB ***\n\nText *** here\n\nEnd of Project Gutenberg's A"
     assert clean.strip_gutenberg(book) == "Text *** here\n"
     assert clean.strip_gutenberg("no markers\n") == "no markers\n"
     assert clean.strip_front_matter("---\na: 1\n---\n\nBody\n---\nmore") == "Body\n---\nmore"
@@ -160,7 +160,7 @@ def domain_root(tmp_path):
     files = {
         "web/posts/a.md": "---\nt: 1\n---\nA post\r\n",
         "web/LICENSE.md": "licence",
-        "books/b.txt": "\ufeffx\r\n*** START OF THIS PROJECT GUTENBERG EBOOK B ***\r\nOnce\r\n*** END OF THIS PROJECT GUTENBERG",
+        "books/b.txt": "\ufeffx\r\n*** START OF THIS PROJECT GUTENBERG EBOOK B ***\r\nOnce\r\nEnd of Project Gutenberg",
         "encyclopedia/wikitext2_test.txt": " \n = T = \n \n text\n",
         "encyclopedia/bio/m1.md": "---\nt: 1\n---\nCells",
         "forum/irc/train/2008-06-03.train-a.raw.txt": "[09:19] <a> hi\n=== b left\n",

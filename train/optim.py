@@ -50,12 +50,11 @@ def make_optimizer(optim: Optim, trainable: Any, steps: int) -> optax.GradientTr
         decay = _per_layer(match([(optim.decay_where, 1.0)], trainable, default=0.0), trainable)
     else:
         decay = _by_path(trainable, lambda path, leaf: float(_layer_ndim(path, leaf) >= 2))
-    groups = _per_layer(match(optim.groups, trainable, default=1.0, what="rate group"), trainable)
     return optax.chain(
         optax.clip_by_global_norm(optim.clip) if optim.clip else optax.identity(),
         scaled,
         _add_decay(optim.weight_decay, decay) if optim.weight_decay else optax.identity(),
-        _times(groups) if optim.groups else optax.identity(),
+        _times(_groups(optim, trainable)) if optim.groups else optax.identity(),
         optax.scale_by_learning_rate(schedule(optim, steps)),
     )
 
@@ -88,6 +87,10 @@ def _per_layer(values: dict[str, list[float]], tree: Any) -> Any:
         return row[0] if len(set(row)) == 1 else np.array(row, np.float32).reshape(-1, *[1] * (leaf.ndim - 1))
 
     return _by_path(tree, one)
+
+
+def _groups(optim: Optim, trainable: Any) -> Any:
+    return _per_layer(match(optim.groups, trainable, default=1.0, what="rate group"), trainable)
 
 
 def _times(factors: Any) -> optax.GradientTransformation:

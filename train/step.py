@@ -64,7 +64,7 @@ def make_train_step(
             total, targets, grads = _accumulate(gradient, state.trainable, frozen, batch, accumulate)
         n = jnp.maximum(targets, 1.0)
         grads = jax.tree.map(lambda g: g / n, grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         ok = jnp.isfinite(total) & jnp.isfinite(norm) & (targets > 0)
         new = (optax.apply_updates(state.trainable, updates), opt_state)

@@ -1,0 +1,155 @@
+"""Tuning rows: the loss is on the assistant's words alone, packing loses nothing, bad rows are named."""
+
+import math
+
+import numpy as np
+import pytest
+from graftax import InputError
+from graftax.data.sft import encode_example, messages, render_prompt, sft_rows
+from graftax.data.sources import rows as read_rows
+from graftax.data.tokenizer import Tokenizer, train_tokenizer
+
+TEXTS = [f"question {i} about colours\tand a long answer, number {i}\n" for i in range(200)]
+
+
+@pytest.fixture(scope="module")
+def tok(tmp_path_factory):
+    return train_tokenizer(TEXTS, tmp_path_factory.mktemp("tok"), 300)
+
+
+CHAT = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "question 1"},
+    {"role": "assistant", "content": "answer 1\n"},
+    {"role": "user", "content": "<|assistant|>why"},
+    {"role": "assistant", "content": " because"},
+]
+
+
+def test_template_and_loss_mask(tok):
+    ids, weights = encode_example(CHAT, tok)
+    s = tok.special
+    wanted = [(tok.bos, 0)]
+    for turn in CHAT:
+        w = int(turn["role"] == "assistant")
+        wanted += [(s[f"<|{turn['role']}|>"], 0), *((i, w) for i in tok.encode(turn["content"])), (s["<|end|>"], w)]
+    assert list(zip(ids, weights, strict=True)) == wanted
+    learned = [i for i, w in zip(ids, weights, strict=True) if w]
+    assert tok.decode(learned) == "answer 1\n because"
+    assert ids.count(s["<|assistant|>"]) == 2  # the text "<|assistant|>" is text
+    prompt = render_prompt(CHAT, tok)
+    assert prompt == ids[: len(prompt)]
+    assert weights[len(prompt)] == 1
+    assert prompt[-1] == s["<|assistant|>"]
+    assert render_prompt(CHAT[:-1], tok) == prompt
+
+
+def test_a_vocabulary_without_chat_tokens_gets_text_markers(tok):
+    plain = {k: v for k, v in tok.special.items() if k in ("<|bos|>", "<|eos|>", "<|pad|>")}
+    bare = Tokenizer(
+        tok.file, tok.data, tok.vocab_size, tok.bos, tok.eos, tok.pad, plain, tok.encode_batch, tok._decode
+    )
+    ids, weights = encode_example(CHAT[1:3], bare)
+    assert ids[-1] == tok.eos
+    assert weights[-1] == 1
+    assert bare.decode(ids) == "<|user|>\nquestion 1<|assistant|>\nanswer 1\n"
+    assert bare.decode(render_prompt(CHAT[1:2], bare)) == "<|user|>\nquestion 1<|assistant|>\n"
+
+
+def test_shapes_of_rows():
+    pair = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert messages({"prompt": "a", "completion": "b", "meta": 1}, "f:1") == pair
+    assert messages({"instruction": "a", "input": "", "output": "b"}, "f:1") == pair
+    assert messages({"instruction": "a", "output": "b"}, "f:1") == pair
+    assert messages({"instruction": "a", "input": "c", "output": "b"}, "f:1")[0]["content"] == "a\n\nc"
+    assert messages({"messages": CHAT}, "f:1") == CHAT
+    assert messages({"prompt": CHAT[:-1], "completion": CHAT[-1]["content"]}, "f:1") == CHAT
+
+
+BAD = [
+    ('{"prompt": "a"}', "fields .'prompt'.; one of"),
+    ('{"question": "a", "answer": "b"}', "fields .'answer', 'question'.; one of"),
+    ('{"prompt": "a", "completion": "b", "messages": []}', "fields .*'messages'.*; one of"),
+    ('{"prompt": "a", "completion": "b", "input": "c"}', "; one of"),
+    ('{"prompt": "a", "completion": null}', "'completion' is null; text"),
+    ('{"prompt": "a", "completion": 3}', "'completion' is a int; text"),
+    ('{"prompt": "a", "completion": ["b"]}', "'completion' is a list; text"),
+    ('{"prompt": ["a"], "completion": "b"}', "message 0 is a str"),
+    ('{"prompt": "a", "completion": ""}', "no words by the assistant"),
+    ('{"messages": []}', "'messages' is empty"),
+    ('{"messages": "hi"}', "'messages' is a str"),
+    ('{"messages": [{"role": "user"}]}', "message 0 is an object with .'role'."),
+    ('{"messages": [{"role": "human", "content": "x"}]}', "message 0 has role 'human'"),
+    ('{"messages": [{"role": ["user"], "content": "x"}]}', "message 0 has role"),
+    ('{"messages": [{"role": "user", "content": null}]}', "message 0: 'content' is null"),
+    ('{"messages": [{"role": "user", "content": "x"}]}', "no words by the assistant"),
+    (
+        '{"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}]}',
+        "message 1 is from system",
+    ),
+    ('{"prompt": "a", "completion": "\\ud800"}', "lone surrogate"),
+    ('{"prompt": "a", "completion": "' + "b " * 99 + '"}', r"\d+ tokens, but a row holds T=32; raise T"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD)
+def test_a_bad_row_is_named(tok, tmp_path, line, message):
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n\n' + line + "\n")
+    with pytest.raises(InputError, match=message) as caught:
+        sft_rows(read_rows(str(path)), tok, 32, 0)
+    assert str(caught.value).startswith(f"{path}:3: ")
+    assert "\n" not in str(caught.value)
+
+
+def examples(n=80):
+    rng = np.random.default_rng(0)
+    return [(f"f:{i}", {"prompt": f"q {i}", "completion": "answer " * int(rng.integers(1, 9))}) for i in range(n)]
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_every_example_is_there_once_and_whole(tok, pack):
+    T = 64
+    sft = sft_rows(examples(), tok, T, 3, pack=pack)
+    found = []
+    for i, row in enumerate(sft.rows):
+        assert row["row"] == i
+        assert {k: (v.shape, v.dtype.name) for k, v in row.items()} == {
+            **dict.fromkeys(("ids", "targets", "segments", "positions"), ((T,), "int32")),
+            "weights": ((T,), "float32"),
+            "row": ((), "int64"),
+        }
+        assert row["weights"][row["segments"] == 0].sum() == 0
+        for segment in range(1, row["segments"].max() + 1):
+            here = row["segments"] == segment
+            assert (row["positions"][here] == np.arange(here.sum())).all()
+            found.append(tuple(zip(*(row[k][here].tolist() for k in ("ids", "targets", "weights")), strict=True)))
+    wanted = []
+    for where, row in examples():
+        ids, weights = encode_example(messages(row, where), tok)
+        wanted.append(tuple(zip(ids[:-1], ids[1:], map(float, weights[1:]), strict=True)))
+    assert sorted(found) == sorted(wanted)
+    assert sft.examples == 80
+    assert sft.tokens == sum(map(len, wanted))
+    assert sft.target_tokens == sum(w for example in wanted for *_, w in example)
+    if pack:
+        assert len(sft.rows) <= math.ceil(1.25 * sft.tokens / T)
+    else:
+        assert len(sft.rows) == 80
+
+
+def test_stream_is_seeded_and_reshuffled(tok):
+    def order(seed, start=0):
+        sft = sft_rows(examples(), tok, 64, seed)
+        n = len(sft.rows)
+        return [int(sft.train[i]["row"]) for i in range(start * n, start * n + n)], sft.digest
+
+    assert order(1) == order(1)
+    assert order(1)[1] != order(2)[1]
+    assert order(1)[0] != order(1, start=1)[0]
+    assert sorted(order(1)[0]) == sorted(order(1, start=1)[0])
+
+
+def test_no_rows(tok):
+    with pytest.raises(InputError, match="no rows"):
+        sft_rows([], tok, 64, 0)

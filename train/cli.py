@@ -1,0 +1,184 @@
+"""The command line: `graftax COMMAND ...`. People read stderr; `--json` prints one JSON object on stdout."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .. import InputError, __version__
+from .config import Run, close, from_json, method_class
+
+
+def parse(cls: Any, args: list[str], prog: str, default: Any = None, description: str = "") -> Any:
+    """cls from dotted flags by tyro. A flag that does not exist, or a bad value, is an InputError in one line."""
+    import tyro
+
+    shown = io.StringIO()
+    kwargs = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(shown):
+            made, unknown = tyro.cli(
+                cls, args=args, prog=prog, description=description, return_unknown_args=True, config=(tyro.conf.AvoidSubcommands,), **kwargs
+            )
+    except SystemExit as stop:
+        if stop.code == 0:
+            raise
+        raise InputError(_one_line(shown.getvalue())) from None
+    if unknown:
+        flags = re.findall(r"--[\w.-]+", _help(cls, prog, kwargs))
+        flag = unknown[0].split("=")[0]
+        raise InputError(f"{prog}: unknown flag {flag}{close(flag, dict.fromkeys(flags))} (see {prog} --help)")
+    return made
+
+
+def _help(cls: Any, prog: str, kwargs: Any) -> str:
+    import tyro
+
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        tyro.cli(cls, args=["--help"], prog=prog, config=(tyro.conf.AvoidSubcommands,), **kwargs)
+    return out.getvalue()
+
+
+def _one_line(box: str) -> str:
+    """The words of tyro's error box."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
+    lines = [re.sub(r"[│╭╮╰╯─┌┐└┘]+", " ", line).strip() for line in text.splitlines()]
+    return re.sub(r"\s+", " ", "; ".join(line for line in lines if line)) or "bad command line"
+
+
+def take(args: list[str], flag: str) -> tuple[str | None, list[str]]:
+    """(the value of `--flag value` or `--flag=value`, the other arguments)."""
+    for i, arg in enumerate(args):
+        if arg == flag:
+            if i + 1 == len(args):
+                raise InputError(f"{flag} wants a value")
+            return args[i + 1], args[:i] + args[i + 2 :]
+        if arg.startswith(flag + "="):
+            return arg.split("=", 1)[1], args[:i] + args[i + 1 :]
+    return None, args
+
+
+def run_of(phase: str, args: list[str]) -> Run:
+    """A Run from `RECIPE --method NAME --data FILE --any.field value`; RECIPE may be a run's config.json."""
+    from .. import peft
+    from .recipes import recipes
+
+    mine = {name: make for name, make in recipes.items() if make().phase == phase}
+    prog = f"graftax {phase} RECIPE"
+    listed = "\n\n".join(f"{name}: {' '.join((make.__doc__ or '').split())}" for name, make in mine.items())
+    about = (
+        f"Example: graftax {phase} {next(iter(mine))} --optim.lr 3e-4\n\nRecipes (or a run's config.json)\n\n{listed}"
+    )
+    if phase == "finetune":
+        about += "\n\nMethods: --method NAME, then --method.FIELD (masks: --method.where NAME or a rule)\n\n"
+        about += "\n\n".join(f"{n}: {(c.__doc__ or '').splitlines()[0]}" for n, c in sorted(peft.methods.items()))
+    name, rest = (args[0], args[1:]) if args and not args[0].startswith("-") else ("", args)
+    if name.endswith(".json"):
+        run = from_json(Path(name))
+    elif name in mine:
+        run = mine[name]()
+    elif name:
+        raise InputError(f"no {phase} recipe {name!r}{close(name, mine)}; there are {', '.join(mine)}")
+    else:
+        run = next(iter(mine.values()))()
+        if "--help" not in rest and "-h" not in rest:
+            raise InputError(f"graftax {phase} wants a recipe: {', '.join(mine)}")
+    method, rest = take(rest, "--method")
+    if method is not None:
+        run = dataclasses.replace(run, method=method_class(method)())
+    rest = ["--data.task" if arg == "--data" else re.sub("^--data=", "--data.task=", arg) for arg in rest]
+    return parse(Run, rest, prog, default=run, description=about)
+
+
+def _train(phase: str) -> Callable[[list[str]], Any]:
+    def command(args: list[str]) -> Any:
+        run = run_of(phase, args)
+        from .loop import train
+
+        folder = train(run)
+        return json.loads((folder / "summary.json").read_text("utf-8")) | {"out": str(folder)}
+
+    return command
+
+
+def _lazy(name: str) -> Callable[[list[str]], Any]:
+    def command(args: list[str]) -> Any:
+        from . import commands
+
+        spec = getattr(commands, name)
+        return parse(spec, args, f"graftax {name.lower()}", description=spec.__doc__).run()
+
+    return command
+
+
+def _demo(args: list[str]) -> Any:
+    from .demo import Demo, demo
+
+    return demo(parse(Demo, args, "graftax demo", description=Demo.__doc__))
+
+
+COMMANDS: dict[str, tuple[str, Callable[[list[str]], Any]]] = {
+    "demo": ("pretrain a small base, tune it six ways, compare: the whole path in minutes", _demo),
+    "pretrain": (
+        "train a base on domains of text: graftax pretrain five_domains --data.root FOLDER",
+        _train("pretrain"),
+    ),
+    "finetune": ("tune a base on a task: graftax finetune sft --base RUN --data FILE.jsonl", _train("finetune")),
+    "eval": ("held-out loss and a task's score of a run: graftax eval RUN", _lazy("Eval")),
+    "generate": ("text from a run: graftax generate RUN --prompt TEXT", _lazy("Generate")),
+    "merge": ("fold an adapter into its base: graftax merge RUN --out FOLDER", _lazy("Merge")),
+    "masks": (
+        "what a mask picks of a base, before anything runs: graftax masks RUN_OR_PRESET --where RULE",
+        _lazy("Masks"),
+    ),
+    "methods": ("the methods, and what each trains on a preset: graftax methods", _lazy("Methods")),
+    "tokenizer": ("train a tokenizer: graftax tokenizer SOURCE --out FOLDER", _lazy("Tokenizer")),
+}
+
+
+def usage() -> str:
+    lines = [f"graftax {__version__}: pretrain a base, graft onto it", "", "graftax COMMAND --help", ""]
+    return "\n".join(lines + [f"  {name:10} {about}" for name, (about, _) in COMMANDS.items()])
+
+
+def keep_memory() -> None:
+    """On Linux, start over once with an allocator that keeps freed memory and uses huge pages.
+
+    XLA's CPU backend allocates a step's temporaries anew each step; with glibc's defaults their page faults cost
+    10-20 % of a step. `GRAFTAX_MALLOC=0` leaves the allocator alone.
+    """
+    wanted = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 35), "MALLOC_TOP_PAD_": str(1 << 28),
+              "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # fmt: skip
+    if sys.platform != "linux" or os.environ.get("GRAFTAX_MALLOC") == "0" or any(k in os.environ for k in wanted):
+        return
+    os.execve(sys.executable, [sys.executable, "-m", "graftax.train.cli", *sys.argv[1:]], os.environ | wanted)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command; exit 0 only if it did all that was asked, 2 for a mistake in what was given."""
+    args = sys.argv[1:] if argv is None else argv
+    if not args or args[0] in ("-h", "--help", "--version"):
+        print(__version__ if args[:1] == ["--version"] else usage())
+        raise SystemExit(0 if args else 2)
+    name, rest = args[0], [a for a in args[1:] if a != "--json"]
+    try:
+        if name not in COMMANDS:
+            raise InputError(f"no command {name!r}{close(name, COMMANDS)}; there are {', '.join(COMMANDS)}")
+        if argv is None:
+            keep_memory()
+        result = COMMANDS[name][1](rest)
+    except InputError as error:
+        print(f"graftax: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    if "--json" in args:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

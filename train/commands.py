@@ -1,0 +1,194 @@
+"""The smaller commands: each a frozen dataclass of its flags with `run`."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import tyro
+from rich.table import Table
+
+from .. import InputError, peft
+from ..data.sft import render_prompt
+from ..data.sources import documents
+from ..data.tokenizer import train_tokenizer
+from ..model import Sampling, generate, presets, shapes_of
+from ..model.tree import named
+from ..peft import Subset, masks
+from . import report
+from .checkpoint import Checkpoints, fingerprint
+from .config import Optim, close, to_json
+from .evaluate import held_out_losses, longest_answer, outputs
+from .inputs import save_held_out, task_of
+from .optim import make_optimizer
+from .progress import console
+from .runs import load_run
+
+Arg = Annotated[str, tyro.conf.Positional]
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """Held-out loss and bits per byte of a run's base domains, and its task's score. Example: graftax eval runs/sft"""
+
+    folder: Arg
+    base: str = ""  # where its base is now, if it moved
+    task: str = ""  # another task, or a file of examples
+    root: str = ""  # the folder the task is read from
+    tokens: int = 0  # held-out tokens of each domain; 0: all
+    rows: int = 0  # test rows; 0: all
+
+    def run(self) -> dict[str, Any]:
+        got = load_run(self.folder, base=self.base)
+        data = dataclasses.replace(
+            got.run.data, task=self.task or got.run.data.task, root=self.root or got.run.data.root
+        )
+        args, found = (got.model, got.method, got.trainable, got.method.freeze(got.params)), {}
+        if got.held_out:
+            found["held_out"] = held_out_losses(*args, got.held_out, 8, self.tokens)
+            for name, v in found["held_out"].items():
+                console.print(f"{name}: loss {v['loss']:.4f} · perplexity {v['perplexity']:.2f} · "
+                              f"bits per byte {v['bits_per_byte']:.4f} (zlib {v['zlib']:.2f})")  # fmt: skip
+        if data.task:
+            task = task_of(data, got.run.seed)
+            rows = task.test[: self.rows or None]
+            answers = outputs(*args, got.tokenizer, rows, longest_answer(task.test, got.tokenizer))
+            found["scores"] = task.score(rows, answers)
+            console.print(
+                f"{task.name}, {len(rows)} rows: " + " · ".join(f"{k} {v:.4f}" for k, v in found["scores"].items())
+            )
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Text from a run. Example: graftax generate runs/sft --prompt "what is my balance" --chat"""
+
+    folder: Arg
+    prompt: str = ""
+    chat: bool = False  # put the prompt into the chat template, as fine-tuning does
+    new: int = 64  # tokens at most
+    temperature: float = 0.0  # 0: greedy
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    seed: int = 0
+    base: str = ""  # where its base is now, if it moved
+
+    def run(self) -> dict[str, Any]:
+        how = Sampling(self.temperature, self.top_k, self.top_p)
+        got = load_run(self.folder, base=self.base)
+        turns = [{"role": "user", "content": self.prompt}]
+        ids = (
+            render_prompt(turns, got.tokenizer)
+            if self.chat
+            else [got.tokenizer.bos, *got.tokenizer.encode(self.prompt)]
+        )
+        bound, context = got.method.bind(got.params, got.trainable), got.method.context(got.trainable)
+        stop = (got.tokenizer.end, got.tokenizer.eos)
+        out = generate(
+            got.model, bound, [ids], self.new, stop=stop, how=how, key=jax.random.key(self.seed), context=context
+        )
+        text = got.tokenizer.decode(out[0])
+        console.print(
+            f"[dim]{self.prompt}[/dim]{text}" if not self.chat else text, markup=not self.chat, soft_wrap=True
+        )
+        return {"prompt": self.prompt, "text": text, "tokens": len(out[0])}
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    """A base of its own from an adapter and its base. Example: graftax merge runs/lora --out runs/merged"""
+
+    folder: Arg
+    out: str
+    base: str = ""  # where its base is now, if it moved
+
+    def run(self) -> dict[str, Any]:
+        got, out = load_run(self.folder, base=self.base), Path(self.out)
+        if out.exists() and any(out.iterdir()):
+            raise InputError(f"--out {out} is not empty; take another folder")
+        merged = got.merged
+        run = dataclasses.replace(
+            got.run, phase="pretrain", model=got.config, method=Subset("all"), base="", recipe="merged", out=str(out)
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(to_json(run), "utf-8")
+        got.tokenizer.save(out)
+        save_held_out(out / "held_out.npz", got.held_out)
+        lineage = {"adapter": str(self.folder), "base": got.manifest["base"], "step": got.manifest["step"]}
+        meta = got.manifest | {"phase": "pretrain", "base": "", "merged_from": lineage}
+        meta = {k: v for k, v in meta.items() if k not in ("step", "score", "versions", "leaves")}
+        checkpoints = Checkpoints(out / "checkpoints")
+        checkpoints.save(got.manifest["step"], {"trainable": named(merged)}, meta)
+        checkpoints.close()
+        console.print(f"wrote {out}/: a base with fingerprint {fingerprint(merged)[:12]}", soft_wrap=True)
+        return {"out": str(out), "fingerprint": fingerprint(merged)}
+
+
+def shapes_and_config(base: str) -> Any:
+    """The parameters' shapes of a preset or a run directory."""
+    if base in presets:
+        return shapes_of(presets[base])
+    if not Path(base).exists():
+        raise InputError(
+            f"{base!r} is no preset and no run directory{close(base, presets)}; presets: {', '.join(presets)}"
+        )
+    return jax.eval_shape(lambda: load_run(base).merged)
+
+
+@dataclasses.dataclass(frozen=True)
+class Masks:
+    """What a mask picks of a base: parameters, counts, optimizer bytes. Example: graftax masks 5m --where norms"""
+
+    base: Arg
+    where: str = "all"  # a mask's name, or a rule over paths: 'layers/[4:]/mlp/.*'
+
+    def run(self) -> dict[str, Any]:
+        params, method = shapes_and_config(self.base), Subset(self.where)
+        trainable = jax.eval_shape(method.init, jax.random.key(0), params)
+        title = f"{self.base} · where {self.where} · names: {', '.join(masks.named)}, last_K"
+        return report.show(console, title, method, params, trainable, make_optimizer(Optim(), trainable, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Methods:
+    """The methods, and how many numbers each trains on a preset. Example: graftax methods --preset llama-2-7b"""
+
+    preset: str = "llama-2-7b"
+
+    def run(self) -> dict[str, Any]:
+        shapes = shapes_and_config(self.preset)
+        total = sum(x.size for x in jax.tree.leaves(shapes))
+        table = Table("name", "what it computes", f"trains on {self.preset}", "identity at init", box=None)
+        counts = {}
+        for name, cls in sorted(peft.methods.items()):
+            counts[name] = peft.count(cls(), shapes)
+            about = (cls.__doc__ or "").splitlines()[0]
+            table.add_row(
+                name, about, f"{counts[name]:,} ({counts[name] / total:.3%})", "yes" if cls.identity else "no"
+            )
+        console.print(table)
+        return counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """Train a SentencePiece tokenizer. Example: graftax tokenizer 'books/*.txt' --out tok --vocab 4096"""
+
+    source: Arg  # embedded:code, embedded:prose, hub:owner/name, a file, folder or glob
+    out: str
+    vocab: int = 4096
+
+    def run(self) -> dict[str, Any]:
+        out = Path(self.out)
+        if (out / "tokenizer.model").exists():
+            raise InputError(f"{out / 'tokenizer.model'} exists; take another --out")
+        texts = [d.text for d in documents(self.source)]
+        out.mkdir(parents=True, exist_ok=True)
+        made = train_tokenizer(texts, out / "tokenizer.model", self.vocab)
+        tokens = sum(len(made.encode(t)) for t in texts[:200])
+        share = sum(len(t.encode()) for t in texts[:200]) / max(tokens, 1)
+        console.print(
+            f"wrote {out / 'tokenizer.model'}: {made.vocab_size} pieces, {share:.2f} bytes a token, {made.digest[:12]}"
+        )
+        return {"out": str(out), "vocab": made.vocab_size, "bytes_per_token": share, "digest": made.digest}
