@@ -99,5 +99,5 @@ def _softmax_product(q_BKXH: Array, k_BKSH: Array, v_BKSH: Array, seen_BKXS: Arr
 
 
 def _block(T: int) -> int:
-    """Queries a block: a divisor of T that makes at most 8 blocks of 128 or more."""
-    return next((C for C in range(max(128, T // 8), T) if T % C == 0), T)
+    """Queries a block: a divisor of T that makes at most 8 blocks of 96 or more."""
+    return next((C for C in range(max(96, T // 8), T) if T % C == 0), T)

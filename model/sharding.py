@@ -1,5 +1,6 @@
 """Mesh `data x fsdp x tensor`, and rules that give every parameter its NamedSharding."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from .. import InputError
-from .tree import Rules, canonical, is_stacked, match, named, nested, paths, uniform
+from .tree import Rules, is_stacked, match, named, nested, paths, uniform
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # the axes a batch is split over
@@ -55,24 +56,30 @@ def shardings(mesh: Mesh, params: Any, rules: Rules = rules) -> dict[str, Any]:
     return nested(flat)
 
 
-def follow(mesh: Mesh, tree: Any, base: Any, base_shardings: Any) -> Any:
-    """Shardings for a method's tree: an axis as long as the same axis of the parameter it belongs to is split alike.
+def follow(mesh: Mesh, make: Callable[[Any], Any], base: Any, base_shardings: Any) -> Any:
+    """Shardings for the tree `make(base)`: an axis that is an axis of a base parameter is split as that one is.
 
-    So a LoRA `a` [L, D, R] follows the input axis of its matrix and `b` [L, R, F] the output axis.
+    Which axis is which shows when every axis of the base has a length of its own: a LoRA `a` [L, D, R] follows the
+    input axis of its matrix, `b` [L, R, F] the output axis. The rest, and vectors, are not split. A wrong guess is not
+    only slow: XLA has given wrong sums for a vector split over the axis that its matrix was reduced over.
     """
-    base, split = named(base), named(base_shardings)
+    tree, lengths = jax.eval_shape(make, base), itertools.count(100_003)
+    axis_of: dict[int, Any] = {}
+    probe = {}
+    for path, leaf in named(base).items():
+        stacked = is_stacked(path)
+        shape = tuple(n if stacked and i == 0 else next(lengths) for i, n in enumerate(leaf.shape))
+        spec = tuple(named(base_shardings)[path].spec) + (None,) * leaf.ndim
+        axis_of |= dict(zip(shape[stacked:], spec[stacked:], strict=False))
+        probe[path] = jax.ShapeDtypeStruct(shape, leaf.dtype)
 
-    def one(name: str, leaf: Any) -> NamedSharding:
-        plain = f"/{canonical(name)[0]}/"
-        owner = next((p for p in base if f"/{canonical(p)[0]}/" in plain), None)
-        if owner is None:
-            return NamedSharding(mesh, P())
-        spec = tuple(split[owner].spec) + (None,) * leaf.ndim
-        whole = base[owner].shape
-        axes = [spec[i] if i < len(whole) and leaf.shape[i] == whole[i] else None for i in range(leaf.ndim)]
-        return NamedSharding(mesh, P(*axes))
+    def one(path: str, leaf: Any) -> NamedSharding:
+        axes = [axis_of.get(n) for n in leaf.shape]
+        flat = leaf.ndim - is_stacked(path) < 2
+        return NamedSharding(mesh, P() if flat else P(*(a if a not in axes[:i] else None for i, a in enumerate(axes))))
 
-    return jax.tree.unflatten(jax.tree.structure(tree), [one(path, leaf) for path, leaf in paths(tree)])
+    probed = paths(jax.eval_shape(make, nested(probe)))
+    return jax.tree.unflatten(jax.tree.structure(tree), [one(path, leaf) for path, leaf in probed])
 
 
 def constrain(x: Array, *axes: Any) -> Array:

@@ -43,8 +43,10 @@ def select(where: Where, params: Any) -> dict[str, list[tuple[int, int]]]:
     try:
         values = tree.match(rules(where), params, default=False)
     except tree.InputError as error:
-        known = f" (masks by name: {', '.join(named)}, last_K)" if isinstance(where, str) and "/" not in where else ""
-        raise tree.InputError(f"{error}{known}") from None
+        if not isinstance(where, str) or "/" in where or where in named:
+            raise
+        close = tree.nearest(where, named)
+        raise tree.InputError(f"{error}{close} (masks by name: {', '.join(named)}, last_K)") from None
     return {path: runs for path, row in values.items() if (runs := tree.runs([bool(v) for v in row]))}
 
 

@@ -22,6 +22,8 @@ class Gaps(Weight):
 class Subset(Method):
     """W = trainable where the mask picks, the base's elsewhere; fp32. `where`: a mask's name or a rule over paths."""
 
+    rate = 1.0
+
     where: str = "all"
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:

@@ -24,7 +24,13 @@ def parse(cls: Any, args: list[str], prog: str, default: Any = None, description
     try:
         with contextlib.redirect_stderr(shown):
             made, unknown = tyro.cli(
-                cls, args=args, prog=prog, description=description, return_unknown_args=True, config=(tyro.conf.AvoidSubcommands,), **kwargs
+                cls,
+                args=args,
+                prog=prog,
+                description=description,
+                return_unknown_args=True,
+                config=(tyro.conf.AvoidSubcommands,),
+                **kwargs,
             )
     except SystemExit as stop:
         if stop.code == 0:

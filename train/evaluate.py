@@ -72,16 +72,16 @@ def outputs(
     model: Transformer, method: Method, trainable: Any, frozen: Any, tokenizer: Any, rows: Sequence[dict[str, Any]],
     new: int, batch: int = 32, how: Sampling = Sampling(), progress: Callable[[int], None] = lambda n: None,
 ) -> list[str]:  # fmt: skip
-    """What the model answers to each row's prompt, up to `new` tokens, rows of like length together."""
+    """What the model answers to each row's prompt, up to `new` tokens; all are padded to one length: one compilation."""
     prompts = [render_prompt(messages(row, f"row {i + 1}"), tokenizer) for i, row in enumerate(rows)]
     bound, context = jax.jit(method.bind)(frozen, trainable), method.context(trainable)
     answers = [""] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
-    for at in range(0, len(order), batch):
-        taken = order[at : at + batch]
+    longest = -(-max(map(len, prompts)) // 32) * 32
+    for at in range(0, len(rows), batch):
+        taken = list(range(at, min(at + batch, len(rows))))
         filled = taken + taken[:1] * (batch - len(taken))  # one batch size compiles once
         ids = generate(model, bound, [prompts[i] for i in filled], new, stop=(tokenizer.end, tokenizer.eos),
-                       how=how, context=context, key=jax.random.key(at))  # fmt: skip
+                       how=how, context=context, key=jax.random.key(at), pad_to=longest)  # fmt: skip
         for i, out in zip(taken, ids, strict=False):
             answers[i] = tokenizer.decode(out).strip()
         progress(len(taken))

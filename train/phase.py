@@ -84,14 +84,17 @@ def _assemble(
     method, key = run.method, jax.random.key(run.seed + 1)
     shapes = jax.eval_shape(lambda: params)
     split = shardings(mesh, shapes)
-    frozen, trainable = jax.eval_shape(lambda p: partition(method, p, key), shapes)
+    trainable = jax.eval_shape(lambda p: method.init(key, p), shapes)
     tx = make_optimizer(run.optim, trainable, run.steps)
-    title = f"{run.phase} {run.recipe} · {type(method).__name__.lower()} · {run.optim.name} lr {run.optim.lr:g} · {run.steps} steps"
+
+    def begin(params: Any) -> tuple[Any, State]:
+        frozen, trainable = partition(method, params, key)
+        return frozen, init_state(trainable, tx)
+
+    name = type(method).__name__.lower()
+    title = f"{run.phase} {run.recipe} · {name} · {run.optim.name} lr {run.optim.lr:g} · {run.steps} steps"
     totals = report.show(console, title, method, shapes, trainable, tx)
-    where = (follow(mesh, frozen, shapes, split), follow(mesh, trainable, shapes, split))
-    frozen, trainable = jax.jit(lambda p: partition(method, p, key), out_shardings=where)(params)
-    state = jax.eval_shape(lambda t: init_state(t, tx), trainable)
-    state = jax.jit(lambda t: init_state(t, tx), out_shardings=follow(mesh, state, shapes, split))(trainable)
+    frozen, state = jax.jit(begin, out_shardings=follow(mesh, begin, shapes, split))(params)
     return Phase(
         run, mesh, Transformer(config), method, frozen, state, tx, rows, digest, tokenizer, held_out, totals=totals
     )

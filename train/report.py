@@ -66,8 +66,12 @@ def show(console: Console, title: str, method: Method, params: Any, trainable: A
     for column in ("parameter", "in the base", "trains", "optimizer", "rule"):
         table.add_column(column, justify="left" if column in ("parameter", "rule") else "right")
     for r in lines:
-        table.add_row(r["name"], f"{r['base']:,}", f"{r['trains']:,}" if r["trains"] else "frozen",
-                      size(r["optimizer"]) if r["optimizer"] else "", r["rule"], style="" if r["trains"] else "dim")  # fmt: skip
+        if r["trains"]:
+            table.add_row(r["name"], f"{r['base']:,}", f"{r['trains']:,}", size(r["optimizer"]), r["rule"])
+    frozen = [r for r in lines if not r["trains"]]
+    if frozen:
+        names = ", ".join(r["name"] for r in frozen[:3]) + (f" and {len(frozen) - 3} more" if len(frozen) > 3 else "")
+        table.add_row(names, f"{sum(r['base'] for r in frozen):,}", "frozen", "0 B", "", style="dim")
     total, trains = sum(r["base"] for r in lines), sum(x.size for x in jax.tree.leaves(trainable))
     optimizer = nbytes(jax.eval_shape(tx.init, trainable))
     table.add_section()

@@ -1,7 +1,7 @@
 """Run directories: what a finished phase left, loaded as a base or as a base with its adapter."""
 
 import dataclasses
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +83,10 @@ def load_run(folder: str | Path, mesh: Any = None, step: int | None = None, base
                 f"{folder} was tuned on another base than {base or run.base} (fingerprint {manifest['base'][:12]}, "
                 f"this one has {fingerprint(below.merged)[:12]}); give its own with --base"
             )
-    like = jax.eval_shape(method.init, jax.random.key(0), shapes)
+    make = partial(method.init, jax.random.key(0))
+    like = jax.eval_shape(make, shapes)
     if mesh is not None:
-        like = sharded(like, follow(mesh, like, shapes, shardings(mesh, shapes)))
+        like = sharded(like, follow(mesh, make, shapes, shardings(mesh, shapes)))
     trainable = checkpoints.restore(step, "trainable", like)
     checkpoints.close()
     params = below.merged if below else nested(trainable)
