@@ -18,7 +18,7 @@ from ..peft import Subset, masks
 from . import report
 from .checkpoint import Checkpoints, fingerprint
 from .config import Optim, close, to_json
-from .evaluate import held_out_losses, longest_answer, outputs
+from .evaluate import held_out_losses, longest_answer, outputs, scored
 from .inputs import save_held_out, task_of
 from .optim import make_optimizer
 from .progress import console
@@ -51,8 +51,8 @@ class Eval:
                               f"bits per byte {v['bits_per_byte']:.4f} (zlib {v['zlib']:.2f})")  # fmt: skip
         if data.task:
             task = task_of(data, got.run.seed)
-            rows = task.test[: self.rows or None]
-            answers = outputs(*args, got.tokenizer, rows, longest_answer(task.test, got.tokenizer))
+            rows = scored(task, self.rows)
+            answers = outputs(*args, got.tokenizer, rows, longest_answer(rows, got.tokenizer))
             found["scores"] = task.score(rows, answers)
             console.print(
                 f"{task.name}, {len(rows)} rows: " + " · ".join(f"{k} {v:.4f}" for k, v in found["scores"].items())
@@ -126,14 +126,14 @@ class Merge:
 
 
 def shapes_and_config(base: str) -> Any:
-    """The parameters' shapes of a preset or a run directory."""
+    """The parameters of a run directory, or their shapes for a preset."""
     if base in presets:
         return shapes_of(presets[base])
     if not Path(base).exists():
         raise InputError(
             f"{base!r} is no preset and no run directory{close(base, presets)}; presets: {', '.join(presets)}"
         )
-    return jax.eval_shape(lambda: load_run(base).merged)
+    return load_run(base).merged
 
 
 @dataclasses.dataclass(frozen=True)

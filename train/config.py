@@ -69,7 +69,7 @@ class Run:
     seed: int = 0
     accumulate: int = 1  # parts a batch is cut into, one in memory at a time
     chunk: int = 8192  # tokens whose logits exist at once
-    mesh: tuple[int, int, int] = (1, 1, 1)  # data, fsdp, tensor; -1: what is left
+    mesh: tuple[int, int, int] = (1, -1, 1)  # data, fsdp, tensor; -1: what is left
     log_every: int = 10
     eval_every: int = 0  # steps; 0: at the end only
     eval_tokens: int = 32768  # held-out tokens of each domain

@@ -109,6 +109,11 @@ def one_row(ids: Sequence[int], weights: Sequence[float], T: int) -> dict[str, n
     return row
 
 
+def scored(task: Any, rows: int = 0) -> list[dict[str, Any]]:
+    """The rows a task is scored on, at most `rows` of them (0: all): its test, or the validation rows of a task of one file."""
+    return (task.test or task.valid)[: rows or None]
+
+
 def longest_answer(rows: Sequence[dict[str, Any]], tokenizer: Any) -> int:
     """Tokens of the longest completion, its end included."""
     return max(len(ids) for ids in (tokenizer.encode(row["completion"]) for row in rows)) + 1

@@ -17,7 +17,7 @@ from ..data.loader import Loader
 from ..model.sharding import batch_sharding, make_mesh, put_batch
 from .checkpoint import Checkpoints
 from .config import Run, to_json
-from .evaluate import held_out_losses, longest_answer, mean_loss, outputs
+from .evaluate import held_out_losses, longest_answer, mean_loss, outputs, scored
 from .inputs import save_held_out
 from .optim import schedule
 from .phase import Phase, prepare
@@ -145,8 +145,8 @@ def evaluate(phase: Phase, score: bool = True) -> dict[str, Any]:
         held = held_out_losses(*args, phase.held_out, run.data.batch, run.eval_tokens, put_batch(phase.mesh))
         found = {"held_out_loss": mean_loss(held), "held_out": held}
     if score and phase.task:
-        rows = phase.task.test[: run.eval_rows or None]
-        answers = outputs(*args, phase.tokenizer, rows, longest_answer(phase.task.test, phase.tokenizer))
+        rows = scored(phase.task, run.eval_rows)
+        answers = outputs(*args, phase.tokenizer, rows, longest_answer(rows, phase.tokenizer))
         pairs = list(zip(rows, answers, strict=True))[:8]
         samples = [{"prompt": r["prompt"], "wanted": r["completion"], "got": a} for r, a in pairs]
         found |= {"scores": phase.task.score(rows, answers), "samples": samples}

@@ -1,0 +1,248 @@
+"""Whole runs on a tiny base: resume, checkpoints, the command line and its errors."""
+
+import contextlib
+import dataclasses
+import json
+import pydoc_data.topics
+
+import jax
+import pytest
+from graftax import InputError
+from graftax.model.tree import named
+from graftax.peft import LoRA, Prompt, Subset
+from graftax.train import loop
+from graftax.train.checkpoint import Checkpoints, fingerprint
+from graftax.train.cli import main
+from graftax.train.config import Data, Optim, Run, from_json, to_json
+from graftax.train.loop import train
+from graftax.train.runs import load_run
+from tiny import CONFIG, close
+
+MODEL = dataclasses.replace(CONFIG, V=400, context=64)
+
+
+def quick(**changes):
+    run = Run(steps=6, mesh=(8, 1, 1), log_every=2, save_every=2, eval_tokens=512, tensorboard=False, optim=Optim(lr=1e-2))
+    return dataclasses.replace(run, **changes)
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    for i, (name, text) in enumerate(sorted(pydoc_data.topics.topics.items())[:24]):
+        (folder / f"{i}-{name}.txt").write_text(text[:4000], "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pretraining(texts):
+    data = Data(domains=(("docs", str(texts), 1.0),), T=32, batch=8, vocab=400, held_out=0.2, cache="")
+    return quick(phase="pretrain", model=MODEL, data=data)
+
+
+@pytest.fixture(scope="session")
+def base(pretraining, tmp_path_factory):
+    return train(dataclasses.replace(pretraining, out=str(tmp_path_factory.mktemp("runs") / "base")))
+
+
+@pytest.fixture(scope="session")
+def examples(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "colours.jsonl"
+    rows = [{"prompt": f"{word} {i}", "completion": word[::-1]} for i in range(30) for word in ("red", "blue")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def tuning(base, examples, method, **changes):
+    data = Data(task=str(examples), T=32, batch=8, held_out=0.2)
+    return quick(phase="finetune", base=str(base), method=method, data=data, score_base=False, eval_rows=4, **changes)
+
+
+@pytest.fixture(scope="session")
+def adapter(base, examples, tmp_path_factory):
+    return train(tuning(base, examples, LoRA(rank=2), out=str(tmp_path_factory.mktemp("runs") / "lora")))
+
+
+def test_a_run_directory_holds_what_is_promised(base):
+    names = {"config.json", "metrics.jsonl", "summary.json", "tokenizer.model", "held_out.npz", "loss.png", "checkpoints"}
+    assert names <= {p.name for p in base.iterdir()}
+    run = from_json(base / "config.json")
+    assert json.loads(to_json(run)) == json.loads((base / "config.json").read_text())
+    losses = [json.loads(line) for line in (base / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in losses if "loss" in row] == [2, 4, 6]
+    manifest = Checkpoints(base / "checkpoints").manifest(6)
+    assert set(manifest) >= {"leaves", "tokenizer", "data", "base", "versions", "next_row", "rows_digest"}
+    assert manifest["next_row"] == 48
+
+
+def kill_at(monkeypatch, step):
+    """Let the run die at the beginning of a step, with the save before it complete."""
+    real, save = loop._compile, Checkpoints.save
+    monkeypatch.setattr(Checkpoints, "save", lambda self, *args: (save(self, *args), self.wait()))
+
+    def compiled(phase):
+        go, cost = real(phase)
+
+        def dying(state, frozen, batch):
+            if int(state.step) == step:
+                raise KeyboardInterrupt
+            return go(state, frozen, batch)
+
+        return dying, cost
+
+    monkeypatch.setattr(loop, "_compile", compiled)
+
+
+@pytest.mark.parametrize("method", [None, Subset("all"), LoRA(rank=2), Prompt(tokens=3)], ids=["pretrain", "full", "lora", "prompt"])
+def test_9_killed_and_resumed_equals_unbroken(method, pretraining, base, examples, tmp_path, monkeypatch, adapter):
+    if method is None:
+        run, whole = pretraining, base
+    else:
+        run = tuning(base, examples, method)
+        whole = adapter if isinstance(method, LoRA) else train(dataclasses.replace(run, out=str(tmp_path / "whole")))
+    run = dataclasses.replace(run, out=str(tmp_path / "cut"))
+    with monkeypatch.context() as patch:
+        kill_at(patch, 5)
+        with contextlib.suppress(KeyboardInterrupt):
+            train(run)
+    assert Checkpoints(tmp_path / "cut/checkpoints").steps()[-1] == 4
+    train(dataclasses.replace(run, resume=True))
+    a, b = (Checkpoints(folder / "checkpoints").manifest(6) for folder in (whole, tmp_path / "cut"))
+    assert a["leaves"] == b["leaves"]
+    assert (a["rows_digest"], a["next_row"]) == (b["rows_digest"], b["next_row"])
+
+
+def test_resume_refuses_other_data(pretraining, base):
+    other = dataclasses.replace(pretraining, out=str(base), resume=True, seed=5)
+    with pytest.raises(InputError, match="--resume: the data changed since step 6"):
+        train(other)
+
+
+def test_checkpoints_keep_the_newest_and_the_best(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for step, score in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 5.0)):
+        checkpoints.save(step, {"trainable": {"w": jax.numpy.ones(2) * step}}, {}, score)
+    checkpoints.close()
+    assert checkpoints.steps() == [2, 4]
+    assert checkpoints.best() == 2
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    tree = {"layers/mlp/up": jax.numpy.arange(64.0)}
+    checkpoints.save(1, {"trainable": tree}, {})
+    checkpoints.wait()
+    path = tmp_path / "1/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["leaves"]["trainable"]["layers/mlp/up"]["sha256"] = "0" * 64
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"layers/mlp/up is not what was saved"):
+        checkpoints.restore(1, "trainable", tree)
+    with pytest.raises(InputError, match=r"has an unexpected layers/mlp/up"):
+        checkpoints.restore(1, "trainable", {})
+    with pytest.raises(InputError, match=r"float32\[64\], wanted float32\[32\]"):
+        checkpoints.restore(1, "trainable", {"layers/mlp/up": jax.numpy.arange(32.0)})
+    checkpoints.close()
+
+
+def test_a_fine_tune_stores_its_trainable_tree_alone(adapter, base):
+    leaves = Checkpoints(adapter / "checkpoints").manifest(6)["leaves"]["trainable"]
+    assert all(path.endswith(("/a", "/b")) for path in leaves)
+    got = load_run(adapter)
+    assert fingerprint(got.params) == fingerprint(load_run(base).params) == got.manifest["base"]
+
+
+def test_merge_gives_a_base_that_computes_the_same(adapter, tmp_path):
+    main(["merge", str(adapter), "--out", str(tmp_path / "merged")])
+    merged, tuned = load_run(tmp_path / "merged"), load_run(adapter)
+    close(named(merged.params), named(tuned.merged))
+    assert fingerprint(merged.params) == fingerprint(tuned.merged)
+
+
+def test_an_adapter_is_refused_on_another_base(pretraining, adapter, tmp_path, capsys):
+    other = train(dataclasses.replace(pretraining, out=str(tmp_path / "other"), seed=1, steps=2))
+    assert "was tuned on another base" in failing(["eval", str(adapter), "--base", str(other)], capsys)
+
+
+def test_commands(adapter, base, capsys):
+    main(["eval", str(adapter), "--rows", "4", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {"held_out", "scores"}
+    main(["generate", str(base), "--prompt", "The", "--new", "4", "--json"])
+    assert json.loads(capsys.readouterr().out)["tokens"] <= 4
+    main(["methods", "--preset", "tiny", "--json"])
+    assert {"lora", "prompt", "prefix", "houlsby", "subset"} <= set(json.loads(capsys.readouterr().out))
+    main(["masks", str(base), "--where", "layers/[1:]/mlp/.*", "--json"])
+    assert json.loads(capsys.readouterr().out)["trainable"] == 3 * 32 * 48
+
+
+def test_swapping_a_mask_is_one_flag(base, examples, tmp_path, capsys):
+    flags = ["--mesh", "8", "1", "1", "--data.T", "32", "--steps", "2", "--no-score-base", "--eval-rows", "2"]
+    main(["finetune", "sft", "--base", str(base), "--data", str(examples), "--out", str(tmp_path / "a"),
+          "--method.where", "layers/[1:]/mlp/.*", *flags, "--json"])  # fmt: skip
+    said = capsys.readouterr()
+    assert json.loads(said.out)["trainable"] == 3 * 32 * 48
+    assert "layers/[1:]/mlp/.*" in said.err, "the table names the rule"
+
+
+def failing(args, capsys):
+    """The one line of a command that must exit 2."""
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    said = capsys.readouterr()
+    assert stop.value.code == 2
+    assert said.out == ""
+    lines = [line for line in said.err.splitlines() if line.startswith("graftax: ")]
+    assert len(lines) == 1
+    assert said.err.splitlines()[-1] == lines[0]
+    assert "Traceback" not in said.err
+    return lines[0]
+
+
+def test_bad_input_is_one_line_and_writes_nothing(base, examples, texts, tmp_path, capsys):
+    out = tmp_path / "out"
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n')
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é", "completion": "b"}\n'.encode("latin-1"))
+    (tmp_path / "empty.jsonl").write_text("")
+    long = [json.dumps({"prompt": f"{i} " * 300, "completion": "b"}) + "\n" for i in range(40)]
+    (tmp_path / "long.jsonl").write_text("".join(long))
+    (tmp_path / "folder").mkdir()
+    tune = ["finetune", "sft", "--mesh", "8", "1", "1", "--base", str(base), "--out", str(out), "--data.T", "32"]
+    data = ["--data", str(examples)]
+    cases = [
+        (["finetune", "stf"], "no finetune recipe 'stf'; did you mean sft?"),
+        (["finetune", "sft", "--optm.lr", "1"], "unknown flag --optm.lr; did you mean --optim.lr?"),
+        (["finetune", "sft", "--optim.lr", "fast"], "--optim.lr"),
+        (["finetune", "sft", "--method", "lorra"], "unknown method 'lorra'; did you mean lora?"),
+        (["finetun"], "no command 'finetun'; did you mean finetune?"),
+        ([*tune, "--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        ([*tune, "--data", str(tmp_path / "empty.jsonl")], "empty.jsonl"),
+        ([*tune, "--data", str(tmp_path / "bad.jsonl")], "bad.jsonl:2"),
+        ([*tune, "--data", str(tmp_path / "latin.jsonl")], "latin.jsonl"),
+        ([*tune, "--data", str(tmp_path / "long.jsonl")], "long.jsonl:"),
+        ([*tune, *data, "--data.T", "65"], "--data.T 65 is longer than the model's context of 64"),
+        ([*tune, *data, "--method.where", "layers/mpl/.*"], "matches no parameter; did you mean layers/mlp/"),
+        ([*tune, *data, "--mesh", "3", "1", "1"], "mesh 3x1x1 (data x fsdp x tensor) does not match the 8 device(s)"),
+        ([*tune, *data, "--base", str(tmp_path / "folder")], "is not a run directory: it has no config.json"),
+        ([*tune, *data, "--base", str(tmp_path / "nothing")], "does not exist"),
+        ([*tune, *data, "--data.batch", "12"], "--data.batch 12 does not divide into 8"),
+        ([*tune, *data, "--out", str(base)], "is not an empty folder"),
+        ([*tune, *data, "--optim.lr", "nan"], "--optim.lr nan"),
+        (["eval", str(tmp_path / "folder")], "is not a run directory"),
+        (["generate", str(base), "--top-p", "2"], "top_p"),
+        (["pretrain", "five_domains", "--data.root", str(tmp_path)], "no such folder"),
+    ]
+    for args, expected in cases:
+        line = failing(args, capsys)
+        assert expected in line, f"{args}: {line}"
+        assert not out.exists(), f"{args} wrote {out}"
+
+
+def test_help_has_an_example_for_every_command(capsys):
+    from graftax.train.cli import COMMANDS
+
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        assert f"graftax {command}" in capsys.readouterr().out
