@@ -4,4 +4,4 @@ __version__ = "0.1.0"
 
 
 class InputError(ValueError):
-    """A mistake in what the user gave: what, where, what was wanted, what to do. The command line prints it as one line and exits 2."""
+    """A mistake in what the user gave: what, where, what was wanted, what to do. One line, and exit code 2."""

@@ -23,6 +23,7 @@ from .sources import Document, is_held_out
 _SKIP = {"test", "tests", "idlelib", "turtledemo", "encodings", "pydoc_data", "ensurepip", "site-packages"}
 _SKIP |= {"dist-packages", "__pycache__", "__phello__"}
 _TEST, _VALID = 0.12, 0.04  # of the functions
+_Def = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class Function(NamedTuple):
@@ -116,7 +117,7 @@ def _module(path: Path, name: str) -> _Module | None:
     return _Module(name, text, _docstrings(tree), found)
 
 
-def _walk(node: ast.AST, prefix: str) -> Iterator[tuple[ast.AST, str]]:
+def _walk(node: ast.AST, prefix: str) -> Iterator[tuple[_Def, str]]:
     """(function, qualified name), not looking inside functions."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -125,13 +126,14 @@ def _walk(node: ast.AST, prefix: str) -> Iterator[tuple[ast.AST, str]]:
             yield from _walk(child, f"{prefix}{child.name}." if isinstance(child, ast.ClassDef) else prefix)
 
 
-def _function(node: ast.AST, qualname: str, module: str, package: str, lines: list[str]) -> Function:
+def _function(node: _Def, qualname: str, module: str, package: str, lines: list[str]) -> Function:
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-    raw = lines[first - 1 : node.end_lineno]
+    last = node.end_lineno or first  # None only in a tree that was not parsed
+    raw = lines[first - 1 : last]
     margin = len(raw[0]) - len(raw[0].lstrip())
     source = "".join(line[margin:] if not line[:margin].strip() else line for line in raw)
     docstring = ast.get_docstring(node) or ""
-    return Function(f"{module}:{first}:{qualname}", package, source, first, node.end_lineno, docstring, part(source))
+    return Function(f"{module}:{first}:{qualname}", package, source, first, last, docstring, part(source))
 
 
 def _docstrings(tree: ast.Module) -> list[tuple[int, str]]:

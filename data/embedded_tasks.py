@@ -66,13 +66,17 @@ def _without_docstring(function: Function) -> str | None:
     if not function.docstring:
         return function.source
     node = _parse(function.source)
-    if node is None or len(node.body) < 2 or node.body[0].lineno == node.lineno:
+    if (
+        not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        or len(node.body) < 2
+        or node.body[0].lineno == node.lineno
+    ):
         return None  # nothing but a docstring
     lines = clean.lines(function.source)
     return "".join(lines[: node.body[0].lineno - 1] + lines[node.body[0].end_lineno :])
 
 
-def _parse(source: str) -> ast.AST | None:
+def _parse(source: str) -> ast.stmt | None:
     try:
         return ast.parse(source).body[0]
     except SyntaxError:  # a continuation line further left than the function itself

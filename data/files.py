@@ -116,7 +116,7 @@ def csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
         for row in table:
             where, empty = f"{path}:{table.line_num}", False
             if None in row or None in row.values():
-                wanted, got = len(table.fieldnames), sum(v is not None for k, v in row.items() if k is not None)
+                wanted, got = len(table.fieldnames or ()), sum(v is not None for k, v in row.items() if k is not None)
                 got += len(row.get(None, []))
                 raise InputError(f"{where}: {got} cells; {wanted} are wanted, as in the header (quote commas)")
             yield where, row
@@ -139,7 +139,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
     if not len(table):
         raise InputError(f"{path}: no rows; at least one is wanted")
     for n, row in enumerate(table, 1):
-        yield f"{path}:{n}", row
+        yield f"{path}:{n}", dict(row)
 
 
 READERS = {".jsonl": jsonl_rows, ".json": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}

@@ -6,12 +6,13 @@ target is not to be learned (padding, the end of a document); `segments` int32, 
 """
 
 import hashlib
+import operator
 import os
 import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from .. import InputError
 from .sources import Document
 from .tokenizer import Tokenizer
 
-Row = dict[str, np.ndarray]
+Row = dict[str, Any]  # of arrays and the scalar `row`
 _FIELDS = {"ids": np.int32, "targets": np.int32, "weights": np.float32, "segments": np.int32, "positions": np.int32}
 _CHUNK = 4 << 20  # characters tokenised at a time: bounds the Python lists in flight
 
@@ -34,7 +35,8 @@ class Tokens(NamedTuple):
 
 def empty_row(T: int, row: int = -1) -> Row:
     """A row of padding."""
-    return {name: np.zeros(T, dtype) for name, dtype in _FIELDS.items()} | {"row": np.int64(row)}
+    fields: Row = {name: np.zeros(T, dtype) for name, dtype in _FIELDS.items()}
+    return fields | {"row": np.int64(row)}
 
 
 class Windows:
@@ -54,7 +56,8 @@ class Windows:
     def __repr__(self) -> str:
         return f"Windows({len(self)} rows of {self.T})"
 
-    def __getitem__(self, i: int) -> Row:
+    def __getitem__(self, record_key: SupportsIndex) -> Row:
+        i = operator.index(record_key)
         if not 0 <= i < len(self):
             raise IndexError(f"row {i} of {len(self)}")
         row, flat = empty_row(self.T, self.first_row + i), self.tokens.flat
@@ -117,8 +120,8 @@ def _tokenize(docs: Sequence[Document], tokenizer: Tokenizer) -> Tokens:
 
 
 def _digest(flat: np.ndarray, offsets: np.ndarray) -> str:
-    sha = hashlib.sha256(np.ascontiguousarray(flat))
-    sha.update(np.ascontiguousarray(offsets))
+    sha = hashlib.sha256(np.ascontiguousarray(flat).data)
+    sha.update(np.ascontiguousarray(offsets).data)
     return sha.hexdigest()
 
 
@@ -143,9 +146,8 @@ def _read(folder: Path) -> Tokens:
         flat = np.load(folder / "flat.npy", mmap_mode="r", allow_pickle=False)
         offsets = np.load(folder / "offsets.npy", allow_pickle=False)
         digest = (folder / "digest").read_text()
-        sound = _digest(flat, offsets) == digest
+        if _digest(flat, offsets) == digest:
+            return Tokens(flat, offsets, digest)
     except (OSError, ValueError, EOFError):
-        sound = False
-    if not sound:
-        raise InputError(f"{folder}: the cached tokens are damaged; delete this folder, it is made again")
-    return Tokens(flat, offsets, digest)
+        pass
+    raise InputError(f"{folder}: the cached tokens are damaged; delete this folder, it is made again")

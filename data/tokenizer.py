@@ -208,7 +208,7 @@ def _hugging_face(path: Path, data: bytes) -> Tokenizer:
     ids = {k: model.token_to_id(named[k]) if k in named else None for k in ("bos", "eos", "pad")}
     # No bos (Qwen) or no pad is common: eos then separates documents, and a padded position never counts.
     eos = _wanted(ids["eos"], "eos", path)
-    bos, pad = (eos if ids[k] is None else ids[k] for k in ("bos", "pad"))
+    bos, pad = (eos if (i := ids[k]) is None else i for k in ("bos", "pad"))
     special |= {named[k]: i for k, i in ids.items() if i is not None}
 
     def encode_batch(texts: Sequence[str]) -> list[list[int]]:

@@ -86,7 +86,7 @@ def _run(model: Transformer, params: Any, past: Any, ids_BT: Array, lengths_B: A
 
 def generate(
     model: Transformer, params: Any, prompts: Sequence[Sequence[int]], new: int, *, stop: Sequence[int] = (),
-    how: Sampling = Sampling(), key: Array | None = None, context: Context | None = None, pad_to: int = 32,
+    how: Sampling | None = None, key: Array | None = None, context: Context | None = None, pad_to: int = 32,
 ) -> list[list[int]]:  # fmt: skip
     """Up to `new` token ids behind each prompt, cut before the first stop token. `params` may be bound.
 
@@ -104,7 +104,7 @@ def generate(
         row[: len(prompt)] = prompt
     lengths = np.array([len(p) for p in prompts], np.int32)
     key = jax.random.key(0) if key is None else key
-    out = _run(model, params, context.past, ids, lengths, key, new, tuple(stop), how, context.tokens)
+    out = _run(model, params, context.past, ids, lengths, key, new, tuple(stop), how or Sampling(), context.tokens)
     return [_cut(row, stop) for row in np.asarray(out).tolist()]
 
 

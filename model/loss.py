@@ -12,7 +12,7 @@ from .transformer import Context, Transformer, forward
 def token_losses(
     model: Transformer, params: Any, batch: dict[str, Array], context: Context | None = None, chunk: int = 8192
 ) -> Array:
-    """-log p(target | ids so far) in nats [B, T], fp32, of every position of a batch (ids, targets, positions, segments).
+    """-log p(target | ids so far) [B, T], nats, fp32, at every position of a batch (ids, targets, positions, segments).
 
     chunk: how many tokens' logits exist at once; the others are recomputed in the backward pass. 0 means all.
     """
@@ -22,7 +22,7 @@ def token_losses(
     B, T, D = x_BTD.shape
 
     def losses(x_BCD: Array, targets_BC: Array) -> Array:
-        logits_BCV = model.apply({"params": params}, x_BCD, method="logits").astype(jnp.float32)
+        logits_BCV = jnp.asarray(model.apply({"params": params}, x_BCD, method="logits"), jnp.float32)
         picked = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits_BCV, axis=-1) - picked
 

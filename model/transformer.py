@@ -1,7 +1,8 @@
 """The decoder: embedding, L blocks of attention and MLP, output projection. Every matrix is only ever used as `x @ w`.
 
 Axes, in names (`x_BTD`), config fields and comments alike:
-B batch · T query · S key · D model · N heads · K kv heads · G = N/K · H head · F ffn · V vocab · L layers · R rank · P virtual tokens
+B batch · T query · S key · D model · N heads · K kv heads · G = N/K · H head · F ffn · V vocab · L layers · R rank ·
+P virtual tokens
 """
 
 import dataclasses
@@ -160,7 +161,7 @@ class Transformer(nn.Module):
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if c.remat == "dots" else None
             block = nn.remat(Block, policy=policy, prevent_cse=not c.scan)
         if c.scan:
-            axes = {"params": 0, "past": 0, "cache": 0}
+            axes: Any = {"params": 0, "past": 0, "cache": 0}
             scan = nn.scan(block, axes, split_rngs={"params": True}, in_axes=nn.broadcast, length=c.L)
             self.layers = scan(c)
         else:
@@ -244,7 +245,8 @@ def forward(
     variables = {"params": params}
     variables |= {} if context.past is None else {"past": context.past}
     if cache is None:
-        return model.apply(variables, ids_BT, positions_BT, segments_BT, method=method)[:, lead:], None
+        out: Any = model.apply(variables, ids_BT, positions_BT, segments_BT, method=method)
+        return out[:, lead:], None
     out, new = model.apply(
         variables | {"cache": cache}, ids_BT, positions_BT, segments_BT, method=method, mutable=["cache"]
     )

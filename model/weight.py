@@ -15,9 +15,9 @@ def static(**kwargs: Any) -> Any:
 
 @dataclass_transform(frozen_default=True, field_specifiers=(static, dataclasses.field))
 class Weight:
-    """Base of all weights: subclass it, annotate the fields, define `__rmatmul__` (a matrix) or `__getitem__` (a table).
+    """Base of all weights: annotate the fields, define `__rmatmul__` (a matrix) or `__getitem__` (a table).
 
-    Every array field of a weight under `layers/` has the layer axis first, so `nn.scan` slices it as it slices a matrix.
+    Every array field of a weight under stacked `layers/` has the layer axis first, as the matrix has.
     `linear` says that `x @ w` is linear in x, so that `fold` may replace the weight by the matrix `I @ w`.
     """
 

@@ -13,9 +13,9 @@ for _info in pkgutil.iter_modules(__path__):
     _module = importlib.import_module(f"{__name__}.{_info.name}")
     for _name, _class in list(vars(_module).items()):
         if isinstance(_class, type) and issubclass(_class, Method) and _class.__module__ == _module.__name__:
-            if _class not in (Method, Chain):
-                methods[_name.lower()] = _class
-                globals()[_name] = _class
+            methods[_name.lower()] = globals()[_name] = _class
+for _name in ("method", "chain"):  # the base, and what only `chain` makes
+    del methods[_name]
 
 __all__ = [
     "Chain", "Method", "Subset", "Weight", "apply", "chain", "count", "fold", "masks", "merge", "methods", "partition",

@@ -52,7 +52,7 @@ def select(where: Where, params: Any) -> dict[str, list[tuple[int, int]]]:
 
 def mask(where: Where, params: Any) -> Any:
     """The pytree of bool of a mask, for Optax; a stacked array picked in part has a bool array [L, 1, ...]."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for path, row in tree.match(rules(where), params, default=False).items():
         leaf = tree.named(params)[path]
         same = len(set(map(bool, row))) == 1

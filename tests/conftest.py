@@ -11,8 +11,8 @@ import jax
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
-import pytest
-from tiny import Base, make_base
+import pytest  # noqa: E402
+from tiny import Base, make_base  # noqa: E402
 
 
 @pytest.fixture(scope="session")

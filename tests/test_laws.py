@@ -115,7 +115,9 @@ def test_5_vmapped_adapters_equal_separate_runs(base, method):
     alone = jax.jit(step)
     for i in range(2):
         stacked, metrics = together(stacked, frozen, make_batch(i))
-        states, losses = zip(*((s, m["loss"]) for s, m in (alone(s, frozen, make_batch(i)) for s in states)), strict=True)
+        states, losses = zip(
+            *((s, m["loss"]) for s, m in (alone(s, frozen, make_batch(i)) for s in states)), strict=True
+        )
         np.testing.assert_allclose(metrics["loss"], losses, rtol=1e-5)
     close(stacked.trainable, jax.tree.map(lambda *x: jnp.stack(x), *(s.trainable for s in states)), 1e-4)
 
@@ -133,7 +135,10 @@ def test_7_packed_documents_equal_separate_ones(base, method):
     assert same(logits(base, method, trainable, changed)[:, half:], packed[:, half:])
     losses = token_losses(base.model, method.bind(base.params, trainable), BATCH, method.context(trainable))
     alone = {k: v[1:, half:] for k, v in BATCH.items() if k not in ("segments", "positions")}
-    close(losses[1:, half:], token_losses(base.model, method.bind(base.params, trainable), alone, method.context(trainable)))
+    close(
+        losses[1:, half:],
+        token_losses(base.model, method.bind(base.params, trainable), alone, method.context(trainable)),
+    )
 
 
 @every_method

@@ -16,7 +16,9 @@ from tiny import CONFIG, close, make_base, make_batch, same
 
 def qkv(B=2, T=192, S=192, N=4, K=2, H=8):
     keys = jax.random.split(jax.random.key(0), 3)
-    return [jax.random.normal(k, shape) for k, shape in zip(keys, [(B, T, N, H), (B, S, K, H), (B, S, K, H)], strict=True)]
+    return [
+        jax.random.normal(k, shape) for k, shape in zip(keys, [(B, T, N, H), (B, S, K, H), (B, S, K, H)], strict=True)
+    ]
 
 
 @pytest.mark.parametrize(("T", "P"), [(192, 0), (192, 5), (7, 0)])
@@ -28,9 +30,12 @@ def test_blocked_attention_is_the_definition(T, P):
     packed = jnp.pad(visible(positions, segments, positions, segments), ((0, 0), (0, 0), (P, 0)), constant_values=True)
     masks = [packed] if P else [packed, None]
     for mask in masks:
-        value = lambda kernel, q, k, v, m=mask: (attend(q, k, v, m, kernel, ahead=P) ** 2).sum()  # noqa: E731
-        a, b = (jax.value_and_grad(lambda *x, n=n: value(n, *x), argnums=(0, 1, 2))(q, k, v) for n in ("reference", "xla"))
-        close(a, b, 2e-4)
+
+        def value(q, k, v, kernel, mask=mask):
+            return (attend(q, k, v, mask, kernel, ahead=P) ** 2).sum()
+
+        gradient = jax.value_and_grad(value, argnums=(0, 1, 2))
+        close(gradient(q, k, v, "xla"), gradient(q, k, v, "reference"), 2e-4)
 
 
 def test_attention_agrees_with_jax_nn():
@@ -45,7 +50,9 @@ def test_visible():
     expected = np.zeros((7, 7), bool)
     expected[:, :2] = True
     expected[0, 1] = False
-    expected[2, 2] = expected[3, 2] = expected[3, 3] = expected[4, 4] = expected[5, 4] = expected[5, 5] = expected[6, 6] = True
+    expected[2, 2] = expected[3, 2] = expected[3, 3] = expected[4, 4] = expected[5, 4] = expected[5, 5] = expected[
+        6, 6
+    ] = True
     assert (mask == expected).all()
     assert VIRTUAL == -1
     assert (causal(2, 4) == jnp.array([[[1, 1, 1, 0], [1, 1, 1, 1]]], bool)).all()
@@ -81,7 +88,9 @@ def test_scan_equals_unrolled_and_seeds_are_by_name():
     assert all(same(leaf, full[path]) for path, leaf in named(without).items()), "a parameter more reseeded the others"
 
 
-@pytest.mark.parametrize("changes", [{"norm": "layer", "gated": False, "activation": "gelu", "bias": True}, {"tied": False}])
+@pytest.mark.parametrize(
+    "changes", [{"norm": "layer", "gated": False, "activation": "gelu", "bias": True}, {"tied": False}]
+)
 def test_variants_train(changes):
     base = make_base(**changes)
     batch = make_batch()
@@ -99,7 +108,9 @@ def test_dtypes():
 
 
 def test_counts_of_presets():
-    sizes = {name: sum(x.size for x in jax.tree.leaves(shapes_of(presets[name]))) for name in ("llama-2-7b", "qwen2.5-0.5b")}
+    sizes = {
+        name: sum(x.size for x in jax.tree.leaves(shapes_of(presets[name]))) for name in ("llama-2-7b", "qwen2.5-0.5b")
+    }
     assert sizes == {"llama-2-7b": 6_738_415_616, "qwen2.5-0.5b": 494_032_768}
 
 

@@ -55,7 +55,9 @@ def test_methods_are_the_same_on_stacked_and_unrolled_layers():
         out = []
         for scan in (True, False):
             base = make_base(scan=scan)
-            out.append(peft.apply(base.model, base.params, method, method.init(jax.random.key(3), base.params), batch["ids"]))
+            out.append(
+                peft.apply(base.model, base.params, method, method.init(jax.random.key(3), base.params), batch["ids"])
+            )
         close(*out)
 
 

@@ -22,7 +22,9 @@ MODEL = dataclasses.replace(CONFIG, V=400, context=64)
 
 
 def quick(**changes):
-    run = Run(steps=6, mesh=(8, 1, 1), log_every=2, save_every=2, eval_tokens=512, tensorboard=False, optim=Optim(lr=1e-2))
+    run = Run(
+        steps=6, mesh=(8, 1, 1), log_every=2, save_every=2, eval_tokens=512, tensorboard=False, optim=Optim(lr=1e-2)
+    )
     return dataclasses.replace(run, **changes)
 
 
@@ -64,7 +66,15 @@ def adapter(base, examples, tmp_path_factory):
 
 
 def test_a_run_directory_holds_what_is_promised(base):
-    names = {"config.json", "metrics.jsonl", "summary.json", "tokenizer.model", "held_out.npz", "loss.png", "checkpoints"}
+    names = {
+        "config.json",
+        "metrics.jsonl",
+        "summary.json",
+        "tokenizer.model",
+        "held_out.npz",
+        "loss.png",
+        "checkpoints",
+    }
     assert names <= {p.name for p in base.iterdir()}
     run = from_json(base / "config.json")
     assert json.loads(to_json(run)) == json.loads((base / "config.json").read_text())
@@ -93,7 +103,9 @@ def kill_at(monkeypatch, step):
     monkeypatch.setattr(loop, "_compile", compiled)
 
 
-@pytest.mark.parametrize("method", [None, Subset("all"), LoRA(rank=2), Prompt(tokens=3)], ids=["pretrain", "full", "lora", "prompt"])
+@pytest.mark.parametrize(
+    "method", [None, Subset("all"), LoRA(rank=2), Prompt(tokens=3)], ids=["pretrain", "full", "lora", "prompt"]
+)
 def test_9_killed_and_resumed_equals_unbroken(method, pretraining, base, examples, tmp_path, monkeypatch, adapter):
     if method is None:
         run, whole = pretraining, base

@@ -26,7 +26,11 @@ def test_canonical_names():
 
 def test_rules_pick_layers_alike_stacked_and_unrolled():
     stacked, unrolled = make_base(L=4), make_base(L=4, scan=False)
-    for where, layers in (("layers/[1:3]/mlp/.*", [1, 2]), ("layers/[-1]/mlp/.*", [3]), ("layers/[:]/mlp/.*", [0, 1, 2, 3])):
+    for where, layers in (
+        ("layers/[1:3]/mlp/.*", [1, 2]),
+        ("layers/[-1]/mlp/.*", [3]),
+        ("layers/[:]/mlp/.*", [0, 1, 2, 3]),
+    ):
         ranges = picked(where, stacked)
         assert set(ranges) == {f"layers/mlp/{n}" for n in ("gate", "up", "down")}
         assert all(r == [(layers[0], layers[-1] + 1)] for r in ranges.values())

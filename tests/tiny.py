@@ -52,7 +52,9 @@ def shaken(tree: Any, size: float = 0.05) -> Any:
     """The tree with noise on every leaf, so that nothing is at its special starting point."""
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(jax.random.key(7), len(leaves))
-    return jax.tree.unflatten(structure, [x + size * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)])
+    return jax.tree.unflatten(
+        structure, [x + size * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    )
 
 
 OPTIM = Optim(lr=3e-2, warmup=2, weight_decay=0.1, clip=1.0)

@@ -1,7 +1,7 @@
 """Checkpoints: Orbax arrays, and a manifest with a digest of every leaf, written last. No manifest, no checkpoint.
 
-`checkpoints/<step>/` holds one Orbax folder an item (`trainable/`, `optimizer/`) and `manifest.json`. It is made under a temporary name and renamed when
-complete, so a directory with a plain number is whole.
+`checkpoints/<step>/` holds one Orbax folder an item (`trainable/`, `optimizer/`) and `manifest.json`. It is made under
+a temporary name and renamed when complete, so a folder with a plain number is whole.
 """
 
 import hashlib

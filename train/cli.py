@@ -118,7 +118,7 @@ def _lazy(name: str) -> Callable[[list[str]], Any]:
         from . import commands
 
         spec = getattr(commands, name)
-        return parse(spec, args, f"graftax {name.lower()}", description=spec.__doc__).run()
+        return parse(spec, args, f"graftax {name.lower()}", description=spec.__doc__ or "").run()
 
     return command
 
@@ -126,7 +126,7 @@ def _lazy(name: str) -> Callable[[list[str]], Any]:
 def _demo(args: list[str]) -> Any:
     from .demo import Demo, demo
 
-    return demo(parse(Demo, args, "graftax demo", description=Demo.__doc__))
+    return demo(parse(Demo, args, "graftax demo", description=Demo.__doc__ or ""))
 
 
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], Any]]] = {

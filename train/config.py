@@ -61,7 +61,7 @@ class Run:
     out: str = "runs/run"
     model: Config | None = None  # pretraining: the architecture
     base: str = ""  # fine-tuning: the run directory of the base
-    method: Method = Subset("all")
+    method: Method = dataclasses.field(default_factory=Subset)
     data: Data = Data()
     optim: Optim = Optim()
     steps: int = 0  # fine-tuning: 0 means `epochs` over the examples

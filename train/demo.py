@@ -27,8 +27,9 @@ OPENING = "def read(self, size):\n"
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """Pretrain a small base on the standard library of this Python, then tune it by every method on the kind of the next
-    token. Two CPU cores, no download. Example: graftax demo --out runs/demo"""
+    """Pretrain a small base on the standard library of this Python, then tune it by every method on a task about it.
+
+    Two CPU cores, no download. Example: graftax demo --out runs/demo"""
 
     out: str = "runs/demo"
     pretrain_steps: int = 1000
@@ -59,8 +60,20 @@ def demo(config: Demo) -> dict[str, Any]:
     results: dict[str, dict[str, Any]] = {}
     for name, (method, rate) in tunings().items():
         optim = Optim(lr=config.lr * rate, warmup=0.1, weight_decay=0.0)
-        run = Run(recipe=name, phase="finetune", out=str(out / name), base=str(out / "base"), method=method, data=data,
-                  optim=optim, steps=config.steps, seed=config.seed, eval_tokens=16384, score_base=not results)  # fmt: skip
+        run = Run(
+            recipe=name,
+            phase="finetune",
+            out=str(out / name),
+            base=str(out / "base"),
+            method=method,
+            data=data,
+            optim=optim,
+            steps=config.steps,
+            seed=config.seed,
+            eval_tokens=16384,
+            score_base=not results,
+            tensorboard=False,
+        )
         results[name] = json.loads((train(run) / "summary.json").read_text("utf-8"))
     _title("3. Compare")
     rows = table(results, floor)

@@ -17,7 +17,7 @@ from ..peft import Method
 
 
 @cache
-def loss_fn(model: Transformer, method: Method, chunk: int = 8192) -> Callable[[Any, Any, Any], Any]:
+def loss_fn(model: Any, method: Any, chunk: int = 8192) -> Callable[[Any, Any, Any], Any]:
     """A jitted (trainable, frozen, batch) -> target losses summed over each row [B], in nats."""
 
     @jax.jit
@@ -70,9 +70,9 @@ def mean_loss(losses: Mapping[str, Mapping[str, float]]) -> float:
 
 def outputs(
     model: Transformer, method: Method, trainable: Any, frozen: Any, tokenizer: Any, rows: Sequence[dict[str, Any]],
-    new: int, batch: int = 32, how: Sampling = Sampling(), progress: Callable[[int], None] = lambda n: None,
+    new: int, batch: int = 32, how: Sampling | None = None, progress: Callable[[int], None] = lambda n: None,
 ) -> list[str]:  # fmt: skip
-    """What the model answers to each row's prompt, up to `new` tokens; all are padded to one length: one compilation."""
+    """What the model answers to each row's prompt, up to `new` tokens. All prompts are padded to one length."""
     prompts = [render_prompt(messages(row, f"row {i + 1}"), tokenizer) for i, row in enumerate(rows)]
     bound, context = jax.jit(method.bind)(frozen, trainable), method.context(trainable)
     answers = [""] * len(rows)
@@ -81,7 +81,7 @@ def outputs(
         taken = list(range(at, min(at + batch, len(rows))))
         filled = taken + taken[:1] * (batch - len(taken))  # one batch size compiles once
         ids = generate(model, bound, [prompts[i] for i in filled], new, stop=(tokenizer.end, tokenizer.eos),
-                       how=how, context=context, key=jax.random.key(at), pad_to=longest)  # fmt: skip
+                       how=how or Sampling(), context=context, key=jax.random.key(at), pad_to=longest)  # fmt: skip
         for i, out in zip(taken, ids, strict=False):
             answers[i] = tokenizer.decode(out).strip()
         progress(len(taken))
@@ -110,7 +110,7 @@ def one_row(ids: Sequence[int], weights: Sequence[float], T: int) -> dict[str, n
 
 
 def scored(task: Any, rows: int = 0) -> list[dict[str, Any]]:
-    """The rows a task is scored on, at most `rows` of them (0: all): its test, or the validation rows of a task of one file."""
+    """The rows a task is scored on, at most `rows` (0: all): its test, or the validation rows of a file of examples."""
     return (task.test or task.valid)[: rows or None]
 
 

@@ -102,7 +102,7 @@ def _compile(phase: Phase) -> tuple[Any, dict[str, Any]]:
     where = jax.tree.map(lambda x: x.sharding, phase.state)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
     compiled = jitted.lower(phase.state, phase.frozen, batch).compile()
-    m = compiled.memory_analysis()
+    m: Any = compiled.memory_analysis()
     peak = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
     seconds = round(time.perf_counter() - began, 2)
     return compiled, {"compile_seconds": seconds, "step_temp_bytes": m.temp_size_in_bytes, "step_peak_bytes": peak}

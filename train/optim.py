@@ -13,22 +13,23 @@ from ..model.tree import is_stacked, match, paths
 from .config import Optim
 
 
-def schedule(optim: Optim, steps: int) -> Callable[[Any], Array]:
+def schedule(optim: Optim, steps: int) -> Callable[[Any], Any]:
     """The learning rate at a step: linear warm-up to `lr`, then constant, linear, cosine or WSD down to `lr * end`.
 
     WSD (warm-up, stable, decay; arXiv:2404.06395) falls linearly over the last `decay` part of the steps.
     """
-    warmup = min(optim.warmup if optim.warmup >= 1 else int(optim.warmup * steps), steps)
+    warmup = min(int(optim.warmup if optim.warmup >= 1 else optim.warmup * steps), steps)
     rest, low = max(steps - warmup, 1), optim.lr * optim.end
+    fall = int(optim.decay * rest)
     shapes = {
         "constant": optax.constant_schedule(optim.lr),
         "linear": optax.linear_schedule(optim.lr, low, rest),
         "cosine": optax.cosine_decay_schedule(optim.lr, rest, optim.end),
-        "wsd": optax.linear_schedule(optim.lr, low, max(int(optim.decay * rest), 1), rest - int(optim.decay * rest)),
+        "wsd": optax.linear_schedule(optim.lr, low, max(fall, 1), rest - fall),
     }
     # The first step already moves: step 0 of a warm-up over n steps has lr / n.
     rise = optax.linear_schedule(optim.lr / max(warmup, 1), optim.lr, max(warmup - 1, 1))
-    return optax.join_schedules([rise, shapes[optim.schedule]], [int(warmup)])
+    return optax.join_schedules([rise, shapes[optim.schedule]], [warmup])
 
 
 def make_optimizer(optim: Optim, trainable: Any, steps: int) -> optax.GradientTransformation:

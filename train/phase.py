@@ -69,8 +69,8 @@ def _tuning(run: Run, mesh: Any, work: Path) -> Phase:
     steps = run.steps or max(round(run.epochs * len(sft.rows) / run.data.batch), 1)
     run = dataclasses.replace(run, steps=steps, base=str(run.base))
     share = sft.tokens / (len(sft.rows) * run.data.T)
-    console.print(f"{task.name}: {sft.examples:,} examples in {len(sft.rows):,} rows of {run.data.T} ({share:.0%} filled), "
-                  f"{sft.target_tokens:,} target tokens; {steps} steps")  # fmt: skip
+    rows = f"{sft.examples:,} examples in {len(sft.rows):,} rows of {run.data.T} ({share:.0%} filled)"
+    console.print(f"{task.name}: {rows}, {sft.target_tokens:,} target tokens; {steps} steps", soft_wrap=True)
     params = base.merged
     phase = _assemble(run, mesh, base.config, params, sft.train, sft.digest, base.tokenizer, base.held_out)
     phase.task, phase.base = task, fingerprint(params)

@@ -27,7 +27,7 @@ def peak_flops() -> float | None:
 
 
 def step_flops(config: Any, total: int, trained: int, tokens: int, T: int) -> float:
-    """Model FLOPs of a step: 2 forward + 2 for the states backward a base parameter, 2 more a trained one, attention 12.
+    """Model FLOPs of a step: a token costs 4 a base parameter (forward, states backward), 2 a trained one, attention.
 
     The table of an untied model is only looked up; recomputation does not count (PaLM's MFU, arXiv:2204.02311).
     """

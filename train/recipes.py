@@ -34,7 +34,7 @@ def embedded() -> Run:
 
 @recipe
 def five_domains() -> Run:
-    """A 5 M-parameter base on web, books, encyclopedia, forum (below --data.root) and code, in about 20 min on 2 cores."""
+    """A 5 M-parameter base on web, books, encyclopedia, forum (below --data.root) and code: 20 minutes on two cores."""
     weights = {"web": 0.16, "books": 0.2, "encyclopedia": 0.24, "forum": 0.2, "code": 0.2}
     return Run(
         phase="pretrain",
@@ -50,7 +50,7 @@ def five_domains() -> Run:
 
 @recipe
 def sft() -> Run:
-    """Tune a base on your own examples: --base RUN --data.task FILE.jsonl; full fine-tuning unless --method says else."""
+    """Tune a base on your own examples: --base RUN --data FILE.jsonl; full fine-tuning unless --method says else."""
     return Run(
         phase="finetune",
         out="runs/sft",
