@@ -66,11 +66,9 @@ def _without_docstring(function: Function) -> str | None:
     if not function.docstring:
         return function.source
     node = _parse(function.source)
-    if (
-        not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-        or len(node.body) < 2
-        or node.body[0].lineno == node.lineno
-    ):
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return None
+    if len(node.body) < 2 or node.body[0].lineno == node.lineno:
         return None  # nothing but a docstring
     lines = clean.lines(function.source)
     return "".join(lines[: node.body[0].lineno - 1] + lines[node.body[0].end_lineno :])

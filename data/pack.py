@@ -6,13 +6,12 @@ target is not to be learned (padding, the end of a document); `segments` int32, 
 """
 
 import hashlib
-import operator
 import os
 import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -56,12 +55,11 @@ class Windows:
     def __repr__(self) -> str:
         return f"Windows({len(self)} rows of {self.T})"
 
-    def __getitem__(self, record_key: SupportsIndex) -> Row:
-        i = operator.index(record_key)
-        if not 0 <= i < len(self):
-            raise IndexError(f"row {i} of {len(self)}")
-        row, flat = empty_row(self.T, self.first_row + i), self.tokens.flat
-        begin, end = i * self.T, min((i + 1) * self.T, self.total)
+    def __getitem__(self, index: int) -> Row:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        row, flat = empty_row(self.T, self.first_row + index), self.tokens.flat
+        begin, end = index * self.T, min((index + 1) * self.T, self.total)
         at, segment = begin, 0
         k = int(np.searchsorted(self.bounds, begin, side="right")) - 1
         while at < end:

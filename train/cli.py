@@ -166,6 +166,15 @@ def keep_memory() -> None:
     os.execve(sys.executable, [sys.executable, "-m", "graftax.train.cli", *sys.argv[1:]], os.environ | wanted)
 
 
+def keep_compilations() -> None:
+    """Reuse compiled programs between commands: `.cache/jax` here, or where JAX_COMPILATION_CACHE_DIR says."""
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(Path(".cache/jax").absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run a command; exit 0 only if it did all that was asked, 2 for a mistake in what was given."""
     args = sys.argv[1:] if argv is None else argv
@@ -178,6 +187,7 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(f"no command {name!r}{close(name, COMMANDS)}; there are {', '.join(COMMANDS)}")
         if argv is None:
             keep_memory()
+            keep_compilations()
         result = COMMANDS[name][1](rest)
     except InputError as error:
         print(f"graftax: {error}", file=sys.stderr)

@@ -31,7 +31,7 @@ class Demo:
 
     Two CPU cores, no download. Example: graftax demo --out runs/demo"""
 
-    out: str = "runs/demo"
+    out: str = ""  # empty: runs/demo, or the first of runs/demo-2, runs/demo-3, ... that is free
     pretrain_steps: int = 1000
     steps: int = 160  # of each tuning
     lr: float = 2e-3  # of full fine-tuning; a method's is `rate` times it
@@ -46,7 +46,9 @@ def tunings() -> dict[str, tuple[Method, float]]:
 
 def demo(config: Demo) -> dict[str, Any]:
     """Run it; returns the table as rows. Everything is under `config.out`."""
-    began, out = time.perf_counter(), Path(config.out)
+    began = time.perf_counter()
+    free = (Path("runs", name) for name in ("demo", *(f"demo-{i}" for i in range(2, 1000))))
+    out = Path(config.out) if config.out else next(path for path in free if not path.exists())
     if out.exists() and any(out.iterdir()):
         raise InputError(f"--out {out} is not empty; take another folder, or delete it")
     _title("1. Pretrain a base on the standard library of this Python")

@@ -36,7 +36,8 @@ def row_losses(
     found, keys = [], ("ids", "targets", "weights", "segments", "positions")
     for b in batches(rows, batch):
         b = {k: b[k] for k in keys}
-        found.append(np.asarray(loss_fn(model, method)(trainable, frozen, put(b) if put else b)))
+        losses = loss_fn(model, method)  # pyrefly: ignore[bad-argument-type]
+        found.append(np.asarray(losses(trainable, frozen, put(b) if put else b)))
     return np.concatenate(found)[: len(rows)]
 
 
