@@ -34,7 +34,7 @@ class Demo:
     out: str = ""  # empty: runs/demo, or the first of runs/demo-2, runs/demo-3, ... that is free
     pretrain_steps: int = 1000
     steps: int = 160  # of each tuning
-    lr: float = 2e-3  # of full fine-tuning; a method's is `rate` times it
+    lr: float = 1e-3  # of full fine-tuning; a method's is `rate` times it
     seed: int = 0
 
 
