@@ -25,7 +25,7 @@ def test_13_one_step_is_what_it_was(base, name):
     got = tuple(float(metrics[k]) for k in ("loss", "grad_norm", "update_rms"))
     message = (
         f"{name}: one step now gives {tuple(round(x, 7) for x in got)}, was {GOLDEN[name]}. Updating these numbers is "
-        "right only if the change was meant to alter initialisation, the model's arithmetic, the loss or the optimizer, "
+        "right only if the change was meant to alter initialisation, the model's arithmetic, the loss or the optimizer "
         "and the commit says so; a refactoring, a speed-up or a new method must not move them."
     )
     assert np.allclose(got, GOLDEN[name], rtol=2e-4), message

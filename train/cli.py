@@ -170,7 +170,7 @@ def keep_compilations() -> None:
     """Reuse compiled programs between commands: `.cache/jax` here, or where JAX_COMPILATION_CACHE_DIR says."""
     import jax
 
-    if not jax.config.jax_compilation_cache_dir:
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(Path(".cache/jax").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

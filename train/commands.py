@@ -18,7 +18,7 @@ from ..peft import Subset, masks
 from . import report
 from .checkpoint import Checkpoints, fingerprint
 from .config import Optim, close, to_json
-from .evaluate import held_out_losses, longest_answer, outputs, scored
+from .evaluate import choose, held_out_losses, longest_answer, outputs, scored
 from .inputs import save_held_out, task_of
 from .optim import make_optimizer
 from .progress import console
@@ -37,6 +37,7 @@ class Eval:
     root: str = ""  # the folder the task is read from
     tokens: int = 0  # held-out tokens of each domain; 0: all
     rows: int = 0  # test rows; 0: all
+    choices: bool = False  # answer with the likeliest of the task's choices, not by generation
 
     def run(self) -> dict[str, Any]:
         got = load_run(self.folder, base=self.base)
@@ -52,7 +53,12 @@ class Eval:
         if data.task:
             task = task_of(data, got.run.seed)
             rows = scored(task, self.rows)
-            answers = outputs(*args, got.tokenizer, rows, longest_answer(rows, got.tokenizer))
+            if self.choices:
+                if task.choices is None:
+                    raise InputError(f"--choices: {task.name} has no list of choices; drop the flag, to generate answers")
+                answers = choose(*args, got.tokenizer, rows, task.choices)
+            else:
+                answers = outputs(*args, got.tokenizer, rows, longest_answer(rows, got.tokenizer))
             found["scores"] = task.score(rows, answers)
             console.print(
                 f"{task.name}, {len(rows)} rows: " + " · ".join(f"{k} {v:.4f}" for k, v in found["scores"].items())

@@ -79,6 +79,7 @@ class Run:
     keep: int = 2  # newest checkpoints kept, and the best
     resume: bool = False  # go on from the newest checkpoint in `out`
     tensorboard: bool = True
+    wandb: str = ""  # a Weights & Biases project to log to (pip install graftax[wandb])
 
     def __post_init__(self) -> None:
         for field in ("accumulate", "log_every", "keep"):

@@ -67,7 +67,8 @@ def _go(phase: Phase, folder: Path) -> dict[str, Any]:
     tokens = run.data.batch * run.data.T
     flops = step_flops(phase.model.config, phase.totals["base"], phase.totals["trainable"], tokens, run.data.T)
     put, rate, pending = put_batch(phase.mesh), schedule(run.optim, run.steps), []
-    with contextlib.closing(Log(folder, run.recipe or run.phase, run.steps, first, flops, run.tensorboard)) as log:
+    log = Log(folder, run.recipe or run.phase, run.steps, first, flops, run.tensorboard, run.wandb)
+    with contextlib.closing(log):
         log.note(0, before)
         for i in range(first + 1, run.steps + 1):
             batch = next(loader)

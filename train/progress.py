@@ -1,6 +1,7 @@
 """Progress for people (stderr), metrics for programs (metrics.jsonl, TensorBoard), and the loss curve as a picture."""
 
 import contextlib
+import importlib
 import json
 import sys
 import time
@@ -11,6 +12,8 @@ from typing import Any
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+
+from .. import InputError
 
 console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
 
@@ -41,10 +44,23 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
 
+def start_wandb(project: str, folder: Path) -> Any:
+    """A Weights & Biases run of the run directory."""
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError:
+        raise InputError(
+            "--wandb: the package is not installed; pip install 'graftax[wandb]'"
+        ) from None
+    return wandb.init(project=project, name=folder.name, config=json.loads((folder / "config.json").read_text("utf-8")))
+
+
 class Log:
     """One run's progress bar (lines where there is no terminal) and its metric files."""
 
-    def __init__(self, folder: Path, title: str, steps: int, start: int, flops: float, tensorboard: bool):
+    def __init__(
+        self, folder: Path, title: str, steps: int, start: int, flops: float, tensorboard: bool, wandb: str = ""
+    ):
         self.steps, self.start, self.flops, self.title = steps, start, flops, title
         self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         self.board = None
@@ -52,6 +68,7 @@ class Log:
             from tensorboardX import SummaryWriter
 
             self.board = SummaryWriter(str(folder / "tensorboard"))
+        self.wandb = start_wandb(wandb, folder) if wandb else None
         text = TextColumn("{task.description} {task.completed:.0f}/{task.total:.0f} {task.fields[text]}")
         self.bar = Progress(text, BarColumn(None), console=console, transient=True, disable=not console.is_terminal)
         self.task = self.bar.add_task(title, total=steps, completed=start, text="")
@@ -88,6 +105,9 @@ class Log:
                 if isinstance(value, (int, float)) and name != "step":
                     self.board.add_scalar(name, value, row["step"])
 
+        if self.wandb:
+            self.wandb.log({k: v for k, v in row.items() if k != "samples"}, step=row["step"])
+
     def note(self, step: int, found: dict[str, Any]) -> None:
         """Say and write an evaluation."""
         if held := found.get("held_out"):
@@ -113,6 +133,8 @@ class Log:
         self.file.close()
         if self.board:
             self.board.close()
+        if self.wandb:
+            self.wandb.finish()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

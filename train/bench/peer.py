@@ -1,0 +1,53 @@
+"""A contender: a process that builds a train step, then makes one whenever it is told to. Standard library only."""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+
+def peak_rss() -> float:
+    """The most memory this process has held, MB (10^6 bytes)."""
+    try:
+        with open("/proc/self/status") as lines:  # unlike ru_maxrss it does not begin with what the parent held
+            return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def threads() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def protocol() -> Iterator[TextIO]:
+    """The real stdout, for the parent alone: what libraries print goes to stderr meanwhile."""
+    with os.fdopen(os.dup(1), "w") as out:
+        os.dup2(2, 1)
+        yield out
+
+
+def serve(build: Callable[[dict[str, Any]], tuple[Callable[[], float], dict[str, Any], Callable[[], Any]]]) -> None:
+    """Build from the spec in argv[1]; then each line of stdin is one step, and the end of stdin is the end.
+
+    build(spec) -> (step() -> loss in nats, facts to report, peak device memory in MB or None). A step must be finished
+    when it returns. Writes one JSON line each: the facts; {"s": seconds, "loss": nats} a step; {"rss", "device"} in MB.
+    """
+    with protocol() as out:
+
+        def say(**fact: Any) -> None:
+            print(json.dumps(fact), file=out, flush=True)
+
+        step, facts, device = build(json.loads(sys.argv[1]))
+        say(**facts)
+        for _ in sys.stdin:
+            start = time.perf_counter()
+            loss = step()
+            say(s=time.perf_counter() - start, loss=loss)
+        say(rss=peak_rss(), device=device())

@@ -1,0 +1,134 @@
+"""The race: one live process a contender; they take turns, step by step, so that all meet the same noise."""
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ... import InputError
+from .cases import Case
+
+WARM_UP = 2  # rounds that are not counted
+# glibc keeps freed memory and uses huge pages (as train/cli.py sets it): XLA's CPU backend and PyTorch allocate anew
+# in each step, and the page faults of that cost up to a fifth of it.
+MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 35), "MALLOC_TOP_PAD_": str(1 << 28),
+          "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What one contender did in a case: seconds of each counted step, the losses, and memory in MB."""
+
+    case: Case
+    method: str
+    who: str  # graftax, HF
+    seconds: tuple[float, ...]
+    losses: tuple[float, ...]
+    facts: dict[str, Any]
+
+    @property
+    def ms(self) -> float:
+        """The median step, milliseconds."""
+        return 1e3 * statistics.median(self.seconds)
+
+
+def ratio(a: Result, b: Result) -> float:
+    """How many times faster a is than b: the median over rounds, so that noise that both met cancels."""
+    return statistics.median(y / x for x, y in zip(a.seconds, b.seconds, strict=True))
+
+
+class Contender:
+    """A process that makes a step when it is told to (see peer.py)."""
+
+    def __init__(self, command: list[str], spec: dict[str, Any], env: dict[str, str], name: str):
+        self.name, self.log = name, tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen([*command, json.dumps(spec)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=self.log, text=True, env=env)  # fmt: skip
+
+    def hear(self) -> dict[str, Any]:
+        """Its next line. Raises InputError with its last words if it died."""
+        line = self.process.stdout.readline()  # type: ignore[union-attr]
+        if not line:
+            self.process.wait()
+            self.log.seek(0)
+            said = [text.strip() for text in self.log.read().splitlines() if text.strip()] or ["no word"]
+            raise InputError(f"bench: {self.name} stopped with exit status {self.process.returncode}: {said[-1]}")
+        return json.loads(line)
+
+    def step(self) -> dict[str, Any]:
+        """One train step."""
+        try:
+            self.process.stdin.write("step\n")  # type: ignore[union-attr]
+            self.process.stdin.flush()  # type: ignore[union-attr]
+        except BrokenPipeError:
+            pass  # hear() says why
+        return self.hear()
+
+    def end(self) -> dict[str, Any]:
+        """Its peak memory; then it is gone."""
+        self.process.stdin.close()  # type: ignore[union-attr]
+        fact = self.hear()
+        self.process.wait()
+        return fact
+
+
+def race(case: Case, steps: int, malloc: str, torch_python: str | None) -> list[Result]:
+    """All contenders of a case over `steps` counted rounds, first to last and then last to first by turns."""
+    runners: list[tuple[str, str, Contender]] = []
+    try:
+        for method in case.methods:
+            for who, command in commands(torch_python).items():
+                spec = case.spec(method, WARM_UP + steps)
+                runner = Contender(command, spec, environment(malloc), f"{who} {case.name} {method}")
+                runners.append((method, who, runner))
+                runner.started = runner.hear()  # one after the other: compiling takes all cores
+        took: dict[int, list[dict[str, Any]]] = {i: [] for i in range(len(runners))}
+        for turn in range(WARM_UP + steps):
+            for i in list(took)[:: 1 if turn % 2 else -1]:
+                took[i].append(runners[i][2].step())
+        return [_result(case, *runner, took[i]) for i, runner in enumerate(runners)]
+    finally:
+        for _, _, runner in runners:
+            runner.process.kill()
+            runner.process.wait()
+
+
+def _result(case: Case, method: str, who: str, runner: Contender, took: list[dict[str, Any]]) -> Result:
+    facts = runner.started | runner.end()
+    seconds = tuple(step["s"] for step in took[WARM_UP:])
+    return Result(case, method, who, seconds, tuple(step["loss"] for step in took), facts)
+
+
+def commands(torch_python: str | None) -> dict[str, list[str]]:
+    """The command of each contender. Raises InputError if that Python lacks what the HF one needs."""
+    found = {"graftax": [sys.executable, "-m", f"{__package__}.jax_peer"]}
+    if torch_python:
+        # `bench` stands at the end of the path as a package of its own: that Python need not know graftax.
+        start = f"import runpy, sys; sys.path.append({str(Path(__file__).parents[1])!r}); "
+        found["HF"] = [torch_python, "-c", start + "runpy.run_module('bench.torch_peer', run_name='__main__')"]
+    return found
+
+
+def check_torch(python: str) -> str:
+    """The path, if that Python has torch, transformers and peft. Raises InputError if not."""
+    look = "import importlib.util as u; print(*[n for n in ('torch', 'transformers', 'peft') if not u.find_spec(n)])"
+    try:
+        answer = subprocess.run([python, "-c", look], capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise InputError(f"--torch-python {python}: not a Python that runs ({error})") from None
+    if answer.stdout.strip():
+        raise InputError(
+            f"--torch-python {python}: has no {answer.stdout.strip()}; pip install torch transformers peft"
+        )
+    return python
+
+
+def environment(malloc: str) -> dict[str, str]:
+    """The environment of every contender: the same allocator, and no grabbing of a whole GPU."""
+    env = {k: v for k, v in os.environ.items() if k not in MALLOC}
+    return env | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | (MALLOC if malloc == "keep" else {})
