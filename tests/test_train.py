@@ -3,17 +3,21 @@
 import contextlib
 import dataclasses
 import json
+import math
 import pydoc_data.topics
 
 import jax
+import numpy as np
 import pytest
 from graftax import InputError
+from graftax.data.sft import encode_example, messages
 from graftax.model.tree import named
 from graftax.peft import LoRA, Prompt, Subset
 from graftax.train import loop
 from graftax.train.checkpoint import Checkpoints, fingerprint
 from graftax.train.cli import main
 from graftax.train.config import Data, Optim, Run, from_json, to_json
+from graftax.train.evaluate import choose, held_out_losses, row_losses
 from graftax.train.loop import train
 from graftax.train.runs import load_run
 from tiny import CONFIG, close
@@ -195,6 +199,30 @@ def test_swapping_a_mask_is_one_flag(base, examples, tmp_path, capsys):
     said = capsys.readouterr()
     assert json.loads(said.out)["trainable"] == 3 * 32 * 48
     assert "layers/[1:]/mlp/.*" in said.err, "the table names the rule"
+
+
+def test_bits_per_byte_are_nats_over_ln2_and_bytes(base):
+    got = load_run(base)
+    args = (got.model, got.method, got.trainable, {})
+    domain = got.held_out["docs"]
+    nats = float(row_losses(*args, domain.rows, 8).sum())
+    found = held_out_losses(*args, got.held_out, 8)["docs"]
+    assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / domain.n_bytes)
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+
+
+def test_choosing_takes_the_likeliest_answer(base):
+    got = load_run(base)
+    rows, choices = [{"prompt": "The", "completion": "a"}, {"prompt": "x = ", "completion": "b"}], ["a", "bc", "The"]
+    chosen = choose(got.model, got.method, got.trainable, {}, got.tokenizer, rows, choices, batch=6)
+    for row, choice in zip(rows, chosen, strict=True):
+        totals = {}
+        for c in choices:
+            ids, weights = encode_example(messages(row | {"completion": c}, "here"), got.tokenizer)
+            logits = got.model.apply({"params": got.params}, jax.numpy.array([ids[:-1]]))[0]
+            picked = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(ids) - 1), ids[1:]]
+            totals[c] = float((picked * np.array(weights[1:])).sum())
+        assert choice == max(totals, key=totals.get)
 
 
 def failing(args, capsys):

@@ -55,7 +55,7 @@ class Eval:
             rows = scored(task, self.rows)
             if self.choices:
                 if task.choices is None:
-                    raise InputError(f"--choices: {task.name} has no list of choices; drop the flag, to generate answers")
+                    raise InputError(f"--choices: {task.name} has no list of choices; drop the flag")
                 answers = choose(*args, got.tokenizer, rows, task.choices)
             else:
                 answers = outputs(*args, got.tokenizer, rows, longest_answer(rows, got.tokenizer))

@@ -1,4 +1,4 @@
-"""`python -m graftax.train.bench`: speed and memory of train steps, against HF Transformers + PEFT where it is at hand."""
+"""`python -m graftax.train.bench`: speed and memory of train steps, beside those of HF Transformers + PEFT."""
 
 import argparse
 import os
@@ -29,7 +29,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
 
 
 def bench(argv: list[str] | None = None) -> str:
-    """Run the cases and return the tables. Raises InputError for a case that does not exist or a Python that lacks torch."""
+    """Run the cases and return the tables. Raises InputError for an unknown case or a Python that lacks torch."""
     args = options(argv)
     known = {case.name: case for case in CASES if case.device == args.device}
     names = [name.strip() for name in args.cases.split(",") if name.strip()] or list(known)

@@ -36,9 +36,11 @@ class Case:
             scan=self.lean or self.config.scan,
             remat="full" if self.lean else "none",
         )
-        chunk = self.tokens // 8 if self.lean else 8192
-        return {"config": dataclasses.asdict(config), "method": method, "batch": self.batch, "T": self.T, "chunk": chunk,
-                "rank": RANK, "alpha": ALPHA, "lean": self.lean, "device": self.device, "steps": steps}  # fmt: skip
+        chunk = self.tokens // 8 if self.lean else 8192  # tokens
+        return {
+            "config": dataclasses.asdict(config), "method": method, "rank": RANK, "alpha": ALPHA, "lean": self.lean,
+            "batch": self.batch, "T": self.T, "chunk": chunk, "device": self.device, "steps": steps,
+        }  # fmt: skip
 
 
 CASES = [

@@ -12,7 +12,8 @@ import optax
 
 from ... import __version__
 from ...model import Config, Transformer, init
-from ...peft import LoRA, Subset, partition
+from ...peft import Subset, partition
+from ...peft.lora import LoRA
 from ..config import Optim
 from ..optim import make_optimizer
 from ..step import init_state, make_train_step
@@ -22,7 +23,7 @@ from .peer import peak_rss, serve
 def build(spec: dict[str, Any]) -> tuple[Callable[[], float], dict[str, Any], Callable[[], Any]]:
     """(step, facts, peak device memory) of a spec of `cases.py`."""
     libraries, config = peak_rss(), Config(**spec["config"])
-    method = Subset("all") if spec["method"] == "full" else LoRA(rank=spec["rank"], alpha=spec["alpha"])
+    method = Subset() if spec["method"] == "full" else LoRA(rank=spec["rank"], alpha=spec["alpha"])
     ids = np.random.default_rng(0).integers(0, config.V, (spec["batch"], spec["T"] + 1))
     batch = {"ids": jnp.asarray(ids[:, :-1], jnp.int32), "targets": jnp.asarray(ids[:, 1:], jnp.int32),
              "weights": jnp.ones((spec["batch"], spec["T"]))}  # fmt: skip
@@ -46,7 +47,7 @@ def build(spec: dict[str, Any]) -> tuple[Callable[[], float], dict[str, Any], Ca
 
 
 def _compiled(run: Any) -> dict[str, float]:
-    """What the compiled step holds, MB: its arguments, its temporaries, and both with outputs that reuse no argument."""
+    """What the compiled step holds, MB: arguments, temporaries, and at its peak both and the outputs."""
     m = run.memory_analysis()
     if m is None:  # not every backend tells
         return {}

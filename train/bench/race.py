@@ -43,12 +43,13 @@ def ratio(a: Result, b: Result) -> float:
 
 
 class Contender:
-    """A process that makes a step when it is told to (see peer.py)."""
+    """A process that makes a step when it is told to (see peer.py); ready once it is made."""
 
     def __init__(self, command: list[str], spec: dict[str, Any], env: dict[str, str], name: str):
-        self.name, self.log = name, tempfile.TemporaryFile("w+")
+        self.name, self.log = name, tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen([*command, json.dumps(spec)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=self.log, text=True, env=env)  # fmt: skip
+        self.started = self.hear()
 
     def hear(self) -> dict[str, Any]:
         """Its next line. Raises InputError with its last words if it died."""
@@ -84,9 +85,9 @@ def race(case: Case, steps: int, malloc: str, torch_python: str | None) -> list[
         for method in case.methods:
             for who, command in commands(torch_python).items():
                 spec = case.spec(method, WARM_UP + steps)
+                # Each is ready before the next starts: compiling takes all cores.
                 runner = Contender(command, spec, environment(malloc), f"{who} {case.name} {method}")
                 runners.append((method, who, runner))
-                runner.started = runner.hear()  # one after the other: compiling takes all cores
         took: dict[int, list[dict[str, Any]]] = {i: [] for i in range(len(runners))}
         for turn in range(WARM_UP + steps):
             for i in list(took)[:: 1 if turn % 2 else -1]:
@@ -108,15 +109,15 @@ def commands(torch_python: str | None) -> dict[str, list[str]]:
     """The command of each contender. Raises InputError if that Python lacks what the HF one needs."""
     found = {"graftax": [sys.executable, "-m", f"{__package__}.jax_peer"]}
     if torch_python:
-        # `bench` stands at the end of the path as a package of its own: that Python need not know graftax.
-        start = f"import runpy, sys; sys.path.append({str(Path(__file__).parents[1])!r}); "
-        found["HF"] = [torch_python, "-c", start + "runpy.run_module('bench.torch_peer', run_name='__main__')"]
+        # This folder as the package `bench`, and no more of the repository: its peft/ is not the peft meant there.
+        start = f"import runpy, sys; sys.path[0] = {str(Path(__file__).parents[1])!r}; import bench; del sys.path[0]"
+        found["HF"] = [torch_python, "-c", f"{start}; runpy.run_module('bench.torch_peer', run_name='__main__')"]
     return found
 
 
 def check_torch(python: str) -> str:
     """The path, if that Python has torch, transformers and peft. Raises InputError if not."""
-    look = "import importlib.util as u; print(*[n for n in ('torch', 'transformers', 'peft') if not u.find_spec(n)])"
+    look = "import sys; del sys.path[0]; import importlib.util as u; print(*[n for n in ('torch', 'transformers', 'peft') if not u.find_spec(n)])"
     try:
         answer = subprocess.run([python, "-c", look], capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError) as error:

@@ -12,8 +12,10 @@ from .peer import threads
 from .race import Result, ratio
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
-_HEAD = ("case", "method", "who", "ms a step", "middle half", "tokens/s", "compile s", "arguments", "temporaries", "peak",
-         "peak RSS", "libraries", "loss")  # fmt: skip
+_HEAD = (
+    "case", "method", "who", "ms a step", "middle half", "tokens/s", "compile s", "arguments", "temporaries", "peak",
+    "peak RSS", "libraries", "loss",
+)  # fmt: skip
 
 
 def table(results: list[Result]) -> str:
