@@ -203,7 +203,7 @@ def test_swapping_a_mask_is_one_flag(base, examples, tmp_path, capsys):
 
 def test_bits_per_byte_are_nats_over_ln2_and_bytes(base):
     got = load_run(base)
-    args = (got.model, got.method, got.trainable, {})
+    args = got.bound
     domain = got.held_out["docs"]
     nats = float(row_losses(*args, domain.rows, 8).sum())
     found = held_out_losses(*args, got.held_out, 8)["docs"]
@@ -214,7 +214,7 @@ def test_bits_per_byte_are_nats_over_ln2_and_bytes(base):
 def test_choosing_takes_the_likeliest_answer(base):
     got = load_run(base)
     rows, choices = [{"prompt": "The", "completion": "a"}, {"prompt": "x = ", "completion": "b"}], ["a", "bc", "The"]
-    chosen = choose(got.model, got.method, got.trainable, {}, got.tokenizer, rows, choices, batch=6)
+    chosen = choose(*got.bound, got.tokenizer, rows, choices, batch=6)
     for row, choice in zip(rows, chosen, strict=True):
         totals = {}
         for c in choices:

@@ -44,7 +44,7 @@ class Eval:
         data = dataclasses.replace(
             got.run.data, task=self.task or got.run.data.task, root=self.root or got.run.data.root
         )
-        args, found = (got.model, got.method, got.trainable, got.method.freeze(got.params)), {}
+        args, found = got.bound, {}
         if got.held_out:
             found["held_out"] = held_out_losses(*args, got.held_out, 8, self.tokens)
             for name, v in found["held_out"].items():
@@ -89,10 +89,10 @@ class Generate:
             if self.chat
             else [got.tokenizer.bos, *got.tokenizer.encode(self.prompt)]
         )
-        bound, context = got.method.bind(got.params, got.trainable), got.method.context(got.trainable)
+        model, bound, context = got.bound
         stop = (got.tokenizer.end, got.tokenizer.eos)
         out = generate(
-            got.model, bound, [ids], self.new, stop=stop, how=how, key=jax.random.key(self.seed), context=context
+            model, bound, [ids], self.new, stop=stop, how=how, key=jax.random.key(self.seed), context=context
         )
         text = got.tokenizer.decode(out[0])
         console.print(

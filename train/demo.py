@@ -185,8 +185,8 @@ def samples(out: Path, results: dict[str, dict[str, Any]]) -> None:
     for name in ("base", "full"):
         run = load_run(out / name)
         ids = [run.tokenizer.bos, *run.tokenizer.encode(OPENING)]
-        bound, context = run.method.bind(run.params, run.trainable), run.method.context(run.trainable)
-        new = generate(run.model, bound, [ids], 48, stop=(run.tokenizer.eos,), key=jax.random.key(0), context=context)
+        model, bound, context = run.bound
+        new = generate(model, bound, [ids], 48, stop=(run.tokenizer.eos,), key=jax.random.key(0), context=context)
         console.print(f"\n{name} goes on:", style="bold")
         console.print(OPENING + run.tokenizer.decode(new[0]), markup=False, soft_wrap=True)
 

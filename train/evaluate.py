@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,37 +12,28 @@ import numpy as np
 from ..data.loader import batches
 from ..data.pack import empty_row
 from ..data.sft import encode_example, messages, render_prompt
-from ..model import Sampling, Transformer, generate, token_losses
-from ..peft import Method
+from ..model import Context, Sampling, Transformer, generate, token_losses
 
 
-@cache
-def loss_fn(model: Any, method: Any, chunk: int = 8192) -> Callable[[Any, Any, Any], Any]:
-    """A jitted (trainable, frozen, batch) -> target losses summed over each row [B], in nats."""
-
-    @jax.jit
-    def row_losses(trainable: Any, frozen: Any, batch: Any) -> Any:
-        context = method.context(trainable)
-        nll_BT = token_losses(model, method.bind(frozen, trainable), batch, context, chunk)
-        return jnp.sum(jnp.where(batch["weights"] > 0, nll_BT * batch["weights"], 0.0), axis=1)
-
-    return row_losses
+@partial(jax.jit, static_argnames=("model", "tokens", "chunk"))
+def _row_losses(model: Transformer, bound: Any, past: Any, batch: Any, tokens: int, chunk: int = 8192) -> Any:
+    nll_BT = token_losses(model, bound, batch, Context(tokens, past), chunk)
+    return jnp.sum(jnp.where(batch["weights"] > 0, nll_BT * batch["weights"], 0.0), axis=1)
 
 
 def row_losses(
-    model: Transformer, method: Method, trainable: Any, frozen: Any, rows: Sequence[Any], batch: int, put: Any = None
+    model: Transformer, bound: Any, context: Context, rows: Sequence[Any], batch: int, put: Any = None
 ) -> np.ndarray:
-    """The loss of each row, summed over its targets, in nats."""
+    """The loss of each row, summed over its targets, in nats. One compilation serves all methods that bind alike."""
     found, keys = [], ("ids", "targets", "weights", "segments", "positions")
     for b in batches(rows, batch):
         b = {k: b[k] for k in keys}
-        losses = loss_fn(model, method)  # pyrefly: ignore[bad-argument-type]
-        found.append(np.asarray(losses(trainable, frozen, put(b) if put else b)))
+        found.append(np.asarray(_row_losses(model, bound, context.past, put(b) if put else b, context.tokens)))
     return np.concatenate(found)[: len(rows)]
 
 
 def held_out_losses(
-    model: Transformer, method: Method, trainable: Any, frozen: Any, held_out: Mapping[str, Any], batch: int,
+    model: Transformer, bound: Any, context: Context, held_out: Mapping[str, Any], batch: int,
     tokens: int = 0, put: Any = None,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """{domain: loss (nats a token), perplexity, bits_per_byte, zlib} on at most `tokens` tokens of each (0: all).
@@ -53,7 +44,7 @@ def held_out_losses(
     for name, domain in held_out.items():
         rows = domain.rows[: max(tokens // len(domain.rows[0]["ids"]), 1)] if tokens else domain.rows
         targets = sum(float(r["weights"].sum()) for r in rows)
-        loss = float(row_losses(model, method, trainable, frozen, rows, batch, put).sum()) / max(targets, 1)
+        loss = float(row_losses(model, bound, context, rows, batch, put).sum()) / max(targets, 1)
         bytes_a_token = domain.n_bytes / sum(float(r["weights"].sum()) for r in domain.rows)
         result[name] = {
             "loss": loss,
@@ -70,12 +61,11 @@ def mean_loss(losses: Mapping[str, Mapping[str, float]]) -> float:
 
 
 def outputs(
-    model: Transformer, method: Method, trainable: Any, frozen: Any, tokenizer: Any, rows: Sequence[dict[str, Any]],
+    model: Transformer, bound: Any, context: Context, tokenizer: Any, rows: Sequence[dict[str, Any]],
     new: int, batch: int = 32, how: Sampling | None = None, progress: Callable[[int], None] = lambda n: None,
 ) -> list[str]:  # fmt: skip
     """What the model answers to each row's prompt, up to `new` tokens. All prompts are padded to one length."""
     prompts = [render_prompt(messages(row, f"row {i + 1}"), tokenizer) for i, row in enumerate(rows)]
-    bound, context = jax.jit(method.bind)(frozen, trainable), method.context(trainable)
     answers = [""] * len(rows)
     longest = -(-max(map(len, prompts)) // 32) * 32
     for at in range(0, len(rows), batch):
@@ -90,7 +80,7 @@ def outputs(
 
 
 def choose(
-    model: Transformer, method: Method, trainable: Any, frozen: Any, tokenizer: Any, rows: Sequence[dict[str, Any]],
+    model: Transformer, bound: Any, context: Context, tokenizer: Any, rows: Sequence[dict[str, Any]],
     choices: Sequence[str], batch: int = 32,
 ) -> list[str]:  # fmt: skip
     """The choice with the highest log-probability as the answer to each row's prompt."""
@@ -98,7 +88,7 @@ def choose(
     examples = [encode_example(messages(row | {"completion": c}, "choice"), tokenizer) for row, c in pairs]
     T = -(-max(len(ids) - 1 for ids, _ in examples) // 32) * 32
     packed = [one_row(ids, weights, T) for ids, weights in examples]
-    losses = row_losses(model, method, trainable, frozen, packed, batch).reshape(len(rows), len(choices))
+    losses = row_losses(model, bound, context, packed, batch).reshape(len(rows), len(choices))
     return [choices[i] for i in losses.argmin(axis=1)]
 
 

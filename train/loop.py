@@ -141,7 +141,8 @@ def _means(pending: list[dict[str, Any]]) -> dict[str, float]:
 def evaluate(phase: Phase, score: bool = True) -> dict[str, Any]:
     """Held-out loss of the base's domains and, with `score`, of the task: scores and some samples."""
     run, found = phase.run, {}
-    args = (phase.model, phase.method, phase.state.trainable, phase.frozen)
+    method, trainable = phase.method, phase.state.trainable
+    args = (phase.model, method.bind(phase.frozen, trainable), method.context(trainable))
     if phase.held_out:
         held = held_out_losses(*args, phase.held_out, run.data.batch, run.eval_tokens, put_batch(phase.mesh))
         found = {"held_out_loss": mean_loss(held), "held_out": held}

@@ -1,6 +1,7 @@
 """What a run holds in memory before its first step: rows, base, method, optimizer state, all checked and laid out."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ def prepare(run: Run, mesh: Any, work: Path) -> Phase:
 def _pretraining(run: Run, mesh: Any, work: Path) -> Phase:
     if run.model is None:
         raise InputError("pretraining needs an architecture: take a recipe that has one, or set --model")
+    if run.steps < 1:
+        raise InputError(f"--steps {run.steps}: pretraining wants 1 or more")
     check_lengths(run.data, run.model.context)
     corpus, tokenizer = corpus_and_tokenizer(run.data, run.seed, work)
     config = dataclasses.replace(run.model, V=tokenizer.vocab_size)
@@ -71,16 +74,16 @@ def _tuning(run: Run, mesh: Any, work: Path) -> Phase:
     share = sft.tokens / (len(sft.rows) * run.data.T)
     rows = f"{sft.examples:,} examples in {len(sft.rows):,} rows of {run.data.T} ({share:.0%} filled)"
     console.print(f"{task.name}: {rows}, {sft.target_tokens:,} target tokens; {steps} steps", soft_wrap=True)
-    params = base.merged
+    params, mark = base.merged, fingerprint(base.merged)
     phase = _assemble(run, mesh, base.config, params, sft.train, sft.digest, base.tokenizer, base.held_out)
-    phase.task, phase.base = task, fingerprint(params)
+    phase.task, phase.base = task, mark
     return phase
 
 
 def _assemble(
     run: Run, mesh: Any, config: Config, params: Any, rows: Any, digest: str, tokenizer: Any, held_out: Any
 ) -> Phase:
-    """Split the base by the method, lay everything out on the mesh, and say what trains."""
+    """Split the base by the method, lay everything out on the mesh, and say what trains. `params` is used up."""
     method, key = run.method, jax.random.key(run.seed + 1)
     shapes = jax.eval_shape(lambda: params)
     split = shardings(mesh, shapes)
@@ -94,7 +97,11 @@ def _assemble(
     name = type(method).__name__.lower()
     title = f"{run.phase} {run.recipe} · {name} · {run.optim.name} lr {run.optim.lr:g} · {run.steps} steps"
     totals = report.show(console, title, method, shapes, trainable, tx)
-    frozen, state = jax.jit(begin, out_shardings=follow(mesh, begin, shapes, split))(params)
+    # Donated: the base is never in memory twice.
+    where = follow(mesh, begin, shapes, split)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+        frozen, state = jax.jit(begin, out_shardings=where, donate_argnums=0)(params)
     return Phase(
         run, mesh, Transformer(config), method, frozen, state, tx, rows, digest, tokenizer, held_out, totals=totals
     )

@@ -49,9 +49,7 @@ def start_wandb(project: str, folder: Path) -> Any:
     try:
         wandb = importlib.import_module("wandb")
     except ImportError:
-        raise InputError(
-            "--wandb: the package is not installed; pip install 'graftax[wandb]'"
-        ) from None
+        raise InputError("--wandb: the package is not installed; pip install 'graftax[wandb]'") from None
     return wandb.init(project=project, name=folder.name, config=json.loads((folder / "config.json").read_text("utf-8")))
 
 

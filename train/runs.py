@@ -10,7 +10,7 @@ import jax
 from .. import InputError
 from ..data.mixture import HeldOut
 from ..data.tokenizer import Tokenizer, load_tokenizer
-from ..model import Config, Transformer, shapes_of
+from ..model import Config, Context, Transformer, shapes_of
 from ..model.sharding import follow, shardings
 from ..model.tree import nested
 from ..peft import Method, Subset, merge
@@ -36,6 +36,11 @@ class Loaded:
     @property
     def model(self) -> Transformer:
         return Transformer(self.config)
+
+    @property
+    def bound(self) -> tuple[Transformer, Any, Context]:
+        """(model, bound parameters, context): what evaluation and generation take."""
+        return self.model, self.method.bind(self.params, self.trainable), self.method.context(self.trainable)
 
     @cached_property
     def merged(self) -> Any:

@@ -41,6 +41,8 @@ def bench(argv: list[str] | None = None) -> str:
     if args.steps < 1:
         raise InputError(f"--steps {args.steps}: wanted 1 or more")
     torch_python = check_torch(args.torch_python) if args.torch_python else None
+    if hasattr(os, "getloadavg") and (load := os.getloadavg()[0]) > 0.5:
+        print(f"bench: the load is {load:.1f}: other work slows steps, HF's (OpenMP) more than XLA's", file=sys.stderr)
     sections = []
     for malloc in ["keep", "plain"] if args.malloc == "both" else [args.malloc]:
         results = []

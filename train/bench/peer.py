@@ -37,7 +37,8 @@ def serve(build: Callable[[dict[str, Any]], tuple[Callable[[], float], dict[str,
     """Build from the spec in argv[1]; then each line of stdin is one step, and the end of stdin is the end.
 
     build(spec) -> (step() -> loss in nats, facts to report, peak device memory in MB or None). A step must be finished
-    when it returns. Writes one JSON line each: the facts; {"s": seconds, "loss": nats} a step; {"rss", "device"} in MB.
+    when it returns. Each line it writes is JSON: the facts; after a step {"s": seconds, "cpu": seconds of all threads,
+    "loss": nats}; at the end {"rss": MB, "device": MB}.
     """
     with protocol() as out:
 
@@ -47,7 +48,7 @@ def serve(build: Callable[[dict[str, Any]], tuple[Callable[[], float], dict[str,
         step, facts, device = build(json.loads(sys.argv[1]))
         say(**facts)
         for _ in sys.stdin:
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             loss = step()
-            say(s=time.perf_counter() - start, loss=loss)
+            say(s=time.perf_counter() - start, cpu=time.process_time() - cpu, loss=loss)
         say(rss=peak_rss(), device=device())

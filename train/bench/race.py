@@ -28,6 +28,7 @@ class Result:
     method: str
     who: str  # graftax, HF
     seconds: tuple[float, ...]
+    cpu: tuple[float, ...]  # of all its threads
     losses: tuple[float, ...]
     facts: dict[str, Any]
 
@@ -101,8 +102,8 @@ def race(case: Case, steps: int, malloc: str, torch_python: str | None) -> list[
 
 def _result(case: Case, method: str, who: str, runner: Contender, took: list[dict[str, Any]]) -> Result:
     facts = runner.started | runner.end()
-    seconds = tuple(step["s"] for step in took[WARM_UP:])
-    return Result(case, method, who, seconds, tuple(step["loss"] for step in took), facts)
+    seconds, cpu = (tuple(step[k] for step in took[WARM_UP:]) for k in ("s", "cpu"))
+    return Result(case, method, who, seconds, cpu, tuple(step["loss"] for step in took), facts)
 
 
 def commands(torch_python: str | None) -> dict[str, list[str]]:
@@ -117,7 +118,8 @@ def commands(torch_python: str | None) -> dict[str, list[str]]:
 
 def check_torch(python: str) -> str:
     """The path, if that Python has torch, transformers and peft. Raises InputError if not."""
-    look = "import sys; del sys.path[0]; import importlib.util as u; print(*[n for n in ('torch', 'transformers', 'peft') if not u.find_spec(n)])"
+    look = "import sys; del sys.path[0]; from importlib.util import find_spec as find; "
+    look += "print(*[name for name in ('torch', 'transformers', 'peft') if not find(name)])"
     try:
         answer = subprocess.run([python, "-c", look], capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError) as error:

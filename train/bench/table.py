@@ -5,6 +5,7 @@ import math
 import os
 import platform
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from .race import Result, ratio
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 _HEAD = (
-    "case", "method", "who", "ms a step", "middle half", "tokens/s", "compile s", "arguments", "temporaries", "peak",
-    "peak RSS", "libraries", "loss",
+    "case", "method", "who", "ms a step", "middle half", "CPU ms", "tokens/s", "compile s",
+    "arguments", "temporaries", "peak", "peak RSS", "libraries", "loss",
 )  # fmt: skip
 
 
@@ -34,7 +35,8 @@ def _row(r: Result) -> tuple[str, ...]:
     if r.facts.get("device") is not None:
         memory[2] = f"{_number(r.facts['device'])} (device)"
     loss = f"{r.losses[0]:.2f} > {r.losses[-1]:.2f}" if all(map(math.isfinite, r.losses)) else "NOT FINITE"
-    speed = (f"{r.ms:.0f}", spread, f"{1e3 * r.case.tokens / r.ms:.0f}", _number(r.facts.get("compile"), 1))
+    cpu = f"{1e3 * statistics.median(r.cpu):.0f}"
+    speed = (f"{r.ms:.0f}", spread, cpu, f"{1e3 * r.case.tokens / r.ms:.0f}", _number(r.facts.get("compile"), 1))
     return (r.case.name, r.method, r.who, *speed, *memory, loss)
 
 
