@@ -1,7 +1,7 @@
 """Rows of tuning data -> messages -> packed rows whose loss is on the assistant's words alone.
 
-The one template: bos, then for each turn `<|role|>` content `<|end|>`. A vocabulary without these tokens (an imported
-base) gets `<|role|>` and a newline as plain text, and eos for `<|end|>`.
+The one template: bos, then for each turn `<|role|>` content eos. A vocabulary without role tokens (an imported base)
+gets `<|role|>` and a newline as plain text.
 """
 
 import hashlib
@@ -93,7 +93,7 @@ def _marker(role: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def encode_example(turns: list[Message], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """(ids, weights): weight 1 on the assistant's content tokens and the `<|end|>` after them, 0 elsewhere."""
+    """(ids, weights): weight 1 on the assistant's content tokens and the eos after them, 0 elsewhere."""
     return _assemble(turns, iter(tokenizer.encode_batch([turn["content"] for turn in turns])), tokenizer)
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from .. import InputError
 
 ROLES = ("system", "user", "assistant")
-PAD, BOS, EOS, END = "<|pad|>", "<|bos|>", "<|eos|>", "<|end|>"
-SPECIAL = (PAD, BOS, EOS, *(f"<|{role}|>" for role in ROLES), END)
+PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
+SPECIAL = (PAD, BOS, EOS, *(f"<|{role}|>" for role in ROLES))
 SAMPLE_BYTES = 8 << 20  # what BPE learns from: more costs time and moves few pieces
 _BLOCK = "\u2581"  # SentencePiece writes a space as this character
 
@@ -46,8 +46,12 @@ class Tokenizer:
 
     @property
     def end(self) -> int:
-        """The id that ends a turn: `<|end|>`, or eos where the vocabulary has none."""
-        return self.special.get(END, self.eos)
+        """The id that ends a turn: eos, which a base has learnt to predict where a text ends.
+
+        A token of its own would be one that pretraining never saw: its row of the table is like those of all unused
+        pieces, and a method that leaves the table frozen (LoRA, a mask, a prompt) could not tell it from them.
+        """
+        return self.eos
 
     @property
     def digest(self) -> str:

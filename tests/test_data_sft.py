@@ -32,7 +32,7 @@ def test_template_and_loss_mask(tok):
     wanted = [(tok.bos, 0)]
     for turn in CHAT:
         w = int(turn["role"] == "assistant")
-        wanted += [(s[f"<|{turn['role']}|>"], 0), *((i, w) for i in tok.encode(turn["content"])), (s["<|end|>"], w)]
+        wanted += [(s[f"<|{turn['role']}|>"], 0), *((i, w) for i in tok.encode(turn["content"])), (tok.eos, w)]
     assert list(zip(ids, weights, strict=True)) == wanted
     learned = [i for i, w in zip(ids, weights, strict=True) if w]
     assert tok.decode(learned) == "answer 1\n because"

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import jax
 import tyro
 from rich.table import Table
+from rich.text import Text
 
 from .. import InputError, peft
 from ..data.sft import render_prompt
@@ -84,20 +85,15 @@ class Generate:
         how = Sampling(self.temperature, self.top_k, self.top_p)
         got = load_run(self.folder, base=self.base)
         turns = [{"role": "user", "content": self.prompt}]
-        ids = (
-            render_prompt(turns, got.tokenizer)
-            if self.chat
-            else [got.tokenizer.bos, *got.tokenizer.encode(self.prompt)]
-        )
+        plain = [got.tokenizer.bos, *got.tokenizer.encode(self.prompt)]
+        ids = render_prompt(turns, got.tokenizer) if self.chat else plain
         model, bound, context = got.bound
         stop = (got.tokenizer.end, got.tokenizer.eos)
         out = generate(
             model, bound, [ids], self.new, stop=stop, how=how, key=jax.random.key(self.seed), context=context
         )
         text = got.tokenizer.decode(out[0])
-        console.print(
-            f"[dim]{self.prompt}[/dim]{text}" if not self.chat else text, markup=not self.chat, soft_wrap=True
-        )
+        console.print(Text("" if self.chat else self.prompt, "dim") + Text(text), soft_wrap=True)
         return {"prompt": self.prompt, "text": text, "tokens": len(out[0])}
 
 
