@@ -15,7 +15,7 @@ lint: .venv/.ready
 	$(BIN)/pyrefly check
 
 bench: .venv/.ready
-	$(BIN)/python -m graftax.train.bench
+	$(BIN)/python -m graftax.train.bench $(ARGS)
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

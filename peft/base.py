@@ -24,7 +24,7 @@ class Method:
     """
 
     identity: ClassVar[bool] = True  # logits right after init equal the base's
-    rate: ClassVar[float] = 10.0  # the learning rate to begin a search at, over full fine-tuning's
+    rate: ClassVar[float] = 5.0  # the learning rate to begin a search at, over full fine-tuning's
 
     def __init_subclass__(cls) -> None:
         dataclasses.dataclass(frozen=True)(cls)

@@ -14,7 +14,7 @@ class Prefix(Method):
     """attention over [past_k; k], [past_v; v], with P = tokens learned positions a layer (arXiv:2101.00190)."""
 
     identity = False
-    rate = 30.0
+    rate = 100.0
 
     tokens: int = 20
     std: float = 0.02

@@ -33,7 +33,7 @@ class Prompt(Method):
     """[prompt; embed(ids)] with P = tokens rows that start as rows of the vocabulary (arXiv:2104.08691)."""
 
     identity = False
-    rate = 30.0
+    rate = 100.0
 
     tokens: int = 20
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import InputError, __version__
-from .config import Run, close, from_json, method_class
+from .config import MALLOC, Run, close, from_json, method_class
 
 
 def parse(cls: Any, args: list[str], prog: str, default: Any = None, description: str = "") -> Any:
@@ -154,16 +154,10 @@ def usage() -> str:
 
 
 def keep_memory() -> None:
-    """On Linux, start over once with an allocator that keeps freed memory and uses huge pages.
-
-    XLA's CPU backend allocates a step's temporaries anew each step; with glibc's defaults their page faults cost
-    10-20 % of a step. `GRAFTAX_MALLOC=0` leaves the allocator alone.
-    """
-    wanted = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 35), "MALLOC_TOP_PAD_": str(1 << 28),
-              "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # fmt: skip
-    if sys.platform != "linux" or os.environ.get("GRAFTAX_MALLOC") == "0" or any(k in os.environ for k in wanted):
+    """On Linux, start over once with an allocator that keeps its memory (config.MALLOC); not with GRAFTAX_MALLOC=0."""
+    if sys.platform != "linux" or os.environ.get("GRAFTAX_MALLOC") == "0" or any(k in os.environ for k in MALLOC):
         return
-    os.execve(sys.executable, [sys.executable, "-m", "graftax.train.cli", *sys.argv[1:]], os.environ | wanted)
+    os.execve(sys.executable, [sys.executable, "-m", "graftax.train.cli", *sys.argv[1:]], os.environ | MALLOC)
 
 
 def keep_compilations() -> None:

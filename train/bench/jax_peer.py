@@ -29,7 +29,7 @@ def build(spec: dict[str, Any]) -> tuple[Callable[[], float], dict[str, Any], Ca
              "weights": jnp.ones((spec["batch"], spec["T"]))}  # fmt: skip
 
     frozen, trainable = partition(method, init(config, jax.random.key(0)), jax.random.key(1))
-    tx = make_optimizer(Optim(), trainable, spec["steps"])
+    tx = make_optimizer(Optim(schedule="constant", warmup=0), trainable, spec["steps"])
     state = init_state(trainable, tx)
     del trainable  # the state is donated: its buffers are held once
     start = time.perf_counter()

@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ... import InputError
+from ..config import MALLOC
 from .cases import Case
 
 WARM_UP = 2  # rounds that are not counted
-# glibc keeps freed memory and uses huge pages (as train/cli.py sets it): XLA's CPU backend and PyTorch allocate anew
-# in each step, and the page faults of that cost up to a fifth of it.
-MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 35), "MALLOC_TOP_PAD_": str(1 << 28),
-          "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
