@@ -10,7 +10,7 @@ from .. import InputError, peft
 from ..model import Config
 from ..peft import Method, Subset
 
-# Environment in which glibc keeps freed memory and uses huge pages. XLA's CPU backend allocates a step's temporaries anew
+# Environment in which glibc keeps freed memory and uses huge pages. XLA on CPU allocates a step's temporaries anew in
 # each step (as PyTorch does); with glibc's defaults their page faults cost 10-20 % of a step.
 MALLOC = {
     "MALLOC_MMAP_MAX_": "0",
