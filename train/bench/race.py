@@ -77,7 +77,7 @@ class Contender:
 
 
 def race(case: Case, steps: int, malloc: str, torch_python: str | None) -> list[Result]:
-    """All contenders of a case over `steps` counted rounds, first to last and then last to first by turns."""
+    """All contenders of a case over `steps` counted rounds, in the same order each: A B A B."""
     runners: list[tuple[str, str, Contender]] = []
     try:
         for method in case.methods:
@@ -87,8 +87,8 @@ def race(case: Case, steps: int, malloc: str, torch_python: str | None) -> list[
                 runner = Contender(command, spec, environment(malloc), f"{who} {case.name} {method}")
                 runners.append((method, who, runner))
         took: dict[int, list[dict[str, Any]]] = {i: [] for i in range(len(runners))}
-        for turn in range(WARM_UP + steps):
-            for i in list(took)[:: 1 if turn % 2 else -1]:
+        for _ in range(WARM_UP + steps):
+            for i in took:
                 took[i].append(runners[i][2].step())
         return [_result(case, *runner, took[i]) for i, runner in enumerate(runners)]
     finally:
