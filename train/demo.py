@@ -178,7 +178,7 @@ def samples(out: Path, results: dict[str, dict[str, Any]]) -> None:
     for i, sample in enumerate(before[:3]):
         tail = sample["prompt"] if isinstance(sample["prompt"], str) else sample["prompt"][-1]["content"]
         got = " · ".join(f"{name}: {rows[i]['got']!r}" for name, rows in after.items())
-        console.print(f"\n[dim]... {' / '.join(tail.strip().splitlines()[-2:])}[/dim]", soft_wrap=True)
+        console.print(f"\n... {' / '.join(tail.strip().splitlines()[-2:])}", style="dim", soft_wrap=True)
         console.print(
             f"  wanted {sample['wanted']!r} · base: {sample['got'][:40]!r} · {got}", soft_wrap=True, markup=False
         )
@@ -188,7 +188,7 @@ def samples(out: Path, results: dict[str, dict[str, Any]]) -> None:
         model, bound, context = run.bound
         new = generate(model, bound, [ids], 48, stop=(run.tokenizer.eos,), key=jax.random.key(0), context=context)
         console.print(f"\n{name} goes on:", style="bold")
-        console.print(OPENING + run.tokenizer.decode(new[0]), markup=False, soft_wrap=True)
+        console.print(OPENING + run.tokenizer.decode(new[0]), soft_wrap=True)
 
 
 def _title(text: str) -> None:

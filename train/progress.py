@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from .. import InputError
 
-console = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else 120)
+console = Console(stderr=True, highlight=False, markup=False, width=None if sys.stderr.isatty() else 120)
 
 # Dense bf16 peak FLOP/s of a chip, by what `device_kind` holds; vendor data sheets.
 _PEAK = {"v6": 918e12, "v5p": 459e12, "v5 lite": 197e12, "v5e": 197e12, "v4": 275e12, "B200": 2250e12,
