@@ -36,3 +36,21 @@ def test_files_and_functions_are_small_and_documented(path):
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             assert ast.get_docstring(node) or node.end_lineno - node.lineno < 4, f"{node.name} has no docstring"
+
+
+def test_the_names_that_scripts_rely_on():
+    from graftax import model, peft, train
+
+    assert isinstance(train.recipes, dict)
+    assert train.recipes["five_domains"]() == train.recipes["five_domains"]()
+    assert isinstance(train.recipes["sft"](), train.Run)
+    assert isinstance(model.presets["tiny"], model.Config)
+    assert isinstance(peft.methods, dict)
+    assert isinstance(peft.masks.named, dict)
+    for owner, names in {
+        model: ("Transformer", "generate", "init"),
+        peft: ("Method", "Subset", "LoRA", "chain", "fold", "partition", "apply", "count"),
+        train: ("make_train_step", "train", "load_run", "make_optimizer"),
+        peft.masks: ("mask",),
+    }.items():
+        assert all(callable(getattr(owner, name)) for name in names)

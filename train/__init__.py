@@ -3,17 +3,17 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .config import Data, Optim, Run
+from .recipes import recipes  # at once: read later, the name would be the module's
+
 if TYPE_CHECKING:
-    from .config import Data, Optim, Run
     from .loop import train
     from .optim import make_optimizer
-    from .recipes import recipes
     from .runs import load_run
     from .step import State, init_state, make_train_step
 
 # Read when asked for: graftax.train.bench runs where grain, orbax and rich are not installed.
-_FROM = {"Run": "config", "Data": "config", "Optim": "config", "recipes": "recipes", "train": "loop",
-         "make_optimizer": "optim", "load_run": "runs", "State": "step", "init_state": "step",
+_FROM = {"train": "loop", "make_optimizer": "optim", "load_run": "runs", "State": "step", "init_state": "step",
          "make_train_step": "step"}  # fmt: skip
 
 
