@@ -155,6 +155,7 @@ class Transformer(nn.Module):
     config: Config
 
     def setup(self) -> None:
+        """The parts by name; the layers stacked or unrolled, recomputed or not, as the config says."""
         c = self.config
         block: Any = Block
         if c.remat != "none":

@@ -87,6 +87,8 @@ def test_a_run_directory_holds_what_is_promised(base):
     manifest = Checkpoints(base / "checkpoints").manifest(6)
     assert set(manifest) >= {"leaves", "tokenizer", "data", "base", "versions", "next_row", "rows_digest"}
     assert manifest["next_row"] == 48
+    assert manifest["score"] > 0
+    assert Checkpoints(base / "checkpoints").manifest(4)["score"] is None, "step 4 was not evaluated"
 
 
 def kill_at(monkeypatch, step):
@@ -132,6 +134,13 @@ def test_resume_refuses_other_data(pretraining, base):
     other = dataclasses.replace(pretraining, out=str(base), resume=True, seed=5)
     with pytest.raises(InputError, match="--resume: the data changed since step 6"):
         train(other)
+
+
+def test_resume_of_a_complete_run_changes_nothing(pretraining, base):
+    summary = (base / "summary.json").read_text()
+    with pytest.raises(InputError, match="is complete at step 6"):
+        train(dataclasses.replace(pretraining, out=str(base), resume=True))
+    assert (base / "summary.json").read_text() == summary
 
 
 def test_checkpoints_keep_the_newest_and_the_best(tmp_path):

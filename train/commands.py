@@ -41,6 +41,7 @@ class Eval:
     choices: bool = False  # answer with the likeliest of the task's choices, not by generation
 
     def run(self) -> dict[str, Any]:
+        """Evaluate, say the numbers, and return them."""
         got = load_run(self.folder, base=self.base)
         data = dataclasses.replace(
             got.run.data, task=self.task or got.run.data.task, root=self.root or got.run.data.root
@@ -82,6 +83,7 @@ class Generate:
     base: str = ""  # where its base is now, if it moved
 
     def run(self) -> dict[str, Any]:
+        """Generate, print the text, and return it."""
         how = Sampling(self.temperature, self.top_k, self.top_p)
         got = load_run(self.folder, base=self.base)
         turns = [{"role": "user", "content": self.prompt}]
@@ -106,6 +108,7 @@ class Merge:
     base: str = ""  # where its base is now, if it moved
 
     def run(self) -> dict[str, Any]:
+        """Write the merged base; returns where, and its fingerprint."""
         got, out = load_run(self.folder, base=self.base), Path(self.out)
         if out.exists() and any(out.iterdir()):
             raise InputError(f"--out {out} is not empty; take another folder")
@@ -146,6 +149,7 @@ class Masks:
     where: str = "all"  # a mask's name, or a rule over paths: 'layers/[4:]/mlp/.*'
 
     def run(self) -> dict[str, Any]:
+        """Print the table; returns its totals."""
         params, method = shapes_and_config(self.base), Subset(self.where)
         trainable = jax.eval_shape(method.init, jax.random.key(0), params)
         title = f"{self.base} · where {self.where} · names: {', '.join(masks.named)}, last_K"
@@ -159,6 +163,7 @@ class Methods:
     preset: str = "llama-2-7b"
 
     def run(self) -> dict[str, Any]:
+        """Print the table; returns {method: count}."""
         shapes = shapes_and_config(self.preset)
         total = sum(x.size for x in jax.tree.leaves(shapes))
         table = Table("name", "what it computes", f"trains on {self.preset}", "identity at init", box=None)
@@ -182,6 +187,7 @@ class Tokenizer:
     vocab: int = 4096
 
     def run(self) -> dict[str, Any]:
+        """Train, write, and say what a token holds."""
         out = Path(self.out)
         if (out / "tokenizer.model").exists():
             raise InputError(f"{out / 'tokenizer.model'} exists; take another --out")

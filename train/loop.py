@@ -61,8 +61,10 @@ def _go(phase: Phase, folder: Path) -> dict[str, Any]:
     run, checkpoints = phase.run, Checkpoints(folder / "checkpoints", phase.run.keep)
     next_row, rows_digest = _resume(phase, checkpoints) if run.resume else (0, "")
     first, loader = int(phase.state.step), Loader(phase.rows, run.data.batch, start=next_row)
+    if first >= run.steps:
+        raise InputError(f"--resume: {folder} is complete at step {first}; nothing is left to do")
     before = evaluate(phase, run.score_base) if run.phase == "finetune" and not first else {}
-    after = before
+    found: dict[str, Any] = {}
     step, cost = _compile(phase)
     tokens = run.data.batch * run.data.T
     flops = step_flops(phase.model.config, phase.totals["base"], phase.totals["trainable"], tokens, run.data.T)
@@ -80,15 +82,16 @@ def _go(phase: Phase, folder: Path) -> dict[str, Any]:
                 log.step(i, _means(pending) | {"lr": float(rate(i - 1))}, len(pending) * tokens)
                 pending = []
             with log.paused():
+                found = {}  # a checkpoint has a score only if its own step was evaluated
                 if last or (run.eval_every and i % run.eval_every == 0):
-                    after = evaluate(phase, score=last)
-                    log.note(i, after)
+                    found = evaluate(phase, score=last)
+                    log.note(i, found)
                 if last or (run.save_every and i % run.save_every == 0):
                     items = {"trainable": phase.state.trainable, "optimizer": phase.state._replace(trainable=None)}
                     meta = _meta(phase, loader, rows_digest)
-                    checkpoints.save(i, items, meta, after.get("held_out_loss"))
+                    checkpoints.save(i, items, meta, found.get("held_out_loss"))
     checkpoints.close()
-    return _summary(phase, folder, before, after, cost)
+    return _summary(phase, folder, before, found, cost)
 
 
 KEYS = {"ids": jnp.int32, "targets": jnp.int32, "weights": jnp.float32, "segments": jnp.int32, "positions": jnp.int32}

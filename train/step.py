@@ -57,6 +57,7 @@ def make_train_step(
     gradient = jax.value_and_grad(loss, has_aux=True)
 
     def step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, Array]]:
+        """(state, frozen, batch [B, T]) -> (state, metrics)."""
         batch = {k: v for k, v in batch.items() if v.ndim == 2}
         if accumulate == 1:
             (total, targets), grads = gradient(state.trainable, frozen, batch)
