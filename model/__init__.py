@@ -4,10 +4,11 @@ from .config import Config, presets
 from .generate import Sampling, generate
 from .init import init, restack, shapes_of
 from .loss import token_losses
+from .rope import Rope
 from .transformer import Context, Transformer, forward
 from .weight import Weight, matmul, static
 
 __all__ = [
-    "Config", "Context", "Sampling", "Transformer", "Weight", "forward", "generate", "init", "matmul", "presets",
+    "Config", "Context", "Rope", "Sampling", "Transformer", "Weight", "forward", "generate", "init", "matmul", "presets",
     "restack", "shapes_of", "static", "token_losses",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import InputError
+from .rope import Rope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,15 +21,27 @@ class Config:
     K: int  # key/value heads, a divisor of N
     H: int  # width of a head, even
     F: int  # width of the MLP
-    context: int  # longest sequence trained on, in tokens
-    rope_theta: float = 10_000.0
+    context: int  # longest sequence, in tokens
+    rope: Rope | None = dataclasses.field(default_factory=Rope)  # None: heads do not turn
+    rope_local: Rope | None = None  # of the layers with a window; None: as the others
+    learned_positions: bool = False  # a table [context, D] is added to the embedding
+    windows: tuple[int, ...] = ()  # keys a layer sees, itself included, repeated over the layers; 0: all before it
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
-    activation: Literal["silu", "gelu"] = "silu"
+    norm_at: Literal["pre", "post", "both"] = "pre"  # of a sublayer: x + f(norm(x)), x + norm(f(x)), or both
+    norm_offset: float = 0.0  # a norm multiplies by offset + scale
+    qk_norm: Literal["none", "head", "full"] = "none"  # queries and keys are normed a head, or all heads at once
+    query_scale: float = 0.0  # what scores are multiplied by; 0: H^-1/2
+    attn_cap: float = 0.0  # scores become cap tanh(score / cap); 0: off
+    logit_cap: float = 0.0  # logits likewise
+    embed_scale: float = 1.0  # what embeddings are multiplied by
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
     gated: bool = True  # act(x @ gate) * (x @ up); plain MLP: act(x @ up)
     tied: bool = True  # logits = x @ table.T
     qkv_bias: bool = False
-    bias: bool = False  # on every other projection
+    o_bias: bool = False
+    mlp_bias: bool = False
+    family: str = ""  # of Hugging Face models (model/hf_config.py); empty: the first that fits, when exported
     param_dtype: str = "float32"  # what is stored and trained
     dtype: str = "float32"  # what is multiplied
     logits_dtype: str = "float32"
@@ -42,21 +55,29 @@ class Config:
                 raise InputError(f"config: {field} = {getattr(self, field)}, wanted 1 or more")
         if self.N % self.K:
             raise InputError(f"config: N = {self.N} query heads do not divide into K = {self.K} key/value heads")
-        if self.H % 2:
-            raise InputError(f"config: H = {self.H} is odd; rotary embedding turns pairs, so H must be even")
+        for rope in (self.rope, self.rope_local):
+            if rope:
+                rope.check(self.H)
+        if any(w < 0 for w in self.windows):
+            raise InputError(f"config: windows {self.windows}: wanted numbers of keys, or 0 for all")
+
+    @property
+    def layer_windows(self) -> tuple[int, ...]:
+        """The window of each layer."""
+        return tuple(self.windows[i % len(self.windows)] if self.windows else 0 for i in range(self.L))
 
 
 def initial(config: Config, name: str, key: Any, shape: tuple[int, ...]) -> jax.Array:
     """What the parameter `name` of one layer starts as: norms 1, biases 0, matrices normal with std fan_in^-1/2.
 
-    Projections into the residual stream are scaled by (2L)^-1/2 besides (GPT-2); the table has std 0.02.
+    Projections into the residual stream are scaled by (2L)^-1/2 besides (GPT-2); tables have std 0.02.
     """
     dtype = jnp.dtype(config.param_dtype)
     if name.endswith("norm/scale"):
-        return jnp.ones(shape, dtype)
+        return jnp.full(shape, 1 - config.norm_offset, dtype)
     if name.endswith("bias"):
         return jnp.zeros(shape, dtype)
-    std = 0.02 if name == "embed/table" else shape[0] ** -0.5
+    std = 0.02 if name.startswith("embed/") else shape[0] ** -0.5
     if name.endswith(("attn/o", "mlp/down")):
         std *= (2 * config.L) ** -0.5
     return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
@@ -71,5 +92,5 @@ presets: dict[str, Config] = {
     "llama-2-7b": Config(V=32000, D=4096, L=32, N=32, K=32, H=128, F=11008, context=4096, tied=False,
                          dtype="bfloat16", remat="full"),
     "qwen2.5-0.5b": Config(V=151936, D=896, L=24, N=14, K=2, H=64, F=4864, context=32768, qkv_bias=True,
-                           rope_theta=1e6, norm_eps=1e-6, dtype="bfloat16", remat="full"),
+                           rope=Rope(1e6), norm_eps=1e-6, dtype="bfloat16", remat="full"),
 }  # fmt: skip

@@ -63,8 +63,8 @@ def _run(model: Transformer, params: Any, past: Any, ids_BT: Array, lengths_B: A
     B, T = ids_BT.shape
     context = Context(tokens, past)
     cache = empty_cache(model.config, B, tokens + T + new)
-    positions = jnp.broadcast_to(jnp.arange(T), (B, T))
-    segments = (positions < lengths_B[:, None]).astype(jnp.int32)
+    segments = (jnp.arange(T) < lengths_B[:, None]).astype(jnp.int32)
+    positions = jnp.minimum(jnp.arange(T), lengths_B[:, None] - 1)  # padding is at no place beyond the prompt
     x_BTD, cache = forward(model, params, ids_BT, positions, segments, context=context, cache=cache, method="hidden")
     last_BD = jnp.take_along_axis(x_BTD, lengths_B[:, None, None] - 1, axis=1)[:, 0]
     logits = model.apply({"params": params}, last_BD, method="logits")

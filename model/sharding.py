@@ -20,6 +20,7 @@ BATCH = ("data", "fsdp")  # the axes a batch is split over
 # One value per matrix axis; the layer axis of a stacked array is never split.
 rules: Rules = [
     ("embed/table", P("tensor", "fsdp")),
+    ("embed/positions", P(None, "fsdp")),
     ("layers/attn/[qkv]", P("fsdp", "tensor")),
     ("layers/attn/o", P("tensor", "fsdp")),
     ("layers/mlp/(gate|up)", P("fsdp", "tensor")),

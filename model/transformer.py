@@ -13,103 +13,31 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .attention import VIRTUAL, attend, rope_table, rotate, visible
-from .config import Config, initial
+from .attention import VIRTUAL, capped, causal, visible
+from .config import Config
+from .layers import MLP, Attention, Embed, Head, Norm, View
+from .rope import rope_table
 from .sharding import constrain
-from .tree import canonical
-from .weight import matmul
-
-
-class Part(nn.Module):
-    """A module that owns parameters by name."""
-
-    config: Config
-
-    def leaf(self, name: str, *shape: int) -> Any:
-        """The parameter `name`, made when initialising and read otherwise: so no shape check meets a weight node."""
-        if self.is_initializing():
-            path, _ = canonical("/".join((*self.scope.path, name)))  # type: ignore[union-attr]
-            return self.param(name, lambda key: initial(self.config, path, key, shape))
-        return self.get_variable("params", name).astype(self.config.dtype)
-
-    def bias(self, y: Array, name: str, on: bool) -> Array:
-        return y + self.leaf(name, y.shape[-1]) if on else y
-
-
-class Norm(Part):
-    """RMSNorm x / rms(x) * scale (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450), in fp32."""
-
-    @nn.compact
-    def __call__(self, x_BTD: Array) -> Array:
-        c, x = self.config, x_BTD.astype(jnp.float32)
-        if c.norm == "layer":
-            x = x - x.mean(-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + c.norm_eps)
-        x = x * self.leaf("scale", c.D)
-        return self.bias(x, "bias", c.norm == "layer").astype(c.dtype)
-
-
-class Attention(Part):
-    """Grouped-query attention with rotary positions, a read-only past (prefixes) and a key/value cache."""
-
-    @nn.compact
-    def __call__(
-        self, x_BTD: Array, sin_cos: tuple[Array, Array], mask_BTS: Array | None, index: Array | None
-    ) -> Array:
-        c, (B, T, _) = self.config, x_BTD.shape
-        q = self.bias(matmul(x_BTD, self.leaf("q", c.D, c.N * c.H)), "q_bias", c.qkv_bias).reshape(B, T, c.N, c.H)
-        k = self.bias(matmul(x_BTD, self.leaf("k", c.D, c.K * c.H)), "k_bias", c.qkv_bias).reshape(B, T, c.K, c.H)
-        v = self.bias(matmul(x_BTD, self.leaf("v", c.D, c.K * c.H)), "v_bias", c.qkv_bias).reshape(B, T, c.K, c.H)
-        q, k = rotate(q, sin_cos), rotate(k, sin_cos)
-        if index is not None:
-            k, v = self.cached("k", k, index), self.cached("v", v, index)
-        if self.has_variable("past", "k"):
-            k, v = self.behind_past("k", k), self.behind_past("v", v)
-        ahead = k.shape[1] - T if index is None else None
-        y = attend(q, k, v, mask_BTS, c.attention, ahead).reshape(B, T, c.N * c.H)
-        return self.bias(matmul(y, self.leaf("o", c.N * c.H, c.D)), "o_bias", c.bias)
-
-    def cached(self, name: str, new_BTKH: Array, index: Array) -> Array:
-        """Write new keys or values at `index` of the cache [B, S, K, H] and return all of it."""
-        cache = self.get_variable("cache", name)
-        cache = jax.lax.dynamic_update_slice(cache, new_BTKH.astype(cache.dtype), (0, index, 0, 0))
-        self.put_variable("cache", name, cache)
-        return cache
-
-    def behind_past(self, name: str, x_BSKH: Array) -> Array:
-        """Prepend the learned past [P, K*H], the same for every row."""
-        B, _, K, H = x_BSKH.shape
-        past_PKH = self.get_variable("past", name).astype(x_BSKH.dtype).reshape(-1, K, H)
-        return jnp.concatenate([jnp.broadcast_to(past_PKH, (B, *past_PKH.shape)), x_BSKH], axis=1)
-
-
-class MLP(Part):
-    """Gated act(x @ gate) * (x @ up) @ down (arXiv:2002.05202), or plain act(x @ up) @ down."""
-
-    @nn.compact
-    def __call__(self, x_BTD: Array) -> Array:
-        c = self.config
-        act = nn.silu if c.activation == "silu" else nn.gelu
-        y = self.bias(matmul(x_BTD, self.leaf("up", c.D, c.F)), "up_bias", c.bias)
-        if c.gated:
-            y = act(self.bias(matmul(x_BTD, self.leaf("gate", c.D, c.F)), "gate_bias", c.bias)) * y
-        else:
-            y = act(y)
-        return self.bias(matmul(y, self.leaf("down", c.F, c.D)), "down_bias", c.bias)
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: x + attn(norm(x)), then x + mlp(norm(x))."""
+    """Residual block: x + attn(norm(x)), then x + mlp(norm(x)); a norm may stand behind a sublayer instead, or too."""
 
     config: Config
 
     @nn.compact
-    def __call__(self, x_BTD: Array, *seen: Any) -> tuple[Array, None]:
+    def __call__(self, x_BTD: Array, kind: Array | None, views: Any, index: Array | None) -> tuple[Array, None]:
+        view = views if kind is None else jax.tree.map(lambda v: v[kind], views)
+        x_BTD = self.sublayer(x_BTD, Attention, "attn", view, index)
+        return self.sublayer(x_BTD, MLP, "mlp"), None
+
+    def sublayer(self, x_BTD: Array, part: Any, name: str, *seen: Any) -> Array:
+        """x + part(x), with the norms where the config has them."""
         c = self.config
-        x_BTD = x_BTD + Attention(c, name="attn")(Norm(c, name="attn_norm")(x_BTD), *seen)
-        x_BTD = constrain(x_BTD, ("data", "fsdp"), None, None)
-        x_BTD = x_BTD + MLP(c, name="mlp")(Norm(c, name="mlp_norm")(x_BTD))
-        return constrain(x_BTD, ("data", "fsdp"), None, None), None
+        y_BTD = x_BTD if c.norm_at == "post" else Norm(c, name=f"{name}_norm")(x_BTD)
+        y_BTD = part(c, name=name)(y_BTD, *seen)
+        y_BTD = y_BTD if c.norm_at == "pre" else Norm(c, name=f"{name}_post_norm")(y_BTD)
+        return constrain(x_BTD + y_BTD, ("data", "fsdp"), None, None)
 
 
 class Unrolled(nn.Module):
@@ -119,31 +47,16 @@ class Unrolled(nn.Module):
     block: Any
 
     @nn.compact
-    def __call__(self, x_BTD: Array, *seen: Any) -> tuple[Array, None]:
-        for i in range(self.config.L):
-            x_BTD, _ = self.block(self.config, name=str(i))(x_BTD, *seen)
+    def __call__(self, x_BTD: Array, views: list[View], index: Array | None) -> tuple[Array, None]:
+        for i, kind in enumerate(kinds(self.config)):
+            x_BTD, _ = self.block(self.config, name=str(i))(x_BTD, None, views[kind], index)
         return x_BTD, None
 
 
-class Embed(Part):
-    """The token table [V, D]; a tied model projects onto it."""
-
-    def setup(self) -> None:
-        self.table = self.leaf("table", self.config.V, self.config.D)
-
-    def __call__(self, ids_BT: Array) -> Array:
-        return self.table[ids_BT]
-
-    def logits(self, x_BTD: Array) -> Array:
-        return matmul(x_BTD, self.table.T)
-
-
-class Head(Part):
-    """The untied output projection [D, V]."""
-
-    @nn.compact
-    def __call__(self, x_BTD: Array) -> Array:
-        return matmul(x_BTD, self.leaf("matrix", self.config.D, self.config.V))
+def kinds(config: Config) -> list[int]:
+    """Which of the distinct windows each layer has."""
+    distinct = sorted(set(config.layer_windows))
+    return [distinct.index(w) for w in config.layer_windows]
 
 
 class Transformer(nn.Module):
@@ -163,8 +76,9 @@ class Transformer(nn.Module):
             block = nn.remat(Block, policy=policy, prevent_cse=not c.scan)
         if c.scan:
             axes: Any = {"params": 0, "past": 0, "cache": 0}
-            scan = nn.scan(block, axes, split_rngs={"params": True}, in_axes=nn.broadcast, length=c.L)
-            self.layers = scan(c)
+            inputs: Any = (0, nn.broadcast, nn.broadcast)
+            scan = nn.scan(block, axes, split_rngs={"params": True}, in_axes=inputs, length=c.L)
+            self.layers: Any = scan(c)
         else:
             self.layers = Unrolled(c, block)
         self.embed, self.final_norm = Embed(c), Norm(c)
@@ -180,34 +94,49 @@ class Transformer(nn.Module):
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
         index = self.get_variable("cache", "index") if self.has_variable("cache", "index") else None
-        mask_BTS = self.mask(positions_BT, segments_BT, index)
-        x_BTD = constrain(self.embed(ids_BT), ("data", "fsdp"), None, None)
-        sin_cos = rope_table(positions_BT, self.config.H, self.config.rope_theta)
-        x_BTD, _ = self.layers(x_BTD, sin_cos, mask_BTS, index)
+        views = self.views(positions_BT, segments_BT, index)
+        x_BTD = constrain(self.embed(ids_BT, positions_BT), ("data", "fsdp"), None, None)
+        seen: Any = (views,)
+        if self.config.scan:  # the layers share a program, so a layer picks its view by number
+            stacked = jax.tree.map(lambda *v: jnp.stack(v), *views)
+            seen = (None, views[0]) if len(views) == 1 else (jnp.array(kinds(self.config)), stacked)
+        x_BTD, _ = self.layers(x_BTD, *seen, index)
         return self.final_norm(x_BTD)
 
     def logits(self, x_BTD: Array) -> Array:
         """The output projection [..., D] -> [..., V]."""
         y = self.embed.logits(x_BTD) if self.config.tied else self.head(x_BTD)
-        return y.astype(self.config.logits_dtype)
+        return capped(y.astype(self.config.logits_dtype), self.config.logit_cap)
 
-    def mask(self, positions_BT: Array, segments_BT: Array | None, index: Array | None) -> Array | None:
-        """Who sees whom, computed once for all layers; None is the plain causal mask."""
-        past = jax.tree.leaves(self.variables.get("past", {}))
-        if segments_BT is None and index is None and not past:
-            return None
-        if segments_BT is None:
-            segments_BT = jnp.ones_like(positions_BT)
-        keys = (positions_BT, segments_BT)
-        if index is not None:
-            for name, new in zip(("positions", "segments"), keys, strict=True):
-                slots = jax.lax.dynamic_update_slice(self.get_variable("cache", name), new, (0, index))
-                self.put_variable("cache", name, slots)
-            self.put_variable("cache", "index", index + positions_BT.shape[1])
-            keys = (self.get_variable("cache", "positions"), self.get_variable("cache", "segments"))
-        mask_BTS = visible(positions_BT, segments_BT, *keys)
-        P = past[0].shape[-2] if past else 0
-        return jnp.pad(mask_BTS, ((0, 0), (0, 0), (P, 0)), constant_values=True)
+    def views(self, positions_BT: Array, segments_BT: Array | None, index: Array | None) -> list[View]:
+        """What each kind of layer sees, computed once for all of them."""
+        c, past, T = self.config, jax.tree.leaves(self.variables.get("past", {})), positions_BT.shape[1]
+        windows = sorted(set(c.layer_windows))
+        plain = segments_BT is None and index is None and not past
+        segments_BT = jnp.ones_like(positions_BT) if segments_BT is None else segments_BT
+        at, of = (positions_BT, segments_BT) if index is None else self.slots(index, positions_BT, segments_BT)
+
+        def mask(window: int) -> Array | None:
+            if plain and (not window or window >= T):
+                return None
+            P = past[0].shape[-2] if past else 0
+            seen_BTS = visible(positions_BT, segments_BT, at, of, window)
+            return jnp.pad(seen_BTS, ((0, 0), (0, 0), (P, 0)), constant_values=True)
+
+        masks = [mask(window) for window in windows]
+        if any(m is not None for m in masks):
+            masks = [jnp.broadcast_to(causal(T, T), (len(positions_BT), T, T)) if m is None else m for m in masks]
+        ropes = [c.rope_local if window and c.rope_local else c.rope for window in windows]
+        return [View(m, rope_table(positions_BT, r, c.H) if r else None) for m, r in zip(masks, ropes, strict=True)]
+
+    def slots(self, index: Array, *keys: Array) -> list[Array]:
+        """The positions and segments of all that the cache holds, the new ones written at `index`."""
+        found = []
+        for name, new in zip(("positions", "segments"), keys, strict=True):
+            found.append(jax.lax.dynamic_update_slice(self.get_variable("cache", name), new, (0, index)))
+            self.put_variable("cache", name, found[-1])
+        self.put_variable("cache", "index", index + keys[0].shape[1])
+        return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ named: dict[str, Rules] = {
     "attention": [("layers/attn/.*", True)],
     "mlp": [("layers/mlp/.*", True)],
     "linear": [("layers/(attn/[qkvo]|mlp/(gate|up|down))", True)],
-    "embeddings": [("embed/table", True)],
+    "embeddings": [("embed/.*", True)],
     "head": [("(head/matrix|final_norm/.*)", True)],
     "last_1": [("layers/[-1:]/.*", True)],
     "last_2": [("layers/[-2:]/.*", True)],

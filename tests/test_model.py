@@ -89,7 +89,7 @@ def test_scan_equals_unrolled_and_seeds_are_by_name():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"norm": "layer", "gated": False, "activation": "gelu", "bias": True}, {"tied": False}]
+    "changes", [{"norm": "layer", "gated": False, "activation": "gelu", "o_bias": True, "mlp_bias": True}, {"tied": False}]
 )
 def test_variants_train(changes):
     base = make_base(**changes)
@@ -140,7 +140,7 @@ def test_generation_stops_and_refuses(base):
 def test_config_errors():
     with pytest.raises(InputError, match="N = 4 query heads do not divide into K = 3"):
         dataclasses.replace(CONFIG, K=3)
-    with pytest.raises(InputError, match="H = 7 is odd"):
+    with pytest.raises(InputError, match="rotary width 7 of heads of 7"):
         dataclasses.replace(CONFIG, H=7)
     with pytest.raises(InputError, match="L = 0"):
         dataclasses.replace(CONFIG, L=0)

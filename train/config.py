@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .. import InputError, peft
-from ..model import Config
+from ..model import Config, Rope
 from ..peft import Method, Subset
 
 # Environment in which glibc keeps freed memory and uses huge pages. XLA on CPU allocates a step's temporaries anew in
@@ -137,10 +137,16 @@ def from_json(path: Path) -> Run:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a readable config.json ({error})") from None
     tree["method"] = method_from_dict(tree.get("method", {}), str(path))
-    tree["model"] = tree.get("model") and build(Config, tree["model"], f"{path}: model")
+    tree["model"] = tree.get("model") and config_from_dict(tree["model"], f"{path}: model")
     for key, cls in (("data", Data), ("optim", Optim)):
         tree[key] = build(cls, tree.get(key, {}), f"{path}: {key}")
     return build(Run, tree, str(path))
+
+
+def config_from_dict(tree: dict[str, Any], where: str) -> Config:
+    """A Config of its fields."""
+    ropes = {k: build(Rope, tree[k], f"{where}.{k}") for k in ("rope", "rope_local") if tree.get(k)}
+    return build(Config, tree | ropes, where)
 
 
 def build(cls: Any, fields: dict[str, Any], where: str) -> Any:

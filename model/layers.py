@@ -1,0 +1,144 @@
+"""The parts of the decoder that own parameters: norm, attention, MLP, embedding, head. Axes: model/transformer.py."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from .. import InputError
+from .attention import attend
+from .config import Config, initial
+from .rope import rotate
+from .tree import canonical
+from .weight import matmul
+
+
+class Part(nn.Module):
+    """A module that owns parameters by name."""
+
+    config: Config
+
+    def leaf(self, name: str, *shape: int, dtype: str = "") -> Any:
+        """The parameter `name` in the compute dtype; made when initialising, so no shape check meets a weight node."""
+        if self.is_initializing():
+            path, _ = canonical("/".join((*self.scope.path, name)))  # type: ignore[union-attr]
+            return self.param(name, lambda key: initial(self.config, path, key, shape))
+        return self.get_variable("params", name).astype(dtype or self.config.dtype)
+
+    def bias(self, y: Array, name: str, on: bool) -> Array:
+        return y + self.leaf(name, y.shape[-1]) if on else y
+
+
+class Norm(Part):
+    """RMSNorm x / rms(x) * (offset + scale) (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450), in fp32."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c, dtype, x = self.config, x.dtype, x.astype(jnp.float32)
+        if c.norm == "layer":
+            x = x - x.mean(-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + c.norm_eps)
+        x = x * (c.norm_offset + self.leaf("scale", x.shape[-1], dtype="float32"))
+        if c.norm == "layer":
+            x = x + self.leaf("bias", x.shape[-1], dtype="float32")
+        return x.astype(dtype)
+
+
+class View(NamedTuple):
+    """What a layer sees: which keys, and the (sin, cos) that its queries and keys are turned by."""
+
+    mask_BTS: Array | None  # None: causal
+    sin_cos: tuple[Array, Array] | None
+
+
+class Attention(Part):
+    """Grouped-query attention with rotary positions, a read-only past (prefixes) and a key/value cache."""
+
+    @nn.compact
+    def __call__(self, x_BTD: Array, view: View, index: Array | None) -> Array:
+        c, (B, T, _) = self.config, x_BTD.shape
+        q, k = self.heads(x_BTD, "q", c.N, view), self.heads(x_BTD, "k", c.K, view)
+        v = self.heads(x_BTD, "v", c.K)
+        if index is not None:
+            k, v = self.cached("k", k, index), self.cached("v", v, index)
+        if self.has_variable("past", "k"):
+            k, v = self.behind_past("k", k), self.behind_past("v", v)
+        ahead = k.shape[1] - T if index is None else None
+        y = attend(q, k, v, view.mask_BTS, c.attention, ahead, c.query_scale, c.attn_cap).reshape(B, T, c.N * c.H)
+        return self.bias(matmul(y, self.leaf("o", c.N * c.H, c.D)), "o_bias", c.o_bias)
+
+    def heads(self, x_BTD: Array, name: str, heads: int, view: View | None = None) -> Array:
+        """The projection `name` as heads [B, T, heads, H]; with a view, normed and turned as the config says."""
+        c, (B, T, _) = self.config, x_BTD.shape
+        y = self.bias(matmul(x_BTD, self.leaf(name, c.D, heads * c.H)), f"{name}_bias", c.qkv_bias)
+        if view and c.qk_norm == "full":
+            y = Norm(c, name=f"{name}_norm")(y)
+        y = y.reshape(B, T, heads, c.H)
+        if view and c.qk_norm == "head":
+            y = Norm(c, name=f"{name}_norm")(y)
+        return rotate(y, view.sin_cos) if view and view.sin_cos else y
+
+    def cached(self, name: str, new_BTKH: Array, index: Array) -> Array:
+        """Write new keys or values at `index` of the cache [B, S, K, H] and return all of it."""
+        cache = self.get_variable("cache", name)
+        cache = jax.lax.dynamic_update_slice(cache, new_BTKH.astype(cache.dtype), (0, index, 0, 0))
+        self.put_variable("cache", name, cache)
+        return cache
+
+    def behind_past(self, name: str, x_BSKH: Array) -> Array:
+        """Prepend the learned past [P, K*H], the same for every row."""
+        B, _, K, H = x_BSKH.shape
+        past_PKH = self.get_variable("past", name).astype(x_BSKH.dtype).reshape(-1, K, H)
+        return jnp.concatenate([jnp.broadcast_to(past_PKH, (B, *past_PKH.shape)), x_BSKH], axis=1)
+
+
+ACTIVATIONS = {"silu": nn.silu, "gelu": partial(nn.gelu, approximate=False), "gelu_tanh": nn.gelu, "relu": nn.relu}
+
+
+class MLP(Part):
+    """Gated act(x @ gate) * (x @ up) @ down (arXiv:2002.05202), or plain act(x @ up) @ down."""
+
+    @nn.compact
+    def __call__(self, x_BTD: Array) -> Array:
+        c = self.config
+        act = ACTIVATIONS[c.activation]
+        y = self.bias(matmul(x_BTD, self.leaf("up", c.D, c.F)), "up_bias", c.mlp_bias)
+        if c.gated:
+            y = act(self.bias(matmul(x_BTD, self.leaf("gate", c.D, c.F)), "gate_bias", c.mlp_bias)) * y
+        else:
+            y = act(y)
+        return self.bias(matmul(y, self.leaf("down", c.F, c.D)), "down_bias", c.mlp_bias)
+
+
+class Embed(Part):
+    """The token table [V, D], to which a tied model projects, and learned positions [context, D] if it has them."""
+
+    def setup(self) -> None:
+        c = self.config
+        self.table = self.leaf("table", c.V, c.D)
+        if c.learned_positions:
+            self.positions = self.leaf("positions", c.context, c.D)
+
+    def __call__(self, ids_BT: Array, positions_BT: Array) -> Array:
+        c, x_BTD = self.config, self.table[ids_BT]
+        if c.embed_scale != 1:
+            x_BTD = x_BTD * jnp.asarray(c.embed_scale, x_BTD.dtype)
+        if c.learned_positions:
+            if ids_BT.shape[1] > c.context:
+                raise InputError(f"a row of {ids_BT.shape[1]} positions, but the base has learned {c.context}; shorten")
+            x_BTD = x_BTD + self.positions[positions_BT]
+        return x_BTD
+
+    def logits(self, x_BTD: Array) -> Array:
+        return matmul(x_BTD, self.table.T)
+
+
+class Head(Part):
+    """The untied output projection [D, V]."""
+
+    @nn.compact
+    def __call__(self, x_BTD: Array) -> Array:
+        return matmul(x_BTD, self.leaf("matrix", self.config.D, self.config.V))

@@ -1,0 +1,97 @@
+"""Rotary position embedding and the ways its frequencies are stretched to longer contexts."""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from .. import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Frequencies theta^(-2i/W), i < W/2, stretched in one of the ways that published bases use."""
+
+    theta: float = 10_000.0
+    width: int = 0  # W, the first components of a head that turn; 0: all of them
+    kind: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"] = "default"
+    factor: float = 1.0  # how many times longer the context becomes
+    original: int = 0  # the context before that, in tokens
+    low: float = 1.0  # turns over the original context: below this (llama3, yarn) a frequency is divided by factor
+    high: float = 4.0  # above this it is kept, and between the two it is blended
+    magnitude: float = 1.0  # sin and cos are multiplied by this (yarn, longrope)
+    truncate: bool = True  # yarn: the blend begins and ends at whole components
+    short: tuple[float, ...] = ()  # longrope: what divides each frequency up to the original context,
+    long: tuple[float, ...] = ()  # and beyond it
+
+    def check(self, H: int) -> None:
+        """Raise InputError for what cannot turn heads of width H."""
+        W = self.width or H
+        if W % 2 or not 0 < W <= H:
+            raise InputError(
+                f"config: rotary width {W} of heads of {H}: pairs turn, so an even number in 2..H is wanted"
+            )
+        if self.kind in ("dynamic", "llama3", "yarn", "longrope") and self.original < 1:
+            raise InputError(f"config: rope of kind {self.kind} wants `original`, the context it stretches")
+        if self.kind == "longrope" and not len(self.short) == len(self.long) == W // 2:
+            raise InputError(
+                f"config: longrope wants {W // 2} short and long factors, got {len(self.short)} and {len(self.long)}"
+            )
+        if self.factor < 1 or self.theta <= 0:
+            raise InputError(f"config: rope factor {self.factor}, theta {self.theta}: wanted >= 1 and > 0")
+
+
+def frequencies(rope: Rope, H: int, length_B: Any = 0) -> Any:
+    """The angle a position adds to each pair, [W/2] or, where it depends on the row's length, [B, W/2]; fp32.
+
+    linear (positions / factor), llama3 (Llama 3.1), yarn (arXiv:2309.00071), longrope (arXiv:2402.13753), and dynamic,
+    which raises theta with the length once that passes the original context.
+    """
+    W = rope.width or H
+    exponent = np.arange(0, W, 2, dtype=np.float32) / np.float32(W)
+    if rope.kind == "dynamic":
+        longer = jnp.maximum(length_B, rope.original)[:, None] / rope.original
+        theta = rope.theta * (rope.factor * longer - (rope.factor - 1)) ** (W / (W - 2))
+        return theta**-exponent
+    plain = (np.float32(rope.theta) ** -exponent).astype(np.float32)
+    if rope.kind == "linear":
+        return plain / np.float32(rope.factor)
+    if rope.kind == "longrope":
+        short, long = (plain / np.array(x, np.float32) for x in (rope.short, rope.long))
+        return jnp.where((length_B > rope.original)[:, None], long, short)
+    if rope.kind in ("llama3", "yarn"):
+        keep = _kept(rope, W, plain)
+        return (keep * plain + (1 - keep) * plain / rope.factor).astype(np.float32)
+    return plain
+
+
+def _kept(rope: Rope, W: int, plain: np.ndarray) -> np.ndarray:
+    """How much of each frequency is kept, from 1 (many turns over the original context) to 0 (few)."""
+    if rope.kind == "llama3":  # linear in the number of turns
+        turns = rope.original * plain / (2 * math.pi)
+        return np.clip((turns - rope.low) / (rope.high - rope.low), 0, 1)
+    # yarn: linear in the index of the component
+    ends = [W * math.log(rope.original / (n * 2 * math.pi)) / (2 * math.log(rope.theta)) for n in (rope.high, rope.low)]
+    first, last = (math.floor(ends[0]), math.ceil(ends[1])) if rope.truncate else ends
+    first, last = max(first, 0), min(last, W - 1)
+    return 1 - np.clip((np.arange(W // 2) - first) / ((last - first) or 0.001), 0, 1)
+
+
+def rope_table(positions_BT: Array, rope: Rope, H: int) -> tuple[Array, Array]:
+    """(sin, cos) [B, T, 1, W/2] of position * frequency, fp32 (RoPE, arXiv:2104.09864)."""
+    frequency = jnp.asarray(frequencies(rope, H, positions_BT.max(axis=1) + 1), jnp.float32)
+    frequency = frequency if frequency.ndim == 1 else frequency[:, None, None, :]
+    angle = positions_BT[..., None, None].astype(jnp.float32) * frequency
+    return rope.magnitude * jnp.sin(angle), rope.magnitude * jnp.cos(angle)
+
+
+def rotate(x_BTNH: Array, sin_cos: tuple[Array, Array]) -> Array:
+    """Rotate the pairs (i, i + W/2) of each head by their angle, in fp32; components from W on stay."""
+    sin, cos = sin_cos
+    W = 2 * sin.shape[-1]
+    a, b = jnp.split(x_BTNH[..., :W].astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+    return turned if x_BTNH.shape[-1] == W else jnp.concatenate([turned, x_BTNH[..., W:]], axis=-1)
