@@ -1,14 +1,15 @@
 """The decoder and what it stands on: config, parameters, attention, sharding, loss, generation, rules over paths."""
 
-from .config import Config, presets
+from .config import Config
 from .generate import Sampling, generate
 from .init import init, restack, shapes_of
 from .loss import token_losses
+from .presets import presets
 from .rope import Rope
 from .transformer import Context, Transformer, forward
 from .weight import Weight, matmul, static
 
 __all__ = [
-    "Config", "Context", "Rope", "Sampling", "Transformer", "Weight", "forward", "generate", "init", "matmul", "presets",
-    "restack", "shapes_of", "static", "token_losses",
+    "Config", "Context", "Rope", "Sampling", "Transformer", "Weight", "forward", "generate", "init", "matmul",
+    "presets", "restack", "shapes_of", "static", "token_losses",
 ]  # fmt: skip

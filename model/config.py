@@ -81,16 +81,3 @@ def initial(config: Config, name: str, key: Any, shape: tuple[int, ...]) -> jax.
     if name.endswith(("attn/o", "mlp/down")):
         std *= (2 * config.L) ** -0.5
     return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
-
-
-presets: dict[str, Config] = {
-    "tiny": Config(V=512, D=64, L=2, N=4, K=2, H=16, F=176, context=128),
-    "demo": Config(V=2048, D=128, L=4, N=4, K=2, H=32, F=344, context=256, scan=False),
-    "5m": Config(V=4096, D=256, L=5, N=8, K=8, H=32, F=688, context=256, scan=False),
-    "s": Config(V=8192, D=256, L=4, N=8, K=8, H=32, F=688, context=256, scan=False),
-    "m": Config(V=32000, D=768, L=12, N=12, K=12, H=64, F=2048, context=256, scan=False),
-    "llama-2-7b": Config(V=32000, D=4096, L=32, N=32, K=32, H=128, F=11008, context=4096, tied=False,
-                         dtype="bfloat16", remat="full"),
-    "qwen2.5-0.5b": Config(V=151936, D=896, L=24, N=14, K=2, H=64, F=4864, context=32768, qkv_bias=True,
-                           rope=Rope(1e6), norm_eps=1e-6, dtype="bfloat16", remat="full"),
-}  # fmt: skip

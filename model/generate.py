@@ -96,16 +96,36 @@ def generate(
     context, longest = context or Context(), max(map(len, prompts), default=0)
     if not prompts or not all(prompts):
         raise InputError("a prompt is empty: generation needs at least one token (a tokenizer's bos will do)")
-    if longest + new > model.config.context:
+    endless = model.config.rope is not None and model.config.rope.kind == "dynamic"  # it stretches as the text grows
+    if longest + new > model.config.context and not endless:
         raise InputError(f"a prompt of {longest} tokens + {new} new ones exceeds the context of {model.config.context}")
-    T = min(-(-longest // pad_to) * pad_to, model.config.context)
-    ids = np.zeros((len(prompts), T), np.int32)
-    for row, prompt in zip(ids, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    lengths = np.array([len(p) for p in prompts], np.int32)
-    key = jax.random.key(0) if key is None else key
-    out = _run(model, params, context.past, ids, lengths, key, new, tuple(stop), how or Sampling(), context.tokens)
-    return [_cut(row, stop) for row in np.asarray(out).tolist()]
+    key, how, P = jax.random.key(0) if key is None else key, how or Sampling(), context.length
+
+    def run(prompts: Sequence[Sequence[int]], new: int, key: Array) -> list[list[int]]:
+        longest = max(map(len, prompts))
+        T = max(min(-(-longest // pad_to) * pad_to, model.config.context), longest)
+        ids = np.zeros((len(prompts), T), np.int32)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        lengths = np.array([len(p) for p in prompts], np.int32)
+        out = _run(model, params, context.past, ids, lengths, key, new, tuple(stop), how, context.tokens)
+        return [_cut(row, stop) for row in np.asarray(out).tolist()]
+
+    edge = _turning_point(model.config) - P
+    if all(len(p) > edge or len(p) + new <= edge for p in prompts):
+        return run(prompts, new, key)
+    out = []
+    for i, prompt in enumerate(prompts):
+        key, first = jax.random.fold_in(key, i), min(max(edge + 1 - len(prompt), 0), new)
+        head = run([prompt], first, key)[0] if first else []
+        more = len(head) == first and new > first
+        out.append(head + (run([[*prompt, *head]], new - first, jax.random.fold_in(key, 1))[0] if more else []))
+    return out
+
+
+def _turning_point(config: Config) -> int:
+    """The length beyond which longrope turns all positions otherwise, so that what is cached is void; 0 if none."""
+    return config.rope.original if config.rope and config.rope.kind == "longrope" else 0
 
 
 def _cut(row: list[int], stop: Sequence[int]) -> list[int]:

@@ -80,9 +80,9 @@ def _kept(rope: Rope, W: int, plain: np.ndarray) -> np.ndarray:
     return 1 - np.clip((np.arange(W // 2) - first) / ((last - first) or 0.001), 0, 1)
 
 
-def rope_table(positions_BT: Array, rope: Rope, H: int) -> tuple[Array, Array]:
-    """(sin, cos) [B, T, 1, W/2] of position * frequency, fp32 (RoPE, arXiv:2104.09864)."""
-    frequency = jnp.asarray(frequencies(rope, H, positions_BT.max(axis=1) + 1), jnp.float32)
+def rope_table(positions_BT: Array, rope: Rope, H: int, length_B: Array) -> tuple[Array, Array]:
+    """(sin, cos) [B, T, 1, W/2] of position * frequency in rows of a length, fp32 (RoPE, arXiv:2104.09864)."""
+    frequency = jnp.asarray(frequencies(rope, H, length_B), jnp.float32)
     frequency = frequency if frequency.ndim == 1 else frequency[:, None, None, :]
     angle = positions_BT[..., None, None].astype(jnp.float32) * frequency
     return rope.magnitude * jnp.sin(angle), rope.magnitude * jnp.cos(angle)

@@ -127,7 +127,9 @@ class Transformer(nn.Module):
         if any(m is not None for m in masks):
             masks = [jnp.broadcast_to(causal(T, T), (len(positions_BT), T, T)) if m is None else m for m in masks]
         ropes = [c.rope_local if window and c.rope_local else c.rope for window in windows]
-        return [View(m, rope_table(positions_BT, r, c.H) if r else None) for m, r in zip(masks, ropes, strict=True)]
+        length_B = positions_BT.max(axis=1) + 1
+        turns = [rope_table(positions_BT, r, c.H, length_B) if r else None for r in ropes]
+        return [View(m, turn) for m, turn in zip(masks, turns, strict=True)]
 
     def slots(self, index: Array, *keys: Array) -> list[Array]:
         """The positions and segments of all that the cache holds, the new ones written at `index`."""

@@ -1,0 +1,190 @@
+"""Safetensors on disk: an index of tensors read by slices, and shards written one tensor at a time."""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from .. import InputError
+
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+CARRIED = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+           "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+           "generation_config.json")  # fmt: skip
+_CHUNK = 16 << 20  # bytes read at once
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor in a file. It is read with plain reads: the pages of a memory map would count as resident."""
+
+    file: Path
+    dtype: str  # as safetensors says it
+    shape: tuple[int, ...]
+    begin: int  # its first byte in the file
+
+    def chunks(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, rows) of rows [start, stop), at most 16 MiB at a time; a vector's rows are its elements."""
+        width = int(np.prod(self.shape[1:], dtype=np.int64))
+        kind = np.dtype(DTYPES[self.dtype])
+        step = max(_CHUNK // (width * kind.itemsize), 1)
+        with open(self.file, "rb", buffering=0) as file:
+            for row in range(start, stop, step):
+                rows = np.empty((min(step, stop - row), *self.shape[1:]), kind)
+                file.seek(self.begin + row * width * kind.itemsize)
+                view = rows.reshape(-1).view(np.uint8).data
+                while len(view):
+                    if not (n := file.readinto(view)):
+                        raise InputError(f"{self.file}: ends in the middle of a tensor; it changed while it was read")
+                    view = view[n:]
+                yield row, rows
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file. InputError: unreadable, no object, or a key twice."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [k for k, _ in pairs]
+        if twice := next((k for k in keys if keys.count(k) > 1), None) if len(set(keys)) < len(keys) else None:
+            raise ValueError(f"the key {twice!r} stands twice")
+        return dict(pairs)
+
+    try:
+        tree = json.loads(path.read_text("utf-8"), object_pairs_hook=once)
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: holds a {type(tree).__name__}; an object is wanted")
+    return tree
+
+
+def fetch(name: str) -> Path:
+    """The folder of a local checkpoint, or of a hub id `owner/name` or `owner/name@revision`, downloaded if need be.
+
+    A token is taken from HF_TOKEN alone and is written nowhere.
+    """
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
+        if not Path(name).is_dir():
+            raise InputError(f"{name}: no such folder, and not a hub id (owner/name)")
+        return Path(name)
+    import huggingface_hub
+
+    repo, _, revision = name.partition("@")
+    patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", *CARRIED]
+    token = os.environ.get("HF_TOKEN") or False  # False: not the one that a login has stored
+    try:
+        found = huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=patterns, token=token)
+    except Exception as error:  # its errors have no common base
+        text = str(error).strip().splitlines()
+        raise InputError(f"hub {name}: {type(error).__name__}: {text[0] if text else ''}; give a local folder, or set "
+                         "HF_TOKEN if the model is gated") from None  # fmt: skip
+    return Path(found)
+
+
+def index(folder: Path) -> dict[str, Tensor]:
+    """{name: Tensor} of a folder's safetensors. InputError for a pickle, a missing or damaged shard, a bad index."""
+    listed = folder / "model.safetensors.index.json"
+    if not listed.is_file():
+        if not (folder / "model.safetensors").is_file():
+            raise InputError(_nothing(folder))
+        return header(folder / "model.safetensors")
+    where = read_json(listed).get("weight_map")
+    if not isinstance(where, dict) or not where or not all(isinstance(v, str) for v in where.values()):
+        raise InputError(f"{listed}: has no weight_map of tensor names to files")
+    found: dict[str, Tensor] = {}
+    for name in sorted(set(where.values())):
+        if not re.fullmatch(r"[\w][\w.-]*\.safetensors", name):
+            raise InputError(
+                f"{listed}: names the file {name!r}; a plain name of a .safetensors file beside it is wanted"
+            )
+        if not (folder / name).is_file():
+            raise InputError(f"{listed}: names {name}, which is not there; the download is incomplete")
+        held = header(folder / name)
+        if astray := [t for t in held if where.get(t) != name]:
+            raise InputError(f"{folder / name}: holds {astray[0]}, which the index does not place there")
+        found |= held
+    if lost := [t for t in where if t not in found]:
+        raise InputError(f"{listed}: places {lost[0]} in {where[lost[0]]}, which does not hold it")
+    return found
+
+
+def _nothing(folder: Path) -> str:
+    pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
+    if pickles:
+        return (f"{folder}: has no safetensors, and {pickles[0]} is a pickle, which runs code when it is read; "
+                "convert it where you trust it, with save_pretrained(..., safe_serialization=True)")  # fmt: skip
+    return f"{folder}: has neither model.safetensors nor model.safetensors.index.json"
+
+
+def header(path: Path) -> dict[str, Tensor]:
+    """{name: Tensor} of one file, after the safetensors library has checked it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            tree = json.loads(file.read(size))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
+    tree.pop("__metadata__", None)
+    return {
+        name: Tensor(path, t["dtype"], tuple(t["shape"]), 8 + size + t["data_offsets"][0]) for name, t in tree.items()
+    }
+
+
+def write(
+    folder: Path,
+    tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+    make: Callable[[str], np.ndarray],
+    shard_bytes: int,
+) -> list[str]:
+    """Write {name: (shape, dtype)} as shards, each tensor made when its turn comes; returns the files' names."""
+    shards: list[list[str]] = [[]]
+    sizes = {n: int(np.prod(shape, dtype=np.int64)) * np.dtype(t).itemsize for n, (shape, t) in tensors.items()}
+    room = shard_bytes
+    for name, size in sizes.items():
+        if shards[-1] and size > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= size
+    count = len(shards)
+    names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    names = names if count > 1 else ["model.safetensors"]
+    for file, held in zip(names, shards, strict=True):
+        _write_shard(folder / file, {n: tensors[n] for n in held}, make)
+    if count > 1:
+        where = {n: file for file, held in zip(names, shards, strict=True) for n in held}
+        tree = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(tree, indent=1) + "\n", "utf-8")
+    return names
+
+
+def _write_shard(path: Path, tensors: Mapping[str, Any], make: Callable[[str], np.ndarray]) -> None:
+    """One file: the length of the header, the header, and the bytes of the tensors in its order."""
+    tree: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for this
+    at, code = 0, {np.dtype(v): k for k, v in DTYPES.items()}
+    for name, (shape, dtype) in tensors.items():
+        end = at + int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        tree[name] = {"dtype": code[np.dtype(dtype)], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    head = json.dumps(tree, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with open(path, "wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for name, (shape, dtype) in tensors.items():
+            array = make(name)
+            assert array.shape == tuple(shape), (name, array.shape, shape)
+            array = np.ascontiguousarray(array, dtype)
+            file.write(array.reshape(-1).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,64 @@
+"""`python -m graftax.train.bench.load`: time and peak memory of reading a Hugging Face checkpoint.
+
+Writes random bfloat16 weights of a preset's shapes as shards, then reads them in a process of its own.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from ...model import presets
+from ...model.hf import config_to_hf, sources
+from ...model.hf_files import write
+
+_READ = """
+import json, resource, sys, time
+import jax
+from graftax.model.hf import load
+jax.devices()
+own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+began = time.perf_counter()
+config, params = load(sys.argv[1])
+jax.block_until_ready(params)
+seconds = time.perf_counter() - began
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+size = sum(x.nbytes for x in jax.tree.leaves(params))
+print(json.dumps({"bytes": size, "seconds": seconds, "peak": peak, "before": own}))
+"""
+
+
+def make(folder: Path, preset: str) -> None:
+    """A checkpoint of random bfloat16 numbers; every tensor is made when it is written."""
+    config = presets[preset]
+    rng = np.random.default_rng(0)
+    _, tensors = sources(config)
+    kinds = {name: (shape, np.dtype(ml_dtypes.bfloat16)) for name, shape in tensors.items()}
+    noise = (0.02 * rng.standard_normal(1 << 20)).astype(ml_dtypes.bfloat16)
+    write(folder, kinds, lambda name: np.resize(noise, tensors[name]), 2_000_000_000)
+    (folder / "config.json").write_text(json.dumps(config_to_hf(config, "bfloat16")), "utf-8")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write, read, and print one line."""
+    parser = argparse.ArgumentParser("python -m graftax.train.bench.load", description=__doc__)
+    parser.add_argument("--preset", default="llama-3.2-1b", choices=[k for k, c in presets.items() if c.family])
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as work:
+        make(Path(work), args.preset)
+        done = subprocess.run([sys.executable, "-c", _READ, work], check=True, capture_output=True, text=True)
+    got = json.loads(done.stdout.splitlines()[-1])
+    print(
+        f"{args.preset}: {got['bytes'] / 1e9:.3f} GB of weights read in {got['seconds']:.1f} s "
+        f"({got['seconds'] / got['bytes'] * 1e9:.2f} s/GB), peak RSS {got['peak'] / 1e9:.3f} GB "
+        f"= {got['peak'] / got['bytes']:.2f} x the weights ({got['before'] / 1e9:.2f} GB before reading)"
+    )
+
+
+if __name__ == "__main__":
+    main()
