@@ -2,7 +2,7 @@
 
 from .config import Config
 from .generate import Sampling, generate
-from .init import init, restack, shapes_of
+from .init import init, resize, restack, shapes_of
 from .loss import token_losses
 from .presets import presets
 from .rope import Rope
@@ -11,5 +11,5 @@ from .weight import Weight, matmul, static
 
 __all__ = [
     "Config", "Context", "Rope", "Sampling", "Transformer", "Weight", "forward", "generate", "init", "matmul",
-    "presets", "restack", "shapes_of", "static", "token_losses",
+    "presets", "resize", "restack", "shapes_of", "static", "token_losses",
 ]  # fmt: skip

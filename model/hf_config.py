@@ -10,7 +10,6 @@ from .. import InputError
 from .config import Config
 from .hf_families import NEUTRAL, OFF, Family, families
 from .hf_rope import ROPE_KEYS, ropes_from_hf, ropes_to_hf
-from .tree import nearest
 
 _ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu", "gelu_pytorch_tanh": "gelu_tanh",
@@ -52,7 +51,7 @@ def _refuse(family: Family, given: Mapping[str, Any], where: str) -> None:
     bad += [f"{k} = {given[k]!r}" for k in OFF if given.get(k) and k not in known]
     unknown = [k for k in given if k not in known and k not in NEUTRAL.split() and k not in OFF]
     # A key that is null or empty changes nothing, whatever it is for.
-    bad += [f"{k} = {given[k]!r:.60}{nearest(k, known)}" for k in unknown if given[k] not in (None, [], {}, "")]
+    bad += [f"{k} = {given[k]!r:.60}" for k in unknown if given[k] not in (None, [], {}, "")]
     if bad:
         raise InputError(f"{where}: not understood, and it may change what the model computes: {'; '.join(bad)}")
 

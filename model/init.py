@@ -1,5 +1,6 @@
 """The base's parameters: shapes without memory, seeded values, and the two layouts of the layers."""
 
+import dataclasses
 import zlib
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from .. import InputError
 from .config import Config, initial
 from .transformer import Transformer
 from .tree import canonical, named, nested
@@ -55,3 +57,25 @@ def restack(params: Any, config: Config) -> dict[str, Any]:
         {n: jnp.stack([flat[f"layers/{i}/{n[7:]}"] for i in range(config.L)]) if n.startswith("layers/") else flat[n]
          for n in names}
     )  # fmt: skip
+
+
+def resize(config: Config, params: Any, V: int) -> tuple[Config, dict[str, Any]]:
+    """The base with a vocabulary of V: rows more than it had are the mean of those it has, rows less are cut off.
+
+    A token that starts at the mean has about the mean probability, so the others keep theirs (arXiv:2407.05841); random
+    rows would take any. An untied head gets the mean of its columns; a tied one is the table.
+    """
+
+    def grown(x: Array, axis: int) -> Array:
+        if x.shape[axis] >= V:
+            return jax.lax.slice_in_dim(x, 0, V, axis=axis)
+        mean = jnp.mean(x, axis=axis, keepdims=True, dtype=jnp.float32).astype(x.dtype)
+        return jnp.concatenate([x, jnp.repeat(mean, V - x.shape[axis], axis=axis)], axis=axis)
+
+    if V < 1:
+        raise InputError(f"a vocabulary of {V}: wanted 1 or more")
+    flat = dict(named(params))
+    flat["embed/table"] = grown(flat["embed/table"], 0)
+    if not config.tied:
+        flat["head/matrix"] = grown(flat["head/matrix"], 1)
+    return dataclasses.replace(config, V=V), nested(flat)
