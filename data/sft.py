@@ -1,11 +1,11 @@
 """Rows of tuning data -> messages -> packed rows whose loss is on the assistant's words alone.
 
-The one template: bos, then for each turn `<|role|>` content eos. A vocabulary without role tokens (an imported base)
-gets `<|role|>` and a newline as plain text.
+The template is the tokenizer's own (chat.py) where a Hugging Face tokenizer has one. Else: bos, then for each turn
+`<|role|>` content eos; a vocabulary without role tokens gets `<|role|>` and a newline as plain text.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import grain
 import numpy as np
 
 from .. import InputError
+from .chat import encode_chats, encode_prompts
 from .pack import Row, empty_row
 from .sources import check_text
 from .tokenizer import ROLES, Tokenizer
@@ -93,8 +94,20 @@ def _marker(role: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def encode_example(turns: list[Message], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """(ids, weights): weight 1 on the assistant's content tokens and the eos after them, 0 elsewhere."""
-    return _assemble(turns, iter(tokenizer.encode_batch([turn["content"] for turn in turns])), tokenizer)
+    """(ids, weights): weight 1 on the assistant's content tokens and the token that ends a turn, 0 elsewhere."""
+    return next(encode_examples([("chat", turns)], tokenizer))
+
+
+def encode_examples(
+    rows: Sequence[tuple[str, list[Message]]], tokenizer: Tokenizer
+) -> Iterator[tuple[list[int], list[int]]]:
+    """`encode_example` of many (where, messages) at once: a chat template then takes one child process for all."""
+    if tokenizer.template:
+        yield from encode_chats(tokenizer, rows)
+        return
+    contents = iter(tokenizer.encode_batch([turn["content"] for _, turns in rows for turn in turns]))
+    for _, turns in rows:
+        yield _assemble(turns, contents, tokenizer)
 
 
 def _assemble(turns: list[Message], contents: Iterator[list[int]], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
@@ -107,9 +120,16 @@ def _assemble(turns: list[Message], contents: Iterator[list[int]], tokenizer: To
 
 
 def render_prompt(turns: list[Message], tokenizer: Tokenizer) -> list[int]:
-    """The ids a reply is generated from: `turns` without a last reply, then `<|assistant|>`."""
-    turns = turns[:-1] if turns[-1]["role"] == "assistant" else turns
-    return encode_example(turns, tokenizer)[0] + _marker("assistant", tokenizer)
+    """The ids a reply is generated from: `turns` without a last reply, then what the template begins a reply with."""
+    return render_prompts([("chat", turns)], tokenizer)[0]
+
+
+def render_prompts(rows: Sequence[tuple[str, list[Message]]], tokenizer: Tokenizer) -> list[list[int]]:
+    """`render_prompt` of many (where, messages) at once."""
+    asked = [(where, turns[:-1] if turns[-1]["role"] == "assistant" else turns) for where, turns in rows]
+    if tokenizer.template:
+        return encode_prompts(tokenizer, asked)
+    return [ids + _marker("assistant", tokenizer) for ids, _ in encode_examples(asked, tokenizer)]
 
 
 def sft_rows(rows: Iterable[tuple[str, dict]], tokenizer: Tokenizer, T: int, seed: int, pack: bool = True) -> Sft:
@@ -122,10 +142,9 @@ def sft_rows(rows: Iterable[tuple[str, dict]], tokenizer: Tokenizer, T: int, see
         raise InputError(f"seed {seed}: an integer in [0, 2**32) is wanted")
     sha = hashlib.sha256(f"{tokenizer.digest} {T} {seed} {pack}".encode())
     checked = [(where, messages(row, where)) for where, row in rows]
-    contents = iter(tokenizer.encode_batch([turn["content"] for _, turns in checked for turn in turns]))  # all at once
     examples = []
-    for where, turns in checked:
-        ids, weights = (np.array(x, np.int32) for x in _assemble(turns, contents, tokenizer))
+    for (where, _), pair in zip(checked, encode_examples(checked, tokenizer), strict=True):
+        ids, weights = (np.array(x, np.int32) for x in pair)
         if len(ids) - 1 > T:
             raise InputError(f"{where}: {len(ids) - 1} tokens, but a row holds T={T}; raise T, or shorten the row")
         sha.update(ids.tobytes() + b"|" + weights.tobytes())

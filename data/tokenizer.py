@@ -1,4 +1,4 @@
-"""Text <-> ids. SentencePiece BPE trained here, or a Hugging Face `tokenizer.json`; both give the same Tokenizer."""
+"""Text <-> ids. SentencePiece BPE trained here, or Hugging Face's (hf_tokenizer.py); both give a Tokenizer."""
 
 import hashlib
 import heapq
@@ -7,9 +7,12 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from .. import InputError
+from .hf_files import BESIDE, GENERATION, MAIN, collect, read_folder
 
 ROLES = ("system", "user", "assistant")
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
@@ -20,9 +23,12 @@ _BLOCK = "\u2581"  # SentencePiece writes a space as this character
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """`encode` gives no special token, whatever the text says; `decode(encode(x)) == x` if trained here."""
+    """`encode` gives no special token, whatever the text says; `decode(encode(x)) == x` if trained here.
 
-    file: str  # tokenizer.model or tokenizer.json
+    The fields from `template` on are a Hugging Face tokenizer's; graftax's own have none of them.
+    """
+
+    file: str  # tokenizer.model, tokenizer.json or vocab.json
     data: bytes = field(repr=False)
     vocab_size: int
     bos: int
@@ -31,10 +37,21 @@ class Tokenizer:
     special: dict[str, int]
     encode_batch: Callable[[Sequence[str]], list[list[int]]] = field(repr=False, compare=False)
     _decode: Callable[[list[int]], str] = field(repr=False, compare=False)
+    template: str = field(default="", repr=False)  # of chats, in jinja2
+    template_file: str = field(default="", compare=False)
+    names: dict[str, str] = field(default_factory=dict)  # {"eos_token": "</s>", ...}: what a template may write
+    ends: tuple[int, ...] = ()  # eos, and what generation_config.json adds
+    files: dict[str, bytes] = field(default_factory=dict, repr=False)  # beside the main one
+    encode_marked: Callable[[Sequence[str], bool], list[Any]] | None = field(default=None, repr=False, compare=False)
+    """(texts, add what HF adds) -> `tokenizers.Encoding`s, special tokens in the texts recognised."""
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without bos or eos."""
         return self.encode_batch([text])[0]
+
+    def prompt(self, text: str) -> list[int]:
+        """What a text is generated from: HF's `tokenizer(text)`; bos and `text` for graftax's own."""
+        return [self.bos, *self.encode(text)] if self.encode_marked is None else self.encode_marked([text], True)[0].ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; special tokens give nothing. InputError for an id outside the vocabulary."""
@@ -46,27 +63,37 @@ class Tokenizer:
 
     @property
     def end(self) -> int:
-        """The id that ends a turn: eos, which a base has learnt to predict where a text ends.
+        """The id that ends a turn in graftax's own template: eos, which a base has learnt to predict where a text ends.
 
         A token of its own would be one that pretraining never saw: its row of the table is like those of all unused
         pieces, and a method that leaves the table frozen (LoRA, a mask, a prompt) could not tell it from them.
         """
         return self.eos
 
+    @cached_property
+    def stops(self) -> tuple[int, ...]:
+        """Every id that ends a reply: eos, those of generation_config.json, what the chat template ends a turn with."""
+        if not self.template:
+            return self.ends or (self.eos,)
+        from .chat import turn_end
+
+        return tuple(dict.fromkeys((*self.ends, *turn_end(self))))
+
     @property
     def digest(self) -> str:
-        """sha256 of the tokenizer's file."""
-        return hashlib.sha256(self.data).hexdigest()
+        """sha256 of the file; with others beside it, of all of them but generation_config.json, which moves no id."""
+        beside = {name: data for name, data in self.files.items() if name != GENERATION}
+        if not beside:
+            return hashlib.sha256(self.data).hexdigest()
+        parts = {name: hashlib.sha256(data).hexdigest() for name, data in (beside | {self.file: self.data}).items()}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def save(self, folder: Path | str) -> Path:
-        """Write the file (and the names of bos, eos, pad for a tokenizer.json) into `folder`; returns its path."""
+        """Write the file and those beside it into `folder`, byte for byte; returns the path of the first."""
         path = Path(folder) / self.file
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(self.data)
-        if self.file == "tokenizer.json":
-            names = {i: name for name, i in self.special.items()}
-            config = {f"{k}_token": names[getattr(self, k)] for k in ("bos", "eos", "pad")}
-            (path.parent / "tokenizer_config.json").write_text(json.dumps(config))
+        for name, data in (self.files | {self.file: self.data}).items():
+            (path.parent / name).write_bytes(data)
         return path
 
 
@@ -146,24 +173,44 @@ def _sample(texts: Iterable[str], limit: int) -> list[str]:
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """From `tokenizer.model`, `tokenizer.json`, or a folder that holds one. InputError when it cannot be read."""
+    """From `tokenizer.model`, `tokenizer.json`, `vocab.json` with `merges.txt`, or a folder that holds one.
+
+    In a Hugging Face folder the files beside it count: names of special tokens, added tokens, the chat template.
+    InputError when something cannot be read.
+    """
     path = Path(path)
     if path.is_dir():
-        found = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()]
+        # A folder may hold several (Llama 2, Qwen): tokenizer.json says most.
+        found = [path / name for name in MAIN if (path / name).is_file()]
         if not found:
             raise InputError(f"{path}: no tokenizer.model and no tokenizer.json in it; graftax tokenizer trains one")
-        # A Hugging Face folder may hold both (Llama 2): the .json says how special tokens are meant.
-        path = found[-1]
+        path = found[0]
     try:
         data = path.read_bytes()
     except OSError as e:
         raise InputError(
             f"{path}: cannot be read ({e.strerror}); a tokenizer.model or tokenizer.json is wanted"
         ) from None
-    return _hugging_face(path, data) if path.suffix == ".json" else _sentencepiece(path, data)
+    main = "tokenizer.model" if path.suffix != ".json" else path.name if path.name in MAIN else "tokenizer.json"
+    files = collect(path.parent, main)
+    if main == "tokenizer.model" and _alone(data, path, files):
+        return from_sentencepiece(path, data)
+    from .hf_tokenizer import from_files
+
+    return from_files(path.parent, main, data, files)
 
 
-def _sentencepiece(path: Path, data: bytes) -> Tokenizer:
+def _alone(data: bytes, path: Path, files: dict[str, bytes]) -> bool:
+    """Whether SentencePiece itself reads the model: nothing of Hugging Face's is beside it, or nothing it needs."""
+    if not set(files) & set(BESIDE):
+        return True
+    from .hf_sentencepiece import is_bpe
+
+    return not read_folder(path.parent, files).template and (BOS.encode() in data or not is_bpe(data, path))
+
+
+def from_sentencepiece(path: Path, data: bytes) -> Tokenizer:
+    """A SentencePiece model as it is; `path` is for messages."""
     import sentencepiece
 
     try:
@@ -182,60 +229,16 @@ def _sentencepiece(path: Path, data: bytes) -> Tokenizer:
                 ids[n] = parts[0] + [i for part in parts[1:] for i in (*block, *part)]
         return ids
 
-    eos = _wanted(model.eos_id(), "eos", path)
+    eos = wanted(model.eos_id(), "eos", path)
     bos = model.bos_id() if model.bos_id() >= 0 else eos
     pad = model.pad_id() if model.pad_id() >= 0 else eos
     return Tokenizer("tokenizer.model", data, size, bos, eos, pad, special, encode_batch, model.decode)
 
 
-def _wanted(i: int | None, name: str, path: Path) -> int:
+def wanted(i: int | None, name: str, path: Path) -> int:
+    """`i`; InputError if there is no such token."""
     if i is None or i < 0:
         raise InputError(
             f"{path}: names no {name} token; one is wanted (in tokenizer_config.json for a tokenizer.json)"
         )
     return i
-
-
-def _hugging_face(path: Path, data: bytes) -> Tokenizer:
-    import tokenizers
-
-    try:
-        model = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
-    except Exception as e:  # the Rust side raises bare Exception
-        reason = str(e).splitlines()[0]
-        raise InputError(f"{path}: not a Hugging Face tokenizer.json ({reason})") from None
-    model.encode_special_tokens = True  # "</s>" in a text is text
-    model.no_truncation()
-    model.no_padding()
-    special = {t.content: i for i, t in model.get_added_tokens_decoder().items() if t.special}
-    named = _hf_names(path.parent)
-    ids = {k: model.token_to_id(named[k]) if k in named else None for k in ("bos", "eos", "pad")}
-    # No bos (Qwen) or no pad is common: eos then separates documents, and a padded position never counts.
-    eos = _wanted(ids["eos"], "eos", path)
-    bos, pad = (eos if (i := ids[k]) is None else i for k in ("bos", "pad"))
-    special |= {named[k]: i for k, i in ids.items() if i is not None}
-
-    def encode_batch(texts: Sequence[str]) -> list[list[int]]:
-        return [e.ids for e in model.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-    size = model.get_vocab_size(with_added_tokens=True)
-    size = max(size, 1 + max(special.values()))
-    return Tokenizer("tokenizer.json", data, size, bos, eos, pad, special, encode_batch, model.decode)
-
-
-def _hf_names(folder: Path) -> dict[str, str]:
-    """{"eos": "</s>", ...} from tokenizer_config.json or special_tokens_map.json; a token is a string or a dict."""
-    names: dict[str, str] = {}
-    for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
-        if not file.is_file():
-            continue
-        try:
-            config = json.loads(file.read_text("utf-8"))
-        except ValueError as e:
-            raise InputError(f"{file}: not valid JSON ({e})") from None
-        for k in ("bos", "eos", "pad"):
-            token = config.get(f"{k}_token")
-            token = token.get("content") if isinstance(token, dict) else token
-            if isinstance(token, str):
-                names[k] = token
-    return names

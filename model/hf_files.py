@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from .. import InputError
 
-DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 CARRIED = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
            "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
            "generation_config.json")  # fmt: skip
+HUB_ID = r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?"
 _CHUNK = 16 << 20  # bytes read at once
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -70,7 +71,7 @@ def fetch(name: str) -> Path:
 
     A token is taken from HF_TOKEN alone and is written nowhere.
     """
-    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
+    if Path(name).exists() or not re.fullmatch(HUB_ID, name):
         if not Path(name).is_dir():
             raise InputError(f"{name}: no such folder, and not a hub id (owner/name)")
         return Path(name)
@@ -83,8 +84,8 @@ def fetch(name: str) -> Path:
         found = huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=patterns, token=token)
     except Exception as error:  # its errors have no common base
         text = str(error).strip().splitlines()
-        raise InputError(f"hub {name}: {type(error).__name__}: {text[0] if text else ''}; give a local folder, or set "
-                         "HF_TOKEN if the model is gated") from None  # fmt: skip
+        raise InputError(f"{name}: no such folder, and as a hub id: {type(error).__name__}: {text[0] if text else ''} "
+                         "(a gated model wants HF_TOKEN)") from None  # fmt: skip
     return Path(found)
 
 

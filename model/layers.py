@@ -21,15 +21,15 @@ class Part(nn.Module):
 
     config: Config
 
-    def leaf(self, name: str, *shape: int, dtype: str = "") -> Any:
-        """The parameter `name` in the compute dtype; made when initialising, so no shape check meets a weight node."""
+    def leaf(self, name: str, *shape: int) -> Any:
+        """The parameter `name` as it is stored; made when initialising, so no shape check meets a weight node."""
         if self.is_initializing():
             path, _ = canonical("/".join((*self.scope.path, name)))  # type: ignore[union-attr]
             return self.param(name, lambda key: initial(self.config, path, key, shape))
-        return self.get_variable("params", name).astype(dtype or self.config.dtype)
+        return self.get_variable("params", name)
 
     def bias(self, y: Array, name: str, on: bool) -> Array:
-        return y + self.leaf(name, y.shape[-1]) if on else y
+        return y + self.leaf(name, y.shape[-1]).astype(y.dtype) if on else y
 
 
 class Norm(Part):
@@ -41,9 +41,9 @@ class Norm(Part):
         if c.norm == "layer":
             x = x - x.mean(-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + c.norm_eps)
-        x = x * (c.norm_offset + self.leaf("scale", x.shape[-1], dtype="float32"))
+        x = x * (c.norm_offset + self.leaf("scale", x.shape[-1]).astype(x.dtype))
         if c.norm == "layer":
-            x = x + self.leaf("bias", x.shape[-1], dtype="float32")
+            x = x + self.leaf("bias", x.shape[-1]).astype(x.dtype)
         return x.astype(dtype)
 
 
@@ -123,13 +123,13 @@ class Embed(Part):
             self.positions = self.leaf("positions", c.context, c.D)
 
     def __call__(self, ids_BT: Array, positions_BT: Array) -> Array:
-        c, x_BTD = self.config, self.table[ids_BT]
+        c, x_BTD = self.config, self.table[ids_BT].astype(self.config.dtype)
         if c.embed_scale != 1:
             x_BTD = x_BTD * jnp.asarray(c.embed_scale, x_BTD.dtype)
         if c.learned_positions:
             if ids_BT.shape[1] > c.context:
                 raise InputError(f"a row of {ids_BT.shape[1]} positions, but the base has learned {c.context}; shorten")
-            x_BTD = x_BTD + self.positions[positions_BT]
+            x_BTD = x_BTD + self.positions[positions_BT].astype(x_BTD.dtype)
         return x_BTD
 
     def logits(self, x_BTD: Array) -> Array:

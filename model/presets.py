@@ -8,10 +8,10 @@ from .rope import Rope
 
 def _published(**fields: Any) -> Config:
     """A published model is stored and multiplied in bfloat16, and recomputed in the backward pass."""
-    return Config(**{"remat": "full", **fields}, param_dtype="bfloat16", dtype="bfloat16")
+    return Config(**fields, remat="full", param_dtype="bfloat16", dtype="bfloat16")
 
 
-_LLAMA3 = {"V": 128256, "context": 131072, "family": "llama"}
+_LLAMA3: Any = {"V": 128256, "context": 131072, "family": "llama"}
 _GEMMA: Any = {"norm_eps": 1e-6, "norm_offset": 1.0, "activation": "gelu_tanh"}
 _GEMMA2: Any = {**_GEMMA, "norm_at": "both", "query_scale": 256**-0.5}
 

@@ -142,8 +142,8 @@ def count(method: Method, base: Config | Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-def fold(bound: Any) -> dict[str, Any]:
-    """The bound tree as plain matrices, each weight replaced by `I @ w` in the dtype of its base.
+def fold(bound: Any, dtype: Any = None) -> dict[str, Any]:
+    """The bound tree as plain matrices, each weight replaced by `I @ w` in `dtype`, or in that of its base.
 
     Raises InputError for a weight that is not linear in x. A context (prompt, prefix) is not part of it: see `merge`.
     """
@@ -157,16 +157,18 @@ def fold(bound: Any) -> dict[str, Any]:
         while isinstance(base, Weight):
             base = getattr(base, "w", None)
         matrix = jax.lax.map(lambda one: one.dense(), w) if is_stacked(path) else w.dense()
-        return matrix if base is None else matrix.astype(base.dtype)
+        kind = dtype or getattr(base, "dtype", None)
+        return matrix if kind is None else matrix.astype(kind)
 
-    return nested({path: dense(path, w) for path, w in named(bound).items()})
+    with jax.default_matmul_precision("highest"):  # a TPU would multiply in bfloat16
+        return nested({path: dense(path, w) for path, w in named(bound).items()})
 
 
-def merge(method: Method, params: Any, trainable: Any) -> dict[str, Any]:
+def merge(method: Method, params: Any, trainable: Any, dtype: Any = None) -> dict[str, Any]:
     """A base that computes by itself what base + trainable compute; InputError where no such base exists."""
     if method.context(trainable).length:
         raise InputError(f"{type(method).__name__} puts positions before the text; a base alone cannot hold them")
-    return fold(method.bind(params, trainable))
+    return fold(method.bind(params, trainable), dtype)
 
 
 class Chain(Method):

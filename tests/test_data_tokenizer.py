@@ -1,11 +1,16 @@
 """The tokenizer is exact, deterministic, and never makes a special token out of text."""
 
+import hashlib
 import json
 import random
+import shutil
+from pathlib import Path
 
 import pytest
+import sentencepiece
 import tokenizers
 from graftax import InputError
+from graftax.data.hf_tokenizer import add_special
 from graftax.data.tokenizer import SPECIAL, load_tokenizer, train_tokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -86,6 +91,12 @@ def test_save_and_load(tok, tmp_path):
     for path in (tmp_path, tmp_path / "tokenizer.model"):
         assert load_tokenizer(path) == tok
         assert load_tokenizer(path).encode(TEXTS[0]) == tok.encode(TEXTS[0])
+    # What runs have on record does not change, whatever is beside the model.
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert load_tokenizer(tmp_path).digest == hashlib.sha256((tmp_path / "tokenizer.model").read_bytes()).hexdigest()
+    assert tok.prompt("hi") == [tok.bos, *tok.encode("hi")]
+    assert tok.stops == (tok.eos,)
+    assert not tok.template
 
 
 def test_what_cannot_be_is_one_line(tok, tmp_path):
@@ -133,3 +144,226 @@ def test_hugging_face_file(tmp_path):
 def test_hugging_face_file_without_eos(tmp_path):
     with pytest.raises(InputError, match=r"tokenizer\.json: names no eos token"):
         hugging_face(tmp_path, {"eos_token": None})
+
+
+GOLDEN = Path(__file__).parent / "golden" / "tokenizers"  # made by make_tokenizers.py with transformers
+FAMILIES = ["llama2", "llama2_legacy", "llama2_json", "qwen", "qwen_slow", "llama3", "gemma"]
+
+
+def family(name, tmp_path):
+    """(the folder, what transformers gives for it)."""
+    folder = GOLDEN / name
+    if name == "llama2_legacy":  # the same model, with the dummy prefix after special tokens too
+        folder = shutil.copytree(GOLDEN / "llama2", tmp_path / name)
+        edit(folder / "tokenizer_config.json", legacy=True)
+    if name == "qwen_slow":
+        folder = shutil.copytree(GOLDEN / "qwen", tmp_path / name)
+        (folder / "tokenizer.json").unlink()
+    expected = {"llama2_json": "llama2", "qwen_slow": "qwen"}.get(name, name)
+    return folder, json.loads((GOLDEN / expected / "expected.json").read_text())
+
+
+def edit(file, **changes):
+    config = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_ids_are_those_of_transformers(name, tmp_path):
+    folder, expected = family(name, tmp_path)
+    tok = load_tokenizer(folder)
+    assert tok.vocab_size == expected["vocab_size"]
+    for text, ids, prompt in expected["texts"]:
+        assert tok.encode(text) == ids, text
+        assert tok.prompt(text) == prompt, text
+        assert not set(ids) & set(tok.special.values())
+        kept = text if name == "llama3" else text.replace("e\u0301", "\u00e9")  # NFC
+        if "llama2" in name or name == "gemma":
+            kept = text.replace("\u2581", " ")  # which is how they write one
+        if "llama2" in name:
+            kept = kept.removeprefix(" ")  # HF does not tell it from the dummy prefix
+        assert tok.decode(ids) == kept
+    assert tok.encode_batch([text for text, *_ in expected["texts"]]) == [ids for _, ids, _ in expected["texts"]]
+
+
+def test_what_a_folder_says(tmp_path):
+    qwen, llama3 = load_tokenizer(GOLDEN / "qwen"), load_tokenizer(GOLDEN / "llama3")
+    assert (qwen.bos, qwen.eos, qwen.pad, qwen.ends) == (402, 402, 400, (402, 400))
+    assert qwen.names == {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    assert (llama3.bos, llama3.eos, llama3.pad) == (380, 381, 381)
+    assert llama3.template.startswith("{% set loop_messages")  # the default one of a list
+    assert load_tokenizer(GOLDEN / "gemma").template.startswith("{{ bos_token }}")  # chat_template.json
+    folder = shutil.copytree(GOLDEN / "llama3", tmp_path / "old")
+    config = folder / "tokenizer_config.json"
+    edit(config, eos_token=..., bos_token=...)
+    (folder / "special_tokens_map.json").write_text('{"eos_token": {"content": "<|eot_id|>"}}')
+    (folder / "chat_template.jinja").write_text("{{ 1 }}")  # before any other
+    tok = load_tokenizer(folder)
+    assert (tok.bos, tok.eos, tok.template) == (384, 384, "{{ 1 }}")
+    edit(config, chat_template=..., tokenizer_class="GPT2TokenizerFast")
+    (folder / "chat_template.jinja").unlink()
+    assert load_tokenizer(folder).template == ""
+
+
+def test_gpt2_is_named_by_config_json_alone(tmp_path):
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(GOLDEN / "qwen" / name, tmp_path)
+    vocab = tmp_path / "vocab.json"
+    edit(vocab, **{"<|endoftext|>": 400})
+    with pytest.raises(InputError, match="names no eos token"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    tok = load_tokenizer(tmp_path)
+    assert (tok.bos, tok.eos, tok.vocab_size, tok.file) == (400, 400, 401, "vocab.json")
+    assert tok.prompt("hello") == tok.encode("hello")
+    assert tok.decode(tok.encode(" It's\n\n 12 <|endoftext|>")) == " It's\n\n 12 <|endoftext|>"
+    assert load_tokenizer(tok.save(tmp_path / "copy").parent) == tok  # without config.json
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_files_are_carried_and_special_tokens_added(name, tmp_path):
+    folder, _ = family(name, tmp_path)
+    tok = load_tokenizer(folder)
+    path = tok.save(tmp_path / "a")
+    for file in path.parent.iterdir():
+        assert file.read_bytes() == (folder / file.name).read_bytes()
+    for again in (load_tokenizer(path), load_tokenizer(path.parent)):
+        assert again == tok
+        assert again.digest == tok.digest
+    more = add_special(tok, ["<|tool|>", "<|call|>", "<|tool|>"])
+    copy = load_tokenizer(more.save(tmp_path / "b"))
+    assert copy == more
+    assert copy.digest != tok.digest
+    new = {k: i for k, i in copy.special.items() if k not in tok.special}
+    assert new == {"<|tool|>": tok.vocab_size, "<|call|>": tok.vocab_size + 1}
+    assert copy.vocab_size == tok.vocab_size + 2
+    assert copy.prompt("x<|call|>").pop() == new["<|call|>"]
+    assert copy.encode("x<|call|>") == tok.encode("x<|call|>")
+    assert add_special(copy, ["<|call|>"]) is copy
+    assert add_special(copy, ["<|third|>"]).special["<|third|>"] == copy.vocab_size
+    for bad, message in ((" ", "not blank"), ("a", "already an ordinary piece")):
+        with pytest.raises(InputError, match=message):
+            add_special(tok, [bad])
+
+
+def test_digest_covers_the_template(tmp_path):
+    folder = shutil.copytree(GOLDEN / "qwen", tmp_path / "q")
+    before = load_tokenizer(folder)
+    edit(folder / "generation_config.json", eos_token_id=400)
+    assert load_tokenizer(folder).digest == before.digest
+    assert load_tokenizer(folder) != before
+    edit(folder / "tokenizer_config.json", chat_template="{{ 1 }}")
+    assert load_tokenizer(folder).digest != before.digest
+
+
+def test_add_special_to_our_own(tok, tmp_path):
+    more = add_special(tok, ["<|tool|>"])
+    assert more.special == tok.special | {"<|tool|>": 400}
+    assert load_tokenizer(more.save(tmp_path)) == more
+    assert more.encode_batch(AWKWARD) == tok.encode_batch(AWKWARD)
+    assert more.decode([more.bos, *more.encode("<|tool|>"), 400]) == "<|tool|>"
+
+
+def test_a_sentencepiece_model_normalises_as_it_says(tmp_path):
+    golden = json.loads((GOLDEN / "llama2" / "expected.json").read_text())["texts"]
+    texts = [text for text, *_ in golden if "\u2581" not in text]
+    path = tmp_path / "tokenizer.model"
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(TEXTS), model_writer=file, model_type="bpe", vocab_size=400, byte_fallback=True,
+            minloglevel=2,
+        )  # fmt: skip
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    alone = load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    for tok in (alone, load_tokenizer(tmp_path)):
+        assert (tok.bos, tok.eos) == (1, 2)
+        assert tok.encode_batch(texts + TEXTS[:9]) == model.encode(texts + TEXTS[:9])
+        assert tok.prompt("a") == [1, *model.encode("a")]
+
+
+def test_merges_that_make_a_special_token_are_left_out(tmp_path):
+    folder = shutil.copytree(GOLDEN / "llama2_json", tmp_path / "leak")
+    state = json.loads((folder / "tokenizer.json").read_text())
+    state["model"]["vocab"] |= {"<": 450, ">": 451, "<s": 452}
+    state["model"]["merges"] += [["<", "s"], ["<s", ">"]]
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    tok = load_tokenizer(folder)
+    assert 1 not in tok.encode("a<s>b")
+    assert 452 in tok.encode("a<s>b")
+    assert tok.decode(tok.encode("a<s>b")) == "a<s>b"
+    assert tok.prompt("a<s>b").count(1) == 2
+
+
+def test_pieces_of_other_models_that_are_special_tokens(tmp_path):
+    """A unigram model would take its special pieces before any other; a word level model cannot be kept from it."""
+    pieces = [["<unk>", 0.0], ["<s>", 0.0], ["</s>", 0.0], *([c, -3.0] for c in "<s>/ab"), ["ab", -2.0]]
+    special = [
+        {"id": i, "content": pieces[i][0], "special": True, "normalized": False}
+        | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+        for i in range(3)
+    ]
+    state: dict = dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation", "padding"))
+    state |= {"version": "1.0", "added_tokens": special}
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>", "unk_token": "<unk>"}')
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(state | {"model": {"type": "Unigram", "unk_id": 0, "vocab": pieces}}))
+    tok = load_tokenizer(tmp_path)
+    assert tok.encode("ab</s>b?") == [9, 3, 6, 4, 5, 8, 0]
+    assert tok.prompt("ab</s>b?") == [9, 2, 8, 0]
+    vocab = {piece: i for i, (piece, _) in enumerate(pieces)}
+    file.write_text(json.dumps(state | {"model": {"type": "WordLevel", "unk_token": "<unk>", "vocab": vocab}}))
+    with pytest.raises(InputError, match=r"the plain text '<s>' gives its special token"):
+        load_tokenizer(tmp_path)
+
+
+BROKEN = [
+    ("tokenizer_config.json", "{", r"tokenizer_config\.json: not valid JSON"),
+    ("tokenizer_config.json", "[" * 100_000, r"tokenizer_config\.json: not valid JSON"),
+    ("tokenizer_config.json", "[]", "a JSON object is wanted"),
+    ("tokenizer_config.json", '{"chat_template": 3}', "chat_template is a int; text is wanted"),
+    ("tokenizer_config.json", '{"chat_template": [{"name": "rag", "template": ""}]}', r"\['rag'\]; one named default"),
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "no table of ids"),
+    ("tokenizer_config.json", '{"added_tokens_decoder": {"7": {}}}', "added token 7 has no content"),
+    (
+        "tokenizer_config.json",
+        '{"added_tokens_decoder": {"9": {"content": "<x>"}}}',
+        "'<x>' is listed as id 9, but comes out as 385",
+    ),
+    ("tokenizer_config.json", "{}", "names no eos token"),
+    ("tokenizer_config.json", '{"eos_token": "<|gone|>"}', "names no eos token"),
+    ("special_tokens_map.json", b"\xff", r"special_tokens_map\.json: not valid JSON"),
+    ("chat_template.jinja", b"\xff", r"chat_template\.jinja: not UTF-8"),
+    ("chat_template.json", "nul", r"chat_template\.json: not valid JSON"),
+    ("generation_config.json", '{"eos_token_id": "2"}', "eos_token_id is '2'; an id or a list"),
+    ("tokenizer.json", "{}", r"tokenizer\.json: not a Hugging Face tokenizer\.json"),
+]
+
+
+@pytest.mark.parametrize(("file", "text", "message"), BROKEN)
+def test_a_broken_folder_is_one_line(file, text, message, tmp_path):
+    folder = shutil.copytree(GOLDEN / "llama3", tmp_path / "x")
+    (folder / file).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match=message) as caught:
+        load_tokenizer(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_broken_slow_files_are_one_line(tmp_path):
+    slow, _ = family("qwen_slow", tmp_path)
+    edit(slow / "tokenizer_config.json", tokenizer_class="RobertaTokenizer")
+    with pytest.raises(
+        InputError, match=r"how a RobertaTokenizer cuts texts is not known here; give its tokenizer\.json"
+    ):
+        load_tokenizer(slow)
+    edit(slow / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
+    (slow / "merges.txt").write_text("q q\n")
+    with pytest.raises(InputError, match=r"vocab\.json: no vocabulary for merges\.txt"):
+        load_tokenizer(slow)
+    (slow / "merges.txt").unlink()
+    with pytest.raises(InputError, match=r"vocab\.json without merges\.txt"):
+        load_tokenizer(slow)
+    for data in (b"\xff garbage", b""):
+        (slow / "tokenizer.model").write_bytes(data)
+        with pytest.raises(InputError, match=r"tokenizer\.model: not a SentencePiece model"):
+            load_tokenizer(slow)

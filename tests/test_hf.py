@@ -142,7 +142,7 @@ def test_a_hub_id_is_read_from_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert fetch("some/model") == there / "snapshots" / "abc123"
     assert load("some/model")[0] == load(GOLDEN / "qwen2")[0]
-    with pytest.raises(InputError, match="hub some/other: LocalEntryNotFoundError"):
+    with pytest.raises(InputError, match="some/other: no such folder, and as a hub id: LocalEntryNotFoundError"):
         fetch("some/other")
     with pytest.raises(InputError, match="no such folder, and not a hub id"):
         fetch("/no/where")

@@ -89,7 +89,8 @@ def test_scan_equals_unrolled_and_seeds_are_by_name():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"norm": "layer", "gated": False, "activation": "gelu", "o_bias": True, "mlp_bias": True}, {"tied": False}]
+    "changes",
+    [{"norm": "layer", "gated": False, "activation": "gelu", "o_bias": True, "mlp_bias": True}, {"tied": False}],
 )
 def test_variants_train(changes):
     base = make_base(**changes)

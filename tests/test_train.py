@@ -272,7 +272,10 @@ def test_bad_input_is_one_line_and_writes_nothing(base, examples, texts, tmp_pat
         ([*tune, *data, "--data.T", "65"], "--data.T 65 is longer than the model's context of 64"),
         ([*tune, *data, "--method.where", "layers/mpl/.*"], "matches no parameter; did you mean layers/mlp/"),
         ([*tune, *data, "--mesh", "3", "1", "1"], "mesh 3x1x1 (data x fsdp x tensor) does not match the 8 device(s)"),
-        ([*tune, *data, "--base", str(tmp_path / "folder")], "is not a run directory: it has no config.json"),
+        (
+            [*tune, *data, "--base", str(tmp_path / "folder")],
+            "is no run directory and no Hugging Face model: it has no config.json",
+        ),
         ([*tune, *data, "--base", str(tmp_path / "nothing")], "does not exist"),
         ([*tune, *data, "--data.batch", "12"], "--data.batch 12 does not divide into 8"),
         ([*tune, *data, "--out", str(base)], "is not an empty folder"),

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 import io
 import json
 import os
@@ -113,11 +114,9 @@ def _train(phase: str) -> Callable[[list[str]], Any]:
     return command
 
 
-def _lazy(name: str) -> Callable[[list[str]], Any]:
+def _lazy(name: str, module: str = "commands") -> Callable[[list[str]], Any]:
     def command(args: list[str]) -> Any:
-        from . import commands
-
-        spec = getattr(commands, name)
+        spec = getattr(importlib.import_module(f".{module}", __package__), name)
         return parse(spec, args, f"graftax {name.lower()}", description=spec.__doc__ or "").run()
 
     return command
@@ -138,7 +137,15 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], Any]]] = {
     "finetune": ("tune a base on a task: graftax finetune sft --base RUN --data FILE.jsonl", _train("finetune")),
     "eval": ("held-out loss and a task's score of a run: graftax eval RUN", _lazy("Eval")),
     "generate": ("text from a run: graftax generate RUN --prompt TEXT", _lazy("Generate")),
-    "merge": ("fold an adapter into its base: graftax merge RUN --out FOLDER", _lazy("Merge")),
+    "merge": ("fold an adapter into its base, and check: graftax merge RUN --out FOLDER", _lazy("Merge", "export")),
+    "import": (
+        "a run directory from a Hugging Face model: graftax import FOLDER_OR_HUB_ID --out RUN",
+        _lazy("Import", "export"),
+    ),
+    "export": (
+        "a Hugging Face folder from a run, checked: graftax export RUN --out FOLDER",
+        _lazy("Export", "export"),
+    ),
     "masks": (
         "what a mask picks of a base, before anything runs: graftax masks RUN_OR_PRESET --where RULE",
         _lazy("Masks"),

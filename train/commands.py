@@ -14,13 +14,11 @@ from ..data.sft import render_prompt
 from ..data.sources import documents
 from ..data.tokenizer import train_tokenizer
 from ..model import Sampling, generate, presets, shapes_of
-from ..model.tree import named
 from ..peft import Subset, masks
 from . import report
-from .checkpoint import Checkpoints, fingerprint
-from .config import Optim, close, to_json
+from .config import Optim, close
 from .evaluate import choose, held_out_losses, longest_answer, outputs, scored
-from .inputs import save_held_out, task_of
+from .inputs import task_of
 from .optim import make_optimizer
 from .progress import console
 from .runs import load_run
@@ -87,47 +85,15 @@ class Generate:
         how = Sampling(self.temperature, self.top_k, self.top_p)
         got = load_run(self.folder, base=self.base)
         turns = [{"role": "user", "content": self.prompt}]
-        plain = [got.tokenizer.bos, *got.tokenizer.encode(self.prompt)]
-        ids = render_prompt(turns, got.tokenizer) if self.chat else plain
+        ids = render_prompt(turns, got.tokenizer) if self.chat else got.tokenizer.prompt(self.prompt)
         model, bound, context = got.bound
-        stop = (got.tokenizer.end, got.tokenizer.eos)
         out = generate(
-            model, bound, [ids], self.new, stop=stop, how=how, key=jax.random.key(self.seed), context=context
-        )
+            model, bound, [ids], self.new, stop=got.tokenizer.stops, how=how, key=jax.random.key(self.seed),
+            context=context,
+        )  # fmt: skip
         text = got.tokenizer.decode(out[0])
         console.print(Text("" if self.chat else self.prompt, "dim") + Text(text), soft_wrap=True)
         return {"prompt": self.prompt, "text": text, "tokens": len(out[0])}
-
-
-@dataclasses.dataclass(frozen=True)
-class Merge:
-    """A base of its own from an adapter and its base. Example: graftax merge runs/lora --out runs/merged"""
-
-    folder: Arg
-    out: str
-    base: str = ""  # where its base is now, if it moved
-
-    def run(self) -> dict[str, Any]:
-        """Write the merged base; returns where, and its fingerprint."""
-        got, out = load_run(self.folder, base=self.base), Path(self.out)
-        if out.exists() and any(out.iterdir()):
-            raise InputError(f"--out {out} is not empty; take another folder")
-        merged = got.merged
-        run = dataclasses.replace(
-            got.run, phase="pretrain", model=got.config, method=Subset("all"), base="", recipe="merged", out=str(out)
-        )
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(to_json(run), "utf-8")
-        got.tokenizer.save(out)
-        save_held_out(out / "held_out.npz", got.held_out)
-        lineage = {"adapter": str(self.folder), "base": got.manifest["base"], "step": got.manifest["step"]}
-        meta = got.manifest | {"phase": "pretrain", "base": "", "merged_from": lineage}
-        meta = {k: v for k, v in meta.items() if k not in ("step", "score", "versions", "leaves")}
-        checkpoints = Checkpoints(out / "checkpoints")
-        checkpoints.save(got.manifest["step"], {"trainable": named(merged)}, meta)
-        checkpoints.close()
-        console.print(f"wrote {out}/: a base with fingerprint {fingerprint(merged)[:12]}", soft_wrap=True)
-        return {"out": str(out), "fingerprint": fingerprint(merged)}
 
 
 def shapes_and_config(base: str) -> Any:

@@ -69,7 +69,9 @@ class Run:
     phase: Literal["pretrain", "finetune"] = "pretrain"
     out: str = "runs/run"
     model: Config | None = None  # pretraining: the architecture
-    base: str = ""  # fine-tuning: the run directory of the base
+    base: str = ""  # fine-tuning: a run directory, a Hugging Face folder, or a hub id owner/name[@revision]
+    dtype: Literal["", "float32", "bfloat16", "float16"] = ""  # what is multiplied; empty: as the base, fp32 on a CPU
+    remat: Literal["", "none", "full", "dots"] = ""  # recomputation; empty: as the base
     method: Method = dataclasses.field(default_factory=Subset)
     data: Data = Data()
     optim: Optim = Optim()

@@ -71,7 +71,7 @@ def outputs(
     for at in range(0, len(rows), batch):
         taken = list(range(at, min(at + batch, len(rows))))
         filled = taken + taken[:1] * (batch - len(taken))  # one batch size compiles once
-        ids = generate(model, bound, [prompts[i] for i in filled], new, stop=(tokenizer.end, tokenizer.eos),
+        ids = generate(model, bound, [prompts[i] for i in filled], new, stop=tokenizer.stops,
                        how=how or Sampling(), context=context, key=jax.random.key(at), pad_to=longest)  # fmt: skip
         for i, out in zip(taken, ids, strict=False):
             answers[i] = tokenizer.decode(out).strip()

@@ -18,7 +18,7 @@ from .config import Run
 from .inputs import check_lengths, corpus_and_tokenizer, task_of
 from .optim import make_optimizer
 from .progress import console
-from .runs import load_run
+from .runs import load_run, numerics
 from .step import State, init_state
 
 
@@ -64,9 +64,10 @@ def _pretraining(run: Run, mesh: Any, work: Path) -> Phase:
 
 def _tuning(run: Run, mesh: Any, work: Path) -> Phase:
     if not run.base:
-        raise InputError("fine-tuning starts from a base: give --base RUN_DIRECTORY")
+        raise InputError("fine-tuning starts from a base: give --base RUN, a Hugging Face folder, or a hub id")
     base = load_run(run.base, mesh)
-    check_lengths(run.data, base.config.context)
+    config = numerics(base.config, run.dtype, run.remat)
+    check_lengths(run.data, config.context)
     task = task_of(run.data, run.seed)
     sft = sft_rows(task.pairs(), base.tokenizer, run.data.T, run.seed, run.data.pack)
     steps = run.steps or max(round(run.epochs * len(sft.rows) / run.data.batch), 1)
@@ -75,7 +76,7 @@ def _tuning(run: Run, mesh: Any, work: Path) -> Phase:
     rows = f"{sft.examples:,} examples in {len(sft.rows):,} rows of {run.data.T} ({share:.0%} filled)"
     console.print(f"{task.name}: {rows}, {sft.target_tokens:,} target tokens; {steps} steps", soft_wrap=True)
     params, mark = base.merged, fingerprint(base.merged)
-    phase = _assemble(run, mesh, base.config, params, sft.train, sft.digest, base.tokenizer, base.held_out)
+    phase = _assemble(run, mesh, config, params, sft.train, sft.digest, base.tokenizer, base.held_out)
     phase.task, phase.base = task, mark
     return phase
 

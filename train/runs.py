@@ -1,6 +1,8 @@
-"""Run directories: what a finished phase left, loaded as a base or as a base with its adapter."""
+"""Bases and runs: what a finished phase left, or a Hugging Face checkpoint, loaded as a base or with its adapter."""
 
 import dataclasses
+import re
+import time
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,16 @@ import jax
 from .. import InputError
 from ..data.mixture import HeldOut
 from ..data.tokenizer import Tokenizer, load_tokenizer
-from ..model import Config, Context, Transformer, shapes_of
+from ..model import Config, Context, Transformer, hf, shapes_of
+from ..model.hf_files import HUB_ID, fetch
 from ..model.sharding import follow, shardings
 from ..model.tree import nested
 from ..peft import Method, Subset, merge
+from . import report
 from .checkpoint import Checkpoints, fingerprint
-from .config import Run, from_json
+from .config import Data, Run, from_json
 from .inputs import load_held_out
+from .progress import console
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,20 +58,64 @@ def sharded(shapes: Any, split: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, split)
 
 
+def is_hugging_face(name: str | Path) -> bool:
+    """Whether a name is a Hugging Face folder, or a hub id that no folder here has."""
+    path = Path(name)
+    if path.is_dir():
+        config = path / "config.json"
+        return config.is_file() and (b'"model_type"' in config.read_bytes() or any(path.glob("*.safetensors*")))
+    return not path.exists() and bool(re.fullmatch(HUB_ID, str(name)))
+
+
 def check_run(folder: str | Path) -> Path:
     """The folder, if it is a run directory."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        what = "is not a run directory: it has no config.json" if folder.exists() else "does not exist"
-        raise InputError(f"{folder} {what}; give the folder that `graftax pretrain` or `graftax finetune` printed")
+        what = "is no run directory and no Hugging Face model: it has no config.json"
+        raise InputError(
+            f"{folder} {what if folder.exists() else 'does not exist'}; give the folder that `graftax pretrain` or "
+            "`graftax finetune` printed, a folder with config.json and safetensors, or a hub id owner/name"
+        )
     return folder
+
+
+def numerics(config: Config, dtype: str = "", remat: Any = "") -> Config:
+    """The config as it is run here. What is stored in half precision is multiplied in fp32 on a CPU, which has no fast
+    product for it."""
+    half = config.family and jax.default_backend() == "cpu"
+    return dataclasses.replace(
+        config, dtype=dtype or ("float32" if half else config.dtype), remat=remat or config.remat
+    )
+
+
+def load_hugging_face(name: str | Path, mesh: Any = None, dtype: Any = None, check: bool = True) -> Loaded:
+    """A Hugging Face checkpoint as a base: parameters on the mesh in the dtype they have on disk, its tokenizer."""
+    began, folder = time.perf_counter(), fetch(str(name))
+    tokenizer = load_tokenizer(folder)
+    config, params = hf.load(folder, dtype, mesh)
+    if check and tokenizer.vocab_size > config.V:
+        raise InputError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, but the model has {config.V} rows; "
+            "`graftax import` gives it as many"
+        )
+    total = sum(x.size for x in jax.tree.leaves(params))
+    size, seconds = report.size(report.nbytes(params)), time.perf_counter() - began
+    said = f"read {name}: {config.family}, {total:,} parameters, {config.param_dtype}, {size} in {seconds:.1f} s"
+    console.print(said, soft_wrap=True)
+    data = Data(T=min(512, config.context))
+    run = Run(phase="pretrain", recipe="imported", out=str(name), model=config, data=data)
+    manifest = {"step": 0, "base": "", "phase": "pretrain", "tokenizer": tokenizer.digest, "imported": str(name)}
+    return Loaded(folder, run, numerics(config), params, Subset("all"), {}, tokenizer, {}, manifest)
 
 
 def load_run(folder: str | Path, mesh: Any = None, step: int | None = None, base: str = "") -> Loaded:
     """Load a run at its newest checkpoint, or at `step`; `base` says where its base is now, if it moved.
 
-    Raises InputError for a directory that is no run, one without a checkpoint, and a base with another fingerprint.
+    A Hugging Face folder or hub id is a base too. Raises InputError for what is neither, for a run without a
+    checkpoint, and for a base with another fingerprint.
     """
+    if is_hugging_face(folder):
+        return load_hugging_face(folder, mesh)
     folder = check_run(folder)
     run, checkpoints = from_json(folder / "config.json"), Checkpoints(folder / "checkpoints")
     steps = checkpoints.steps()
@@ -77,12 +126,13 @@ def load_run(folder: str | Path, mesh: Any = None, step: int | None = None, base
     manifest = checkpoints.manifest(step)
     if run.phase == "pretrain":
         assert run.model is not None
-        config, shapes = run.model, shapes_of(run.model)
+        config, shapes = numerics(run.model), shapes_of(run.model)
         method: Method = Subset("all")
         below = None
     else:
         below = load_run(base or run.base, mesh)
-        config, method, shapes = below.config, run.method, jax.eval_shape(lambda: below.merged)
+        config, method = numerics(below.config, run.dtype, run.remat), run.method
+        shapes = jax.eval_shape(lambda: below.merged)
         if fingerprint(below.merged) != manifest["base"]:
             raise InputError(
                 f"{folder} was tuned on another base than {base or run.base} (fingerprint {manifest['base'][:12]}, "
@@ -90,6 +140,9 @@ def load_run(folder: str | Path, mesh: Any = None, step: int | None = None, base
             )
     make = partial(method.init, jax.random.key(0))
     like = jax.eval_shape(make, shapes)
+    if below is None:  # a base has the dtypes it was written with; what a method trains is fp32
+        kinds = {path: leaf["dtype"] for path, leaf in manifest["leaves"].get("trainable", {}).items()}
+        like = {path: jax.ShapeDtypeStruct(x.shape, kinds.get(path, x.dtype)) for path, x in like.items()}
     if mesh is not None:
         like = sharded(like, follow(mesh, make, shapes, shardings(mesh, shapes)))
     trainable = checkpoints.restore(step, "trainable", like)

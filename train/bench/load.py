@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from ...model import presets
@@ -38,8 +38,8 @@ def make(folder: Path, preset: str) -> None:
     config = presets[preset]
     rng = np.random.default_rng(0)
     _, tensors = sources(config)
-    kinds = {name: (shape, np.dtype(ml_dtypes.bfloat16)) for name, shape in tensors.items()}
-    noise = (0.02 * rng.standard_normal(1 << 20)).astype(ml_dtypes.bfloat16)
+    kinds = {name: (shape, np.dtype(jnp.bfloat16)) for name, shape in tensors.items()}
+    noise = (0.02 * rng.standard_normal(1 << 20)).astype(jnp.bfloat16)
     write(folder, kinds, lambda name: np.resize(noise, tensors[name]), 2_000_000_000)
     (folder / "config.json").write_text(json.dumps(config_to_hf(config, "bfloat16")), "utf-8")
 

@@ -1,0 +1,152 @@
+"""Chats by the template of a Hugging Face tokenizer: HF's token ids, and which of them are the assistant's.
+
+A template is a program of somebody else's. It runs in jinja2's sandbox, in a process of its own (chat_worker.py) with a
+limit on time a rendering and on memory: neither an endless loop nor a string of 10**10 characters reaches this one.
+"""
+
+import importlib.util
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .. import InputError
+from .tokenizer import Tokenizer
+
+Message = dict[str, str]  # {"role": ..., "content": ...}
+Chat = tuple[str, list[Message]]  # (where it comes from, its messages)
+
+SECONDS = 5.0  # of processor time, for one rendering: most take less than a thousandth
+MEMORY = 1 << 30  # bytes, and 32 times the longest conversation
+_CHUNK = 512  # chats tokenised at a time: bounds the encodings in flight
+
+
+class Rendered(NamedTuple):
+    """A chat as text; `spans` are the assistant's words in it, `marked` if by {% generation %}."""
+
+    text: str
+    spans: list[tuple[int, int]]
+    marked: bool = False
+
+
+def render(tokenizer: Tokenizer, chats: Sequence[Chat], *, add_generation_prompt: bool = False) -> list[Rendered]:
+    """What the template makes of `chats`, all in one child process; a generation prompt has no spans.
+
+    Spans are what {% generation %} marks; without it, what a turn adds to the prompt before it, with the token that
+    ends it. InputError: the template is broken, hostile, refuses a chat, or does not say whose words are whose.
+    """
+    return _render(tokenizer, chats, prompt=add_generation_prompt, spans=not add_generation_prompt)
+
+
+def _render(tokenizer: Tokenizer, chats: Sequence[Chat], prompt: bool, spans: bool) -> list[Rendered]:
+    _check_content(tokenizer, chats)
+    lines = [json.dumps(turns) for _, turns in chats]
+    header = {
+        "template": tokenizer.template,
+        "variables": tokenizer.names,
+        "special": _special(tokenizer),
+        "prompt": prompt,
+        "spans": spans,
+        "seconds": SECONDS,
+        "bytes": MEMORY + 32 * max(map(len, lines), default=0),
+    }
+    renders = 2 * sum(len(turns) for _, turns in chats)
+    replies, end = _exchange([json.dumps(header), *lines], wall=60 + 0.1 * renders)
+    bad = replies[-1].get("error", "") if replies else ""
+    if not bad and len(replies) == 1 + len(chats):
+        return [Rendered(one["text"], [(a, b) for a, b in one["spans"]], one["marked"]) for one in replies[1:]]
+    n = len(replies) - 1 - bool(bad)  # chats that came out well; -1: the template itself did not compile
+    where = f"{chats[n][0]}: " if n >= 0 else ""
+    raise InputError(f"{where}chat template {tokenizer.template_file or 'of the tokenizer'}: {bad or end}")
+
+
+def _special(tokenizer: Tokenizer) -> str:
+    """A pattern for special tokens; the longest match wins."""
+    return "|".join(map(re.escape, sorted(tokenizer.special, key=len, reverse=True))) or "(?!)"
+
+
+def _check_content(tokenizer: Tokenizer, chats: Sequence[Chat]) -> None:
+    """HF takes the text of a special token for the token, so a row could end its own turn."""
+    special = re.compile(_special(tokenizer))
+    for where, turns in chats:
+        for n, turn in enumerate(turns):
+            if found := special.search(turn["content"]):
+                raise InputError(
+                    f"{where}: message {n} holds {found[0]!r}, which this tokenizer takes for its special token; "
+                    "rewrite it or drop the row"
+                )
+
+
+def _exchange(lines: list[str], wall: float) -> tuple[list[dict], str]:
+    """(the worker's replies, why there are no more)."""
+    # Without site-packages the child starts in 50 ms, and no .pth file or PYTHON* variable runs in it.
+    specs = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
+    roots = [str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin]
+    command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("chat_worker.py")), *roots]
+    given = "\n".join([*lines, ""]).encode()  # ASCII
+    try:
+        done = subprocess.run(command, input=given, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=wall)
+    except subprocess.TimeoutExpired as e:
+        return _replies(e.stdout or b""), f"it is not done after {wall:.0f} seconds"
+    if hasattr(signal, "SIGPROF") and done.returncode == -signal.SIGPROF:
+        end = f"it is not done after {SECONDS:g} seconds of computing; is there a loop without an end?"
+    else:
+        end = f"its process ended with code {done.returncode}; does it take too much memory?"
+    return _replies(done.stdout), end
+
+
+def _replies(out: bytes) -> list[dict]:
+    """Whole lines only: a process that was killed may have left half of one."""
+    return [json.loads(line) for line in out.split(b"\n")[:-1]]
+
+
+def encode_chats(tokenizer: Tokenizer, chats: Sequence[Chat]) -> Iterator[tuple[list[int], list[int]]]:
+    """(ids, weights) of each chat: weight 1 on the assistant's tokens, 0 elsewhere."""
+    rendered = render(tokenizer, chats)
+    for n, (encoding, one) in enumerate(zip(_encodings(tokenizer, rendered), rendered, strict=True)):
+        weights = _weights(encoding.offsets, one)
+        if not weights.any():
+            raise InputError(f"{chats[n][0]}: the chat template gives no words by the assistant; nothing to learn")
+        yield encoding.ids, weights.tolist()
+
+
+def encode_prompts(tokenizer: Tokenizer, chats: Sequence[Chat]) -> list[list[int]]:
+    """The ids that a reply to each chat is generated from."""
+    rendered = render(tokenizer, chats, add_generation_prompt=True)
+    return [encoding.ids for encoding in _encodings(tokenizer, rendered)]
+
+
+def _encodings(tokenizer: Tokenizer, rendered: list[Rendered]) -> Iterator:
+    assert tokenizer.encode_marked is not None, "a tokenizer with a template recognises special tokens"
+    for k in range(0, len(rendered), _CHUNK):
+        yield from tokenizer.encode_marked([one.text for one in rendered[k : k + _CHUNK]], False)
+
+
+def _weights(offsets: list[tuple[int, int]], one: Rendered) -> np.ndarray:
+    """1 for tokens that overlap a span. A character may be several tokens, which share its offsets."""
+    starts, ends = np.array(offsets, np.int64).reshape(-1, 2).T
+    weights = np.zeros(len(offsets), np.int64)
+    for start, end in one.spans:
+        first = np.searchsorted(ends, start, side="right")
+        # HF's mask ends with the first token of the last character, even where it is several.
+        last = np.searchsorted(ends, end - 1, side="right") + 1 if one.marked else np.searchsorted(starts, end)
+        weights[first:last] = 1
+    return weights
+
+
+def turn_end(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The special token that follows a reply in a rendered chat, if one does; () if the template renders no chat."""
+    words = "graftax answers"
+    turns = [{"role": "user", "content": "graftax asks"}, {"role": "assistant", "content": words}]
+    try:
+        text = _render(tokenizer, [("probe", turns)], prompt=False, spans=False)[0].text
+    except InputError:
+        return ()  # a prompt will not be rendered either, and that says why
+    found = re.compile(_special(tokenizer)).search(text, text.rfind(words) + len(words)) if words in text else None
+    return (tokenizer.special[found[0]],) if found else ()

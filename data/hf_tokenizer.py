@@ -1,0 +1,243 @@
+"""Hugging Face tokenizers: `tokenizer.json`; `vocab.json` and `merges.txt`; a SentencePiece model of Llama's kind.
+
+All become a `tokenizers.Tokenizer`, as transformers does it, so that ids, offsets and special tokens are HF's.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import InputError
+from .hf_files import CONFIG, Folder, parse, read_folder
+from .tokenizer import Tokenizer, from_sentencepiece, wanted
+
+# Where one text is cut before its pieces are merged; Qwen2's, from its tokenizer.json.
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def from_files(path: Path, main: str, data: bytes, files: dict[str, bytes]) -> Tokenizer:
+    """The tokenizer whose file `main` holds `data`, with `files` beside it; `path` is for messages.
+
+    InputError: a broken file, no eos, a recorded id that does not come out.
+    """
+    folder = _folder(path, main, data, files)
+    build = functools.partial(_build, folder, main, data)
+    plain = build()
+    plain.encode_special_tokens = True  # "</s>" in a text is text
+    added = plain.get_added_tokens_decoder()
+    special = {token.content: i for i, token in added.items() if token.special}
+    unknown = folder.names.get("unk_token", "<unk>")  # which any text may give
+    _check_plain(plain, {token: i for token, i in special.items() if token != unknown}, path / main)
+    # No bos (Qwen) or no pad is common: eos then separates documents, and a padded position never counts.
+    eos = wanted(special.get(folder.names.get("eos_token", "")), "eos", path / main)
+    bos, pad = (special.get(folder.names.get(f"{k}_token", ""), eos) for k in ("bos", "pad"))
+
+    def encode_batch(texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    return Tokenizer(
+        file=main,
+        data=data,
+        vocab_size=max(plain.get_vocab_size(with_added_tokens=True), 1 + max(added)),
+        bos=bos,
+        eos=eos,
+        pad=pad,
+        special=special,
+        encode_batch=encode_batch,
+        _decode=plain.decode,
+        template=folder.template,
+        template_file=folder.template_file,
+        names={k: token for k, token in folder.names.items() if plain.token_to_id(token) is not None},
+        ends=tuple(dict.fromkeys((eos, *folder.ends))),
+        files=files,
+        encode_marked=_marked(build),
+    )
+
+
+def _marked(build: Callable[[], Any]) -> Callable[[Sequence[str], bool], list[Any]]:
+    """(texts, add special tokens) -> encodings, special tokens in the texts recognised. Built when first needed."""
+    model = functools.cache(build)
+    return lambda texts, add: model().encode_batch(list(texts), add_special_tokens=add)
+
+
+def _folder(path: Path, main: str, data: bytes, files: dict[str, bytes]) -> Folder:
+    folder = read_folder(path, files)
+    if main != "tokenizer.model":
+        return folder
+    from .hf_sentencepiece import names
+
+    return dataclasses.replace(folder, names=names(data, path / main) | folder.names)
+
+
+def _build(folder: Folder, main: str, data: bytes) -> Any:
+    model = _base(folder, main, data)
+    model.no_truncation()
+    model.no_padding()
+    _add(model, folder)
+    if main != "tokenizer.json":
+        _post_process(model, folder, bos=main == "tokenizer.model")
+    return model
+
+
+def _base(folder: Folder, main: str, data: bytes) -> Any:
+    """What the main file says, before the others."""
+    if main == "tokenizer.json":
+        return _read(folder.path / main, data)
+    if main == "vocab.json":
+        return _byte_level(folder, data)
+    from .hf_sentencepiece import convert
+
+    return convert(folder, data)
+
+
+def _read(path: Path, data: bytes) -> Any:
+    import tokenizers
+
+    try:
+        model = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+    except Exception as e:  # the Rust side raises bare Exception
+        reason = str(e).splitlines()[0]
+        raise InputError(f"{path}: not a Hugging Face tokenizer.json ({reason})") from None
+    special = {token.content for token in model.get_added_tokens_decoder().values() if token.special}
+    if any(token in (found.value for found in model.model.tokenize(token)) for token in special):
+        model = tokenizers.Tokenizer.from_str(_without_special(data, special))
+    return model
+
+
+def _without_special(data: bytes, special: set[str]) -> str:
+    """The file with a model that does not make special tokens of their characters: HF cuts their texts out before."""
+    state = json.loads(data)
+    model = state["model"]
+    if model.get("type") == "BPE":
+        whole = [pair.replace(" ", "", 1) if isinstance(pair, str) else "".join(pair) for pair in model["merges"]]
+        model["merges"] = [pair for pair, piece in zip(model["merges"], whole, strict=True) if piece not in special]
+    elif model.get("type") == "Unigram":
+        kept = [i == model.get("unk_id") or piece not in special for i, (piece, _) in enumerate(model["vocab"])]
+        model["vocab"] = [[p, score if keep else -1e9] for (p, score), keep in zip(model["vocab"], kept, strict=True)]
+    return json.dumps(state)
+
+
+def _check_plain(model: Any, special: dict[str, int], path: Path) -> None:
+    """InputError if the text of a special token gives it all the same."""
+    for form in ("{}", "a{}a", " {} "):
+        found = model.encode_batch([form.format(token) for token in special], add_special_tokens=False)
+        bad = next((token for (token, i), one in zip(special.items(), found, strict=True) if i in one.ids), None)
+        if bad is not None:
+            raise InputError(f"{path}: the plain text {bad!r} gives its special token, which nothing here prevents")
+
+
+def _byte_level(folder: Folder, data: bytes) -> Any:
+    """From `vocab.json` and `merges.txt`, as GPT-2 and Qwen2 cut texts; other classes need a tokenizer.json."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    path = folder.path / "vocab.json"
+    if folder.kind not in ("", "GPT2Tokenizer", "Qwen2Tokenizer"):
+        raise InputError(f"{path}: how a {folder.kind} cuts texts is not known here; give its tokenizer.json")
+    if "merges.txt" not in folder.files:
+        raise InputError(f"{folder.path}: vocab.json without merges.txt; give both, or a tokenizer.json")
+    lines = folder.files["merges.txt"].decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
+    merges: Any = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    try:
+        model = Tokenizer(models.BPE(vocab=parse(folder.path, {"vocab.json": data}, "vocab.json"), merges=merges))
+    except Exception as e:  # the Rust side raises bare Exception
+        raise InputError(f"{path}: no vocabulary for merges.txt ({str(e).splitlines()[0]})") from None
+    prefix = bool(folder.config.get("add_prefix_space"))
+    qwen = folder.kind == "Qwen2Tokenizer"
+    cut = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=not qwen)
+    if qwen:
+        model.normalizer = normalizers.NFC()
+        cut = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_QWEN2), behavior="isolated"), cut])
+    model.pre_tokenizer, model.decoder = cut, decoders.ByteLevel()
+    return model
+
+
+def _add(model: Any, folder: Folder) -> None:
+    """The tokens that files beside the model list, under the ids they list; then those that have a name."""
+    from tokenizers import AddedToken
+
+    known = {token.content for token in model.get_added_tokens_decoder().values()}
+    for i, token in folder.added.items():
+        content, special = token["content"], bool(token.get("special"))
+        if content in known:
+            continue
+        flags = {k: bool(token.get(k)) for k in ("lstrip", "rstrip", "single_word")}
+        flags["normalized"] = bool(token.get("normalized", not special))
+        one = [AddedToken(content, special=special, **flags)]
+        (model.add_special_tokens if special else model.add_tokens)(one)
+        if model.token_to_id(content) != i:
+            raise InputError(
+                f"{folder.path}: added token {content!r} is listed as id {i}, but comes out as "
+                f"{model.token_to_id(content)}; these files do not belong together"
+            )
+    special = {token.content for token in model.get_added_tokens_decoder().values() if token.special}
+    named = [name for name in folder.names.values() if name not in special and model.token_to_id(name) is not None]
+    model.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in named])
+
+
+def _post_process(model: Any, folder: Folder, bos: bool) -> None:
+    """bos and eos around a text, as add_bos_token and add_eos_token say; Llama's kind has bos unless told otherwise."""
+    from tokenizers import processors
+
+    parts: dict[str, list[tuple[str, int]]] = {"bos": [], "eos": []}
+    for name, default in (("bos", bos), ("eos", False)):
+        token = folder.names.get(f"{name}_token", "")
+        flag = folder.config.get(f"add_{name}_token")
+        if (default if flag is None else flag) and model.token_to_id(token) is not None:
+            parts[name] = [(token, model.token_to_id(token))]
+    order = [*(token for token, _ in parts["bos"]), "$A", *(token for token, _ in parts["eos"])]
+    special = parts["bos"] + parts["eos"]
+    if special:
+        model.post_processor = processors.TemplateProcessing(single=order, special_tokens=special)
+
+
+def add_special(tokenizer: Tokenizer, names: Sequence[str]) -> Tokenizer:
+    """`tokenizer` with special tokens `names` under new ids at the end; those that it has stay as they are.
+
+    The table of embeddings needs as many more rows. InputError: a name that is blank or an ordinary piece.
+    """
+    bad = next((name for name in names if not isinstance(name, str) or not name.strip()), None)
+    if bad is not None:
+        raise InputError(f"special token {bad!r}: a text that is not blank is wanted")
+    new = [name for name in dict.fromkeys(names) if name not in tokenizer.special]
+    if not new:
+        return tokenizer
+    path = Path(tokenizer.template_file).parent  # for messages
+    if tokenizer.encode_marked is None:
+        from .hf_sentencepiece import append
+
+        return from_sentencepiece(path / tokenizer.file, append(tokenizer.data, new))
+    data, ids = _append(tokenizer, new)
+    return from_files(path, tokenizer.file, data, _listed(tokenizer, ids))
+
+
+def _append(tokenizer: Tokenizer, new: list[str]) -> tuple[bytes, dict[str, int]]:
+    """(the main file, the ids of the tokens `new`). Only tokenizer.json itself takes them; others have a list."""
+    from tokenizers import AddedToken
+
+    folder = _folder(Path(), tokenizer.file, tokenizer.data, tokenizer.files)
+    model = _base(folder, tokenizer.file, tokenizer.data)
+    _add(model, folder)
+    old = next((name for name in new if model.token_to_id(name) is not None), None)
+    if old is not None:
+        raise InputError(f"special token {old!r}: already an ordinary piece of this vocabulary; take another name")
+    model.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in new])
+    ids = {name: model.token_to_id(name) for name in new}
+    return (model.to_str(pretty=True).encode() if tokenizer.file == "tokenizer.json" else tokenizer.data), ids
+
+
+def _listed(tokenizer: Tokenizer, ids: dict[str, int]) -> dict[str, bytes]:
+    """The files beside the main one with `ids`, where they list tokens or have to."""
+    folder = _folder(Path(), tokenizer.file, tokenizer.data, tokenizer.files)
+    if "added_tokens_decoder" not in folder.config and tokenizer.file == "tokenizer.json":
+        return tokenizer.files
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    new = {i: {"content": name, **flags, "special": True} for name, i in ids.items()}
+    listed = {str(i): token for i, token in (folder.added | new).items()}
+    # With such a list transformers reads no special_tokens_map.json: the names have to be here too.
+    config = folder.names | folder.config | {"added_tokens_decoder": listed}
+    return tokenizer.files | {CONFIG: json.dumps(config, indent=2).encode()}

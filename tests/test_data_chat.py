@@ -1,0 +1,253 @@
+"""Chat templates give HF's ids and masks, and a hostile one gives one line."""
+
+import dataclasses
+import json
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from graftax import InputError
+from graftax.data import chat, chat_worker
+from graftax.data.sft import encode_example, encode_examples, render_prompt, render_prompts, sft_rows
+from graftax.data.tokenizer import load_tokenizer, train_tokenizer
+
+GOLDEN = Path(__file__).parent / "golden" / "tokenizers"  # made by make_tokenizers.py with transformers
+ASK = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "because"}]
+TWICE = [*ASK, *ASK]
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    return load_tokenizer(GOLDEN / "qwen")
+
+
+def chats(expected):
+    good = [one for one in expected if "ids" in one]
+    return [(f"chat {n}", one["messages"]) for n, one in enumerate(good)], good
+
+
+@pytest.mark.parametrize("name", ["llama2", "llama2_json", "qwen", "llama3", "gemma"])
+def test_ids_and_masks_are_those_of_transformers(name):
+    """The masks are HF's for the same template with {% generation %}; here they are derived without it."""
+    tok = load_tokenizer(GOLDEN / name)
+    assert "generation %" not in tok.template
+    rows, good = chats(json.loads((GOLDEN / name.removesuffix("_json") / "expected.json").read_text())["chats"])
+    assert len(good) >= 4
+    for (ids, weights), one in zip(encode_examples(rows, tok), good, strict=True):
+        assert ids == one["ids"]
+        assert weights == one["mask"]
+    assert render_prompts(rows, tok) == [one["prompt"] for one in good]
+
+
+@pytest.mark.parametrize("name", ["generation", "qwen3", "phi3"])
+def test_more_templates(qwen, name):
+    tok = dataclasses.replace(qwen, template=(GOLDEN / "templates" / f"{name}.jinja").read_text())
+    rows, good = chats(json.loads((GOLDEN / "templates" / f"{name}.json").read_text()))
+    assert render_prompts(rows, tok) == [one["prompt"] for one in good]
+    for (_, turns), one, found, (ids, weights) in zip(
+        rows, good, chat.render(tok, rows), encode_examples(rows, tok), strict=True
+    ):
+        assert ids == one["ids"]
+        if name == "generation":  # HF's mask, and it leaves the token out that ends a turn
+            assert weights == one["mask"]
+            continue
+        words = [turn["content"] + "<|im_end|>" for turn in turns if turn["role"] == "assistant"]
+        if name == "qwen3":  # the last turn has an empty thought where it had none; earlier ones lose theirs
+            words = [re.sub("(?s)^<think>.*</think>\\s*", "", one) for one in words[:-1]] + words[-1:]
+            last = words[-1].replace("<think>hm</think>", "<think>\nhm\n</think>\n\n")
+            words[-1] = last if "<think>" in last else "<think>\n\n</think>\n\n" + last.lstrip("\n")
+        assert [found.text[a:b] for a, b in found.spans] == words
+
+
+def test_the_token_that_ends_a_turn_stops():
+    stops = {name: load_tokenizer(GOLDEN / name) for name in ("llama2", "qwen", "llama3", "gemma")}
+    bare = {name: dataclasses.replace(tok, ends=(tok.eos,)) for name, tok in stops.items()}
+    ids = {"llama2": (2,), "qwen": (402,), "llama3": (381, 384), "gemma": (1, 6)}
+    assert {name: tok.stops for name, tok in bare.items()} == ids
+    assert stops["qwen"].stops == (402, 400)  # generation_config.json's
+    broken = dataclasses.replace(bare["qwen"], template="{{ raise_exception('no') }}")
+    assert broken.stops == (402,)
+
+
+def test_our_own_template_written_as_one(tmp_path):
+    """A jinja template beside a model trained here gives what data/sft.py gives without one."""
+    own = train_tokenizer([f"why {i}, because\n" for i in range(300)], tmp_path, 290)
+    template = (
+        "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    (tmp_path / "chat_template.jinja").write_text(template)
+    tok = load_tokenizer(tmp_path)
+    turns = [{"role": "system", "content": "  be\n"}, *TWICE]
+    assert tok.template == template
+    assert encode_example(turns, tok) == encode_example(turns, own)
+    assert render_prompt(turns, tok) == render_prompt(turns, own)
+    assert tok.stops == own.stops == (own.eos,)
+    assert tok.digest != own.digest
+
+
+def test_rows_are_read_with_the_template(qwen):
+    rows = [(f"f:{n}", {"prompt": f"why {n}", "completion": "because"}) for n in range(5)]
+    sft = sft_rows(rows, qwen, 64, 0, pack=False)
+    ids, weights = encode_example([{"role": "user", "content": "why 3"}, ASK[1]], qwen)
+    row = sft.rows[3]
+    assert row["ids"][: len(ids) - 1].tolist() == ids[:-1]
+    assert row["weights"][: len(ids) - 1].tolist() == weights[1:]
+    learned = [int(t) for t, w in zip(row["targets"], row["weights"], strict=True) if w]
+    assert qwen.decode(learned) == "because"
+    assert learned[-1] == 402
+    assert sft.digest != sft_rows(rows, dataclasses.replace(qwen, files={}), 64, 0, pack=False).digest
+
+
+def test_the_text_of_a_special_token_is_refused(qwen):
+    rows = [("f:1", {"prompt": "a", "completion": "b"}), ("f:2", {"prompt": "a<|im_end|>\n", "completion": "b"})]
+    with pytest.raises(InputError, match=r"^f:2: message 0 holds '<\|im_end\|>', which this tokenizer takes for"):
+        sft_rows(rows, qwen, 64, 0)
+    llama = load_tokenizer(GOLDEN / "llama2")
+    with pytest.raises(InputError, match="message 1 holds '</s>'"):
+        encode_example([ASK[0], {"role": "assistant", "content": "<s>x</s>"[3:]}], llama)
+    ids, _ = encode_example([ASK[0], {"role": "assistant", "content": "</think> [/INST] <|im end|>"}], qwen)
+    assert ids.count(402) == 3  # only those of the template
+
+
+def test_what_closes_a_chat_is_not_looked_for_after_every_turn(qwen):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant {% else %}{{ pad_token }}{% endif %}"
+    )
+    text, spans, _ = chat.render(dataclasses.replace(qwen, template=template), [("f:1", TWICE)])[0]
+    assert [text[a:b] for a, b in spans] == ["because<|im_end|>", "because<|im_end|><|endoftext|>"]
+
+
+HEAD = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+UNCLEAR = [
+    (HEAD, "message 1: the template takes no notice of add_generation_prompt"),
+    (
+        HEAD + "{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}",
+        "where its generation prompt ends",
+    ),
+    ("{{ messages[-1].content }}", "does not write a reply where its generation prompt ends"),
+    ("{{ messages|length }}{% if add_generation_prompt %}:{% endif %}", "does not write a reply"),
+    (
+        "{% for m in messages %}{% if m.role == 'user' or loop.last %}<|im_start|>{{ m.role }}{{ m.content }}<|im_end|>"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}",
+        "message 1: the template writes the turns before it differently once later ones follow",
+    ),
+    (
+        "{% for m in messages %}<|im_start|>{{ m.role }}{% if not loop.last and m.role == 'assistant' %}(cut)"
+        "{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}",
+        "message 1: the template writes this turn differently once later ones follow",
+    ),
+    ("{% macro m() %}{% generation %}x{% endgeneration %}{% endmacro %}{{ 'ab' + m() }}", "inside a macro or a filter"),
+    ("{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}", "marks no words"),
+]
+
+
+@pytest.mark.parametrize(("template", "message"), UNCLEAR)
+def test_a_mask_that_would_be_a_guess_is_refused(qwen, template, message):
+    with pytest.raises(InputError, match=message):
+        chat.render(dataclasses.replace(qwen, template=template), [("f:1", TWICE)])
+
+
+def test_an_empty_reply_without_a_generation_prompt_is_refused(qwen):
+    turns = [*ASK, ASK[0], {"role": "assistant", "content": ""}]
+    special = re.compile(re.escape("<|im_end|>") + "|" + re.escape("<|im_start|>"))
+    _, render = chat_worker.renderer({"template": HEAD, "variables": {}, "seconds": 0})
+    with pytest.raises(chat_worker.Refused, match="takes no notice"):
+        chat_worker.derived_spans(render, turns[2:], render(turns[2:], False), special)
+
+
+def test_plain_text_markers(qwen):
+    """Without special tokens a turn ends where its words do, a character of several tokens included."""
+    template = (
+        "{% for m in messages %}{{ m.role|upper }}: {{ m.content|trim }}\n\n{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+    )
+    turns = [*ASK, ASK[0], {"role": "assistant", "content": " so \U0001f642\n"}]
+    tok = dataclasses.replace(qwen, template=template)
+    text, spans, _ = chat.render(tok, [("f:1", turns)])[0]
+    assert [text[a:b] for a, b in spans] == ["because", "so \U0001f642"]
+    ids, weights = encode_example(turns, tok)  # the space before a word is in its token
+    assert tok.decode([i for i, w in zip(ids, weights, strict=True) if w]) == " because so \U0001f642"
+    closed = template.replace(
+        "{% if", "{% if not add_generation_prompt %}{{ eos_token }}{{ pad_token }}{% endif %}{% if"
+    )
+    text, spans, _ = chat.render(dataclasses.replace(qwen, template=closed), [("f:1", ASK)])[0]
+    assert [text[a:b] for a, b in spans] == ["because\n\n<|im_end|><|endoftext|>"]
+
+
+HOSTILE = [
+    ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "not done after 0.3 seconds"),
+    ("{{ 7 ** (7 ** 9) }}", "not done after 0.3 seconds"),
+    ("{{ 'a' * 10 ** 10 }}", "too much memory"),
+    ("{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}", "too much memory"),
+    ("{% for i in range(90000) %}{{ 'a' * 1000 }}{% endfor %}", "90000000 characters come of"),
+    ("{{ ''.__class__.__mro__ }}", "reaches for what a template may not .attribute '__class__' of a str"),
+    ("{{ messages.__class__ }}", "reaches for what a template may not"),
+    ("{{ ''|attr('__class__') }}", "reaches for what a template may not"),
+    ("{{ '{0.__class__}'.format(1) }}", "reaches for what a template may not"),
+    ("{{ cycler.__init__.__globals__.os.popen('id').read() }}", "reaches for what a template may not"),
+    ("{{ dict.__init__.__globals__ }}", "reaches for what a template may not"),
+    ("{% set n = namespace(__class__=1) %}", "reaches for what a template may not"),
+    ("{% set _ = messages.append(1) %}", "reaches for what a template may not"),
+    ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
+    ("{% include '/etc/passwd' %}", "no loader"),
+    ("{{ raise_exception('roles\nmust \x1b[2Jalternate') }}", r"roles must \?\[2Jalternate$"),
+    ("{{ nothing.at.all }}", "'nothing' is undefined"),
+]
+
+
+@pytest.mark.parametrize(("template", "message"), HOSTILE)
+def test_a_hostile_template_is_one_line(qwen, monkeypatch, template, message):
+    monkeypatch.setattr(chat, "SECONDS", 0.3 if "0.3 seconds" in message else 30)
+    monkeypatch.setattr(chat, "MEMORY", 1 << 28)
+    tok = dataclasses.replace(qwen, template="{% if messages[0].content == 'x' %}" + template + "{% endif %}")
+    rows = [("f:1", ASK), ("f:7", [{"role": "user", "content": "x"}, *ASK])]
+    with pytest.raises(InputError, match=message) as caught, ThreadPoolExecutor(1) as pool:
+        pool.submit(chat.render, tok, rows, add_generation_prompt=True).result()  # where no signal handler works
+    where = "chat template " if "7 **" in template else "f:7: chat template "  # jinja2 computes constants at once
+    assert str(caught.value).startswith(where + str(GOLDEN / "qwen" / "tokenizer_config.json"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% if %}", "^chat template .*: line 1: Expected an expression"),
+        ("a\n{% generation %}", "line 2: Unexpected end of template"),
+        ("{{ 1|nofilter }}", "line 1: No filter named 'nofilter'"),
+        ("{{ " + "(" * 9000 + ")" * 9000 + " }}", "RecursionError"),
+    ],
+)
+def test_a_template_that_does_not_compile(qwen, template, message):
+    with pytest.raises(InputError, match=message):
+        chat.render(dataclasses.replace(qwen, template=template), [("f:1", ASK)])
+
+
+def test_gemma_has_no_system_role_and_the_row_is_named():
+    tok = load_tokenizer(GOLDEN / "gemma")
+    row = {"messages": [{"role": "system", "content": "x"}, *ASK]}
+    with pytest.raises(InputError, match=r"^f:2: chat template .*chat_template\.json: System role not supported$"):
+        sft_rows([("f:1", {"prompt": "a", "completion": "b"}), ("f:2", row)], tok, 64, 0)
+    with pytest.raises(InputError, match="Conversation roles must alternate"):
+        render_prompt([ASK[0], ASK[0]], tok)
+
+
+def test_the_limit_is_of_one_rendering_not_of_all(qwen, monkeypatch):
+    monkeypatch.setattr(chat, "SECONDS", 0.1)
+    before = os.times().children_user
+    assert len(chat.render(qwen, [("f", TWICE * 4)] * 800)) == 800
+    assert os.times().children_user - before > 0.1
+
+
+def test_the_environment_is_that_of_transformers():
+    template = (
+        "{{ {'b': '<\u00e9>', 'a': 1}|tojson }}{{ dict(a=1) }}{{ tools is none }}{{ strftime_now('%%') }}\n"
+        "    {% set n = namespace(a=1) %}\n{% set n.a = 2 %}{{ n.a }}{{ x }}\n"
+        "{% for i in [1, 2, 3] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"
+    )
+    _, render = chat_worker.renderer({"template": template, "variables": {"x": "<s>"}, "seconds": 0})
+    assert render([], False) == '{"b": "<\u00e9>", "a": 1}{\'a\': 1}True%\n2<s>\n1'

@@ -1,0 +1,177 @@
+"""A Hugging Face folder as a base: tuned, evaluated, asked, merged, exported and imported by the command line."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from graftax.data.tokenizer import load_tokenizer
+from graftax.model import Config, Transformer, init
+from graftax.model.hf import load, save
+from graftax.model.sharding import make_mesh
+from graftax.model.tree import named
+from graftax.peft import LoRA
+from graftax.train.cli import main
+from graftax.train.config import Run, from_json
+from graftax.train.phase import prepare
+from graftax.train.runs import load_run
+from tiny import same
+
+TOKENIZER = Path(__file__).parent / "golden" / "tokenizers" / "qwen"
+SMALL = ["--mesh", "8", "1", "1", "--data.T", "64", "--data.batch", "8", "--eval-rows", "2", "--no-score-base"]
+
+
+def command(capsys, *args):
+    """A command's JSON."""
+    main([*map(str, args), "--json"])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def refused(capsys, *args):
+    """The one line of a command that exits with 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([*map(str, args)])
+    assert stop.value.code == 2
+    return next(line for line in capsys.readouterr().err.splitlines() if line.startswith("graftax:"))
+
+
+@pytest.fixture(scope="session")
+def hf_base(tmp_path_factory):
+    """Qwen2's shape and a byte-level tokenizer; bfloat16, three rows of the table more than tokens."""
+    folder, tokenizer = tmp_path_factory.mktemp("hf") / "base", load_tokenizer(TOKENIZER)
+    config = Config(V=tokenizer.vocab_size + 3, D=32, L=2, N=4, K=2, H=8, F=48, context=128, qkv_bias=True,
+                    family="qwen2", param_dtype="bfloat16")  # fmt: skip
+    params = jax.tree.map(lambda x: 3 * x, init(config, jax.random.key(0)))
+    save(folder, config, params, eos_token_id=tokenizer.eos)
+    tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    rows = [{"prompt": f"{w} {i}", "completion": w.upper()} for i in range(20) for w in ("red", "blue")]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def adapter(hf_base, rows, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "lora"
+    main(["finetune", "sft", "--base", str(hf_base), "--data", str(rows), "--method", "lora", "--steps", "8",
+          "--optim.lr", "3e-2", "--no-tensorboard", "--out", str(out), *SMALL])  # fmt: skip
+    return out
+
+
+def test_the_frozen_base_stays_in_half_precision(hf_base, rows, tmp_path):
+    run = Run(phase="finetune", base=str(hf_base), method=LoRA(), steps=1, mesh=(8, 1, 1))
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, task=str(rows), T=64, held_out=0.2))
+    phase = prepare(run, make_mesh((8, 1, 1)), tmp_path)
+    assert {x.dtype for x in jax.tree.leaves(phase.frozen)} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in jax.tree.leaves(phase.state.trainable)} == {jnp.dtype("float32")}
+    moments = [x.dtype for x in jax.tree.leaves(phase.state.opt_state) if x.ndim]
+    assert set(moments) == {jnp.dtype("float32")}
+    assert phase.model.config.dtype == "float32"  # on a CPU; on others as the base
+    wanted = dataclasses.replace(run, dtype="bfloat16", remat="full")
+    config = prepare(wanted, make_mesh((8, 1, 1)), tmp_path).model.config
+    assert (config.dtype, config.remat) == ("bfloat16", "full")
+
+
+def test_tuned_asked_and_scored(adapter, hf_base, rows, capsys):
+    summary = json.loads((adapter / "summary.json").read_text())
+    losses = [json.loads(line) for line in (adapter / "metrics.jsonl").read_text().splitlines()]
+    assert summary["method"] == "lora"
+    assert losses[-1]["step"] == 8
+    assert from_json(adapter / "config.json").base == str(hf_base)
+    assert set(named(dict.fromkeys(p.name for p in adapter.iterdir()))) >= {"tokenizer.json", "config.json"}
+    got = command(capsys, "generate", adapter, "--chat", "--prompt", "red 3", "--new", 4)
+    assert got["tokens"] <= 4
+    assert 0 <= command(capsys, "eval", adapter, "--rows", 2)["scores"]["exact_match"] <= 1
+    assert command(capsys, "generate", hf_base, "--prompt", "red", "--new", 3)["tokens"] <= 3
+    assert "scores" in command(capsys, "eval", hf_base, "--task", rows, "--rows", 2)
+    assert command(capsys, "masks", hf_base, "--where", "norms")["trainable"] == 5 * 32
+
+
+def logits(folder):
+    model, bound, _ = load_run(folder).bound
+    return np.asarray(model.apply({"params": bound}, jnp.arange(24)[None]))
+
+
+def test_merged_and_exported_are_checked(adapter, hf_base, tmp_path, capsys):
+    wide = command(capsys, "export", adapter, "--out", tmp_path / "wide", "--dtype", "float32")
+    assert wide["kl_mean"] < 1e-6
+    np.testing.assert_allclose(logits(tmp_path / "wide"), logits(adapter), atol=1e-3)
+    kept = command(capsys, "export", adapter, "--out", tmp_path / "hf")
+    assert 1e-7 < kept["kl_mean"] < 2e-2  # rounded to the base's bfloat16
+    config, params = load(tmp_path / "hf")
+    assert config == load(hf_base)[0]
+    assert {p.name for p in (tmp_path / "hf").iterdir()} >= {"config.json", "tokenizer.json", "model.safetensors"}
+    line = refused(capsys, "export", adapter, "--out", tmp_path / "no", "--bound", 1e-9)
+    assert "above --bound 1e-09; nothing was written" in line
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "wide"]
+    command(capsys, "merge", adapter, "--out", tmp_path / "merged")
+    merged = load_run(tmp_path / "merged")
+    assert same(merged.params, params)
+    assert merged.manifest["merged_from"]["adapter"] == str(adapter)
+    assert "above --bound" in refused(capsys, "merge", adapter, "--out", tmp_path / "no", "--bound", 1e-9)
+    assert not (tmp_path / "no").exists()
+    command(capsys, "export", tmp_path / "merged", "--out", tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "hf" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_imported_with_more_tokens(hf_base, rows, tmp_path, capsys):
+    tokens = [f"<|new {i}|>" for i in range(5)]
+    got = command(capsys, "import", hf_base, "--out", tmp_path / "run", "--add-tokens", *tokens)
+    before, after = load_run(hf_base), load_run(tmp_path / "run")
+    n = before.tokenizer.vocab_size
+    assert got["V"] == after.config.V == n + 5 == after.tokenizer.vocab_size
+    assert after.tokenizer.special[tokens[4]] == n + 4
+    table = [np.asarray(named(x.params)["embed/table"], np.float32) for x in (before, after)]
+    assert np.array_equal(table[0], table[1][: n + 3])
+    np.testing.assert_allclose(table[1][n + 3 :], table[0].mean(0)[None].repeat(2, 0), atol=1e-3)
+    assert named(after.params)["embed/table"].dtype == jnp.bfloat16
+    main(["finetune", "sft", "--base", str(tmp_path / "run"), "--data", str(rows), "--method", "prompt", "--steps", "1",
+          "--no-tensorboard", "--out", str(tmp_path / "tuned"), *SMALL])  # fmt: skip
+    assert n + 5 == load_run(tmp_path / "tuned").config.V
+    assert "has 406 tokens" in refused(capsys, "import", hf_base, "--out", tmp_path / "x", "--resize", 100).replace(
+        str(n), "406"
+    )
+    command(capsys, "export", tmp_path / "run", "--out", tmp_path / "hf")
+    assert n + 5 == load(tmp_path / "hf")[0].V
+
+
+def test_a_native_base_is_exported_too(tmp_path, capsys):
+    config = Config(V=61, D=32, L=2, N=4, K=2, H=8, F=48, context=64, scan=False)
+    params = init(config, jax.random.key(0))
+    save(tmp_path / "out", config, params)
+    read, again = load(tmp_path / "out")
+    ids = jnp.arange(20)[None]
+    want = Transformer(config).apply({"params": params}, ids)
+    np.testing.assert_allclose(Transformer(read).apply({"params": again}, ids), want, atol=1e-5)
+
+
+def test_what_is_wrong_is_one_line(hf_base, adapter, rows, tmp_path, capsys):
+    folder = tmp_path / "base"
+    shutil.copytree(hf_base, folder)
+    tree = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(tree | {"model_type": "mamba"}))
+    assert "model_type 'mamba' is not known" in refused(capsys, "generate", folder, "--prompt", "x")
+    (folder / "config.json").write_text(json.dumps(tree))
+    config, params = load(hf_base)
+    shutil.rmtree(folder)
+    save(folder, config, jax.tree.map(lambda x: x * 2, params), like=hf_base)
+    assert "was tuned on another base" in refused(capsys, "eval", adapter, "--base", folder)
+    (folder / "tokenizer.json").unlink()
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).unlink(missing_ok=True)
+    assert "no tokenizer.model and no tokenizer.json" in refused(capsys, "generate", folder, "--prompt", "x")
+    args = ["finetune", "sft", "--data", rows, "--out", tmp_path / "run", "--base"]
+    assert "no such folder, and as a hub id" in refused(capsys, *args, "no-such-owner/no-such-model")
+    assert not (tmp_path / "run").exists()

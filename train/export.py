@@ -1,0 +1,215 @@
+"""Bases in and out: import, export, merge. What is written is read back and compared before it counts."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from .. import InputError
+from ..data.hf_tokenizer import add_special
+from ..model import forward, hf, resize
+from ..model.tree import named
+from ..peft import Subset, merge
+from .checkpoint import Checkpoints, fingerprint
+from .config import to_json
+from .inputs import save_held_out
+from .progress import console
+from .runs import Loaded, is_hugging_face, load_hugging_face, load_run
+
+Arg = Annotated[str, tyro.conf.Positional]
+DType = Literal["", "float32", "bfloat16", "float16"]
+# Mean KL (nats a token) up to which two models pass for one, by the dtype that the weights were rounded to.
+BOUNDS = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 2e-2}
+
+
+def probe_ids(got: Loaded, rows: int = 4, T: int = 64) -> np.ndarray:
+    """Ids [rows, T] to compare models on: held-out text of the base if it has any, else random ones."""
+    T = min(T, got.config.context)
+    held = [row["ids"][:T] for domain in got.held_out.values() for row in domain.rows]
+    if held and len(held[0]) == T:
+        return np.stack([held[i * len(held) // rows] for i in range(rows)])
+    return np.random.default_rng(0).integers(0, got.tokenizer.vocab_size, (rows, T))
+
+
+def logits_of(got: Loaded, ids: np.ndarray) -> np.ndarray:
+    """What base + adapter computes for ids, fp32."""
+    model, bound, context = got.bound
+    return np.asarray(jax.jit(lambda b: forward(model, b, jnp.asarray(ids), context=context)[0])(bound), np.float32)
+
+
+def compare(before: np.ndarray, after: np.ndarray, bound: float, what: str) -> dict[str, float]:
+    """{largest difference of logits, mean and largest KL(before || after) in nats a token}; says them.
+
+    Raises InputError above `bound`.
+    """
+    V = min(before.shape[-1], after.shape[-1])  # a vocabulary may have been padded
+    a, b = (_log_softmax(x[..., :V].astype(np.float64)) for x in (before, after))
+    kl = np.maximum((np.exp(a) * (a - b)).sum(-1), 0)
+    found = {"max_difference": float(np.abs(before[..., :V] - after[..., :V]).max()), "kl_mean": float(kl.mean()),
+             "kl_max": float(kl.max())}  # fmt: skip
+    text = (f"{what}: logits differ by at most {found['max_difference']:.2e}, KL {found['kl_mean']:.2e} nats a token "
+            f"(largest {found['kl_max']:.2e}) on {before.shape[0]} x {before.shape[1]} tokens")  # fmt: skip
+    if not found["kl_mean"] <= bound:  # NaN fails too
+        raise InputError(f"{text}, above --bound {bound:g}; nothing was written. A wider --dtype rounds less")
+    console.print(f"{text}: below {bound:g}", soft_wrap=True)
+    return found
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+def empty_folder(out: str) -> Path:
+    """The folder, if nothing is in it yet."""
+    path = Path(out)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"--out {out} is not an empty folder; take another")
+    return path
+
+
+def folded(got: Loaded, dtype: str) -> Any:
+    """Base + adapter as one base, in `dtype`, or each parameter in the dtype that the base has it in."""
+    merged = merge(got.method, got.params, got.trainable, dtype or None)
+    return jax.tree.map(lambda m, b: m.astype(dtype or b.dtype), merged, got.params)
+
+
+def widest(params: Any) -> str:
+    """The dtype most of the bytes have."""
+    return max(jax.tree.leaves(params), key=lambda x: x.nbytes).dtype.name
+
+
+def write_base(out: Path, got: Loaded, params: Any, recipe: str, came: dict[str, Any]) -> str:
+    """A run directory that holds a base; returns its fingerprint."""
+    stored = widest(params)
+    config = dataclasses.replace(got.config, param_dtype=stored)
+    if config.family:  # what it is multiplied in is decided where it runs: runs.numerics
+        config = dataclasses.replace(config, dtype=stored)
+    run = dataclasses.replace(
+        got.run, phase="pretrain", model=config, method=Subset("all"), base="", recipe=recipe, out=str(out)
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(to_json(run), "utf-8")
+    got.tokenizer.save(out)
+    save_held_out(out / "held_out.npz", got.held_out)
+    left = ("step", "score", "versions", "leaves")
+    meta = {k: v for k, v in got.manifest.items() if k not in left} | {"phase": "pretrain", "base": "", **came}
+    checkpoints = Checkpoints(out / "checkpoints")
+    checkpoints.save(got.manifest["step"], {"trainable": named(params)}, meta)
+    checkpoints.close()
+    return fingerprint(params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    """One base from an adapter and its base, compared with the two. Example: graftax merge runs/lora --out runs/m"""
+
+    folder: Arg
+    out: str
+    base: str = ""  # where its base is now, if it moved
+    dtype: DType = ""  # of the merged parameters; empty: as the base's
+    bound: float = 0.0  # nats a token; 0: 1e-6 for float32, 1e-3 for float16, 2e-2 for bfloat16
+
+    def run(self) -> dict[str, Any]:
+        """Write the merged base; returns where, its fingerprint, and how it compares."""
+        out, got = empty_folder(self.out), load_run(self.folder, base=self.base)
+        ids, came = probe_ids(got), {"adapter": str(self.folder), "base": got.manifest["base"]}
+        before, merged = logits_of(got, ids), folded(got, self.dtype)
+        came |= {"step": got.manifest["step"]}
+        made = out.with_name(out.name + ".partial")
+        shutil.rmtree(made, ignore_errors=True)
+        mark = write_base(made, got, merged, "merged", {"merged_from": came})
+        bound = self.bound or BOUNDS[widest(merged)]
+        del merged, got  # one of the two models in memory at a time
+        try:
+            found = compare(before, logits_of(load_run(made), ids), bound, "merged against base + adapter")
+        except InputError:
+            shutil.rmtree(made)
+            raise
+        finish(made, out)
+        console.print(f"wrote {out}/: a base with fingerprint {mark[:12]}", soft_wrap=True)
+        return {"out": str(out), "fingerprint": mark, **found}
+
+
+def finish(made: Path, out: Path) -> None:
+    """Give a complete folder its name."""
+    if out.exists():
+        out.rmdir()
+    made.rename(out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """A run as transformers and vLLM read it, its adapter merged. Example: graftax export runs/lora --out hf"""
+
+    folder: Arg
+    out: str
+    format: Literal["hf"] = "hf"  # config.json, safetensors, tokenizer files
+    base: str = ""  # where its base is now, if it moved
+    dtype: DType = ""  # of the written parameters; empty: as the base's
+    shard_gb: float = 5.0  # size of a file
+    bound: float = 0.0  # nats a token; 0: 1e-6 for float32, 1e-3 for float16, 2e-2 for bfloat16
+
+    def run(self) -> dict[str, Any]:
+        """Write, read back, compare; returns where, and how it compares."""
+        out, got = empty_folder(self.out), load_run(self.folder, base=self.base)
+        ids = probe_ids(got)
+        before, merged = logits_of(got, ids), folded(got, self.dtype)
+        if got.tokenizer.file == "tokenizer.model" and not got.tokenizer.files:
+            console.print("the tokenizer is SentencePiece's tokenizer.model; transformers wants a conversion of it")
+        bound, t, made = self.bound or BOUNDS[widest(merged)], got.tokenizer, out.with_name(out.name + ".checked")
+        shutil.rmtree(made, ignore_errors=True)
+        hf.save(made, got.config, merged, origin(got), int(self.shard_gb * 1e9),
+                bos_token_id=t.bos, eos_token_id=t.eos, pad_token_id=t.pad)  # fmt: skip
+        t.save(made)
+        del merged, got
+        try:
+            found = compare(before, logits_of(load_hugging_face(made), ids), bound, "exported against base + adapter")
+        except InputError:
+            shutil.rmtree(made)
+            raise
+        finish(made, out)
+        console.print(f"wrote {out}/: {', '.join(sorted(p.name for p in out.iterdir()))}", soft_wrap=True)
+        return {"out": str(out), **found}
+
+
+def origin(got: Loaded) -> Path | None:
+    """The Hugging Face folder that a base came from, if it is still there."""
+    names = (str(got.folder), got.run.base, got.manifest.get("imported", ""))
+    return next((Path(n) for n in names if n and Path(n).is_dir() and is_hugging_face(n)), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Import:
+    """A run directory from a Hugging Face model. Example: graftax import HuggingFaceTB/SmolLM2-135M --out runs/smol
+
+    Not needed for --base, which takes such a model as it is; needed to add tokens to it.
+    """
+
+    folder: Arg  # with config.json and safetensors, or a hub id owner/name[@revision]
+    out: str
+    dtype: DType = ""  # of the parameters; empty: as they are stored
+    add_tokens: tuple[str, ...] = ()  # special tokens that the tokenizer gets besides, e.g. '<|user|>'
+    resize: int = 0  # rows of the token table; 0: as many as it has, or as the added tokens need
+
+    def run(self) -> dict[str, Any]:
+        """Write the base; returns where, and its fingerprint."""
+        out, folder = empty_folder(self.out), hf.fetch(self.folder)
+        got = load_hugging_face(folder, dtype=self.dtype or None, check=False)
+        tokenizer = add_special(got.tokenizer, self.add_tokens) if self.add_tokens else got.tokenizer
+        V = self.resize or max(got.config.V, tokenizer.vocab_size)
+        if tokenizer.vocab_size > V:
+            raise InputError(f"--resize {V}: the tokenizer has {tokenizer.vocab_size} tokens")
+        config, params = (got.config, got.params) if got.config.V == V else resize(got.config, got.params, V)
+        if V != got.config.V:
+            console.print(f"vocabulary {got.config.V:,} -> {V:,}: new rows are the mean of the old ones")
+        got = dataclasses.replace(got, config=config, tokenizer=tokenizer, params=params)
+        got.manifest.update(tokenizer=tokenizer.digest)
+        mark = write_base(out, got, params, "imported", {})
+        console.print(f"wrote {out}/: a base with fingerprint {mark[:12]}", soft_wrap=True)
+        return {"out": str(out), "fingerprint": mark, "V": V}
