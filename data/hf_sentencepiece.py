@@ -1,10 +1,12 @@
 """A SentencePiece BPE model of Llama's kind as a `tokenizers.Tokenizer`, as transformers makes it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from .. import InputError
-from .hf_files import Folder
+from .hf_files import CONFIG, Folder, read_folder
+from .tokenizer import Tokenizer
 
 _UNKNOWN, _CONTROL, _USER = 2, 3, 4  # SentencePiece's types of pieces
 _BLOCK = "\u2581"  # SentencePiece writes a space as this character
@@ -100,3 +102,23 @@ def append(data: bytes, new: list[str]) -> bytes:
     for name in new:
         proto.pieces.add(piece=name, score=0.0, type=_CONTROL)
     return proto.SerializeToString()
+
+
+def for_transformers(tokenizer: Tokenizer) -> Tokenizer:
+    """A tokenizer in files that transformers reads: one of graftax's own becomes a tokenizer.json with graftax's chat
+    template; any other is that already. A literal U+2581 becomes a space. InputError if other ids would differ."""
+    if tokenizer.encode_marked is not None:
+        return tokenizer
+    from .hf_tokenizer import from_files
+
+    model = convert(read_folder(Path(), {}), tokenizer.data)
+    said = names(tokenizer.data, Path(tokenizer.file))
+    turns = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + eos_token }}{% endfor %}"
+    template = f"{{{{ bos_token }}}}{turns}{{% if add_generation_prompt %}}<|assistant|>{{% endif %}}"
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **said, "chat_template": template}
+    files = {CONFIG: json.dumps(config, indent=2).encode()}
+    made = from_files(Path(), "tokenizer.json", model.to_str(pretty=True).encode(), files)
+    for text in ("a  b\n\tc 1234 \u00e9\u4e2d\U0001f600\x00 ", " x<|eos|>", "def f(x):\r\n    return x\n"):
+        if made.encode(text) != tokenizer.encode(text):
+            raise InputError(f"{tokenizer.file}: its tokenizer.json would give other ids for {text!r}")
+    return made

@@ -124,8 +124,12 @@ def generate(
 
 
 def _turning_point(config: Config) -> int:
-    """The length beyond which longrope turns all positions otherwise, so that what is cached is void; 0 if none."""
-    return config.rope.original if config.rope and config.rope.kind == "longrope" else 0
+    """The length beyond which longrope turns all positions otherwise, so that what is cached is void; 0 if none.
+
+    transformers computes such a row anew for Phi-3 and goes on with the old cache in other families; so do we.
+    """
+    rope = config.rope
+    return rope.original if rope and rope.kind == "longrope" and config.family in ("", "phi3") else 0
 
 
 def _cut(row: list[int], stop: Sequence[int]) -> list[int]:

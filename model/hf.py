@@ -184,9 +184,9 @@ def save(
     flat = named(restack(params, dataclasses.replace(config, scan=True)))
     stored = max(flat.values(), key=lambda x: x.size * x.dtype.itemsize).dtype
     tree = config_to_hf(config, stored.name)
-    tree = (
-        _kept(tree, read_json(Path(like) / "config.json")) if like and (Path(like) / "config.json").is_file() else tree
-    )
+    if like and (Path(like) / "config.json").is_file():
+        tree = _kept(tree, read_json(Path(like) / "config.json"))
+    tree |= tokens
     where, wanted = sources(dataclasses.replace(config, family=tree["model_type"]))
     if wrong := sorted(set(flat) ^ set(where)):
         raise InputError(f"the parameters are not those of the config: {', '.join(wrong[:8])}")

@@ -26,7 +26,9 @@ _LAYERS = ("full_attention", "sliding_attention")
 def ropes_from_hf(kind: str, tree: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     """{"rope", "rope_local", "context"} of a config.json."""
     said = dict(tree.get("rope_scaling") or tree.get("rope_parameters") or {})
-    by_layer = {k: said.pop(k) for k in _LAYERS if isinstance(said.get(k), Mapping)}
+    by_layer = {k: dict(said.pop(k)) for k in _LAYERS if isinstance(said.get(k), Mapping)}
+    for inner in by_layer.values():
+        inner.pop("truncate", None)  # transformers looks for it one level up only
     common = {k: tree[k] for k in ("rope_theta", "partial_rotary_factor") if tree.get(k) is not None}
     if kind == "phi3":
         common["original_max_position_embeddings"] = tree["original_max_position_embeddings"]

@@ -29,8 +29,8 @@ class Rope:
 
     def check(self, H: int) -> None:
         """Raise InputError for what cannot turn heads of width H."""
-        W = self.width or H
-        if W % 2 or not 0 < W <= H:
+        W = self.width or H  # an odd one turns a component more, as in transformers' Phi-3
+        if not 0 < W + W % 2 <= H or (W % 2 and self.kind in ("yarn", "longrope")):
             raise InputError(
                 f"config: rotary width {W} of heads of {H}: pairs turn, so an even number in 2..H is wanted"
             )

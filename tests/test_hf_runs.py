@@ -5,20 +5,23 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub.constants
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from graftax.data.tokenizer import load_tokenizer
-from graftax.model import Config, Transformer, init
+from graftax.data.sft import encode_example
+from graftax.data.tokenizer import load_tokenizer, train_tokenizer
+from graftax.model import Config, init
 from graftax.model.hf import load, save
 from graftax.model.sharding import make_mesh
 from graftax.model.tree import named
-from graftax.peft import LoRA
+from graftax.peft import LoRA, Subset
 from graftax.train.cli import main
 from graftax.train.config import Run, from_json
+from graftax.train.export import write_base
 from graftax.train.phase import prepare
-from graftax.train.runs import load_run
+from graftax.train.runs import Loaded, load_run
 from tiny import same
 
 TOKENIZER = Path(__file__).parent / "golden" / "tokenizers" / "qwen"
@@ -147,17 +150,29 @@ def test_imported_with_more_tokens(hf_base, rows, tmp_path, capsys):
     assert n + 5 == load(tmp_path / "hf")[0].V
 
 
-def test_a_native_base_is_exported_too(tmp_path, capsys):
-    config = Config(V=61, D=32, L=2, N=4, K=2, H=8, F=48, context=64, scan=False)
-    params = init(config, jax.random.key(0))
-    save(tmp_path / "out", config, params)
-    read, again = load(tmp_path / "out")
-    ids = jnp.arange(20)[None]
-    want = Transformer(config).apply({"params": params}, ids)
-    np.testing.assert_allclose(Transformer(read).apply({"params": again}, ids), want, atol=1e-5)
+def test_a_native_base_is_exported_with_its_tokenizer(tmp_path, capsys):
+    words = [f"{a}{b} " for a in "bcdfghjklm" for b in ("ar", "en", "il", "os")]
+    tokenizer = train_tokenizer([" ".join(words)] * 50, tmp_path / "tok", 330)
+    config = Config(V=tokenizer.vocab_size, D=32, L=2, N=4, K=2, H=8, F=48, context=64, scan=False)
+    params, run = init(config, jax.random.key(0)), Run(phase="pretrain", model=config)
+    manifest = {"step": 3, "base": "", "tokenizer": tokenizer.digest}
+    got = Loaded(tmp_path, run, config, params, Subset("all"), {}, tokenizer, {}, manifest)
+    write_base(tmp_path / "run", got, params, "made", {})
+    command(capsys, "export", tmp_path / "run", "--out", tmp_path / "hf")
+    said = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (said["model_type"], said["eos_token_id"], said["bos_token_id"]) == ("llama", 2, 1)
+    np.testing.assert_allclose(logits(tmp_path / "hf"), logits(tmp_path / "run"), atol=1e-5)
+    again = load_tokenizer(tmp_path / "hf")
+    text = "bar  cen\n\tdil \u00e9 12"
+    turns = [{"role": "user", "content": text}, {"role": "assistant", "content": "fos"}]
+    assert (again.file, again.encode(text)) == ("tokenizer.json", tokenizer.encode(text))
+    assert again.decode(again.encode(text)) == text
+    assert encode_example(turns, again) == encode_example(turns, tokenizer)
+    assert (again.bos, again.eos, again.pad) == (tokenizer.bos, tokenizer.eos, tokenizer.pad)
 
 
-def test_what_is_wrong_is_one_line(hf_base, adapter, rows, tmp_path, capsys):
+def test_what_is_wrong_is_one_line(hf_base, adapter, rows, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     folder = tmp_path / "base"
     shutil.copytree(hf_base, folder)
     tree = json.loads((folder / "config.json").read_text())

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..data.loader import batches
 from ..data.pack import empty_row
-from ..data.sft import encode_example, messages, render_prompt
+from ..data.sft import encode_examples, messages, render_prompts
 from ..model import Context, Sampling, Transformer, generate, token_losses
 
 
@@ -65,7 +65,7 @@ def outputs(
     new: int, batch: int = 32, how: Sampling | None = None, progress: Callable[[int], None] = lambda n: None,
 ) -> list[str]:  # fmt: skip
     """What the model answers to each row's prompt, up to `new` tokens. All prompts are padded to one length."""
-    prompts = [render_prompt(messages(row, f"row {i + 1}"), tokenizer) for i, row in enumerate(rows)]
+    prompts = render_prompts(_chats(rows), tokenizer)
     answers = [""] * len(rows)
     longest = -(-max(map(len, prompts)) // 32) * 32
     for at in range(0, len(rows), batch):
@@ -85,7 +85,7 @@ def choose(
 ) -> list[str]:  # fmt: skip
     """The choice with the highest log-probability as the answer to each row's prompt."""
     pairs = [(row, choice) for row in rows for choice in choices]
-    examples = [encode_example(messages(row | {"completion": c}, "choice"), tokenizer) for row, c in pairs]
+    examples = list(encode_examples(_chats([row | {"completion": c} for row, c in pairs]), tokenizer))
     T = -(-max(len(ids) - 1 for ids, _ in examples) // 32) * 32
     packed = [one_row(ids, weights, T) for ids, weights in examples]
     losses = row_losses(model, bound, context, packed, batch).reshape(len(rows), len(choices))
@@ -106,5 +106,9 @@ def scored(task: Any, rows: int = 0) -> list[dict[str, Any]]:
 
 
 def longest_answer(rows: Sequence[dict[str, Any]], tokenizer: Any) -> int:
-    """Tokens of the longest completion, its end included."""
-    return max(len(ids) for ids in (tokenizer.encode(row["completion"]) for row in rows)) + 1
+    """Tokens of the longest reply, its end and what the template puts before it included."""
+    return max(int(np.sum(weights)) for _, weights in encode_examples(_chats(rows), tokenizer))
+
+
+def _chats(rows: Sequence[dict[str, Any]]) -> list[tuple[str, Any]]:
+    return [(where := f"row {i}", messages(row, where)) for i, row in enumerate(rows, 1)]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ import numpy as np
 import tyro
 
 from .. import InputError
+from ..data.hf_sentencepiece import for_transformers
 from ..data.hf_tokenizer import add_special
 from ..model import forward, hf, resize
 from ..model.tree import named
@@ -84,14 +86,16 @@ def widest(params: Any) -> str:
     return max(jax.tree.leaves(params), key=lambda x: x.nbytes).dtype.name
 
 
-def write_base(out: Path, got: Loaded, params: Any, recipe: str, came: dict[str, Any]) -> str:
-    """A run directory that holds a base; returns its fingerprint."""
+def write_base(
+    out: Path, got: Loaded, params: Any, recipe: str, came: dict[str, Any], name: str = ""
+) -> str:  # fmt: skip
+    """A run directory that holds a base, to be known as `name`; returns its fingerprint."""
     stored = widest(params)
     config = dataclasses.replace(got.config, param_dtype=stored)
     if config.family:  # what it is multiplied in is decided where it runs: runs.numerics
         config = dataclasses.replace(config, dtype=stored)
     run = dataclasses.replace(
-        got.run, phase="pretrain", model=config, method=Subset("all"), base="", recipe=recipe, out=str(out)
+        got.run, phase="pretrain", model=config, method=Subset("all"), base="", recipe=recipe, out=name or str(out)
     )
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(to_json(run), "utf-8")
@@ -103,6 +107,27 @@ def write_base(out: Path, got: Loaded, params: Any, recipe: str, came: dict[str,
     checkpoints.save(got.manifest["step"], {"trainable": named(params)}, meta)
     checkpoints.close()
     return fingerprint(params)
+
+
+def checked(out: Path, got: Loaded, dtype: str, bound: float, write: Callable[[Path, Any], Any]) -> dict[str, Any]:
+    """Have `write(folder, params)` write base + adapter as one base, read that back, compare, and give it its name.
+
+    One of the two models is in memory at a time. Raises InputError, and leaves nothing, if they differ too much.
+    """
+    made, ids = out.with_name(out.name + ".unchecked"), probe_ids(got)
+    shutil.rmtree(made, ignore_errors=True)
+    before, merged = logits_of(got, ids), folded(got, dtype)
+    try:
+        said, bound = write(made, merged), bound or BOUNDS[widest(merged)]
+        del merged, got
+        found = compare(before, logits_of(load_run(made), ids), bound, f"{out} read back against what it was made of")
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+    if out.exists():
+        out.rmdir()
+    made.rename(out)
+    return {"out": str(out), **said, **found}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,30 +142,16 @@ class Merge:
 
     def run(self) -> dict[str, Any]:
         """Write the merged base; returns where, its fingerprint, and how it compares."""
-        out, got = empty_folder(self.out), load_run(self.folder, base=self.base)
-        ids, came = probe_ids(got), {"adapter": str(self.folder), "base": got.manifest["base"]}
-        before, merged = logits_of(got, ids), folded(got, self.dtype)
-        came |= {"step": got.manifest["step"]}
-        made = out.with_name(out.name + ".partial")
-        shutil.rmtree(made, ignore_errors=True)
-        mark = write_base(made, got, merged, "merged", {"merged_from": came})
-        bound = self.bound or BOUNDS[widest(merged)]
-        del merged, got  # one of the two models in memory at a time
-        try:
-            found = compare(before, logits_of(load_run(made), ids), bound, "merged against base + adapter")
-        except InputError:
-            shutil.rmtree(made)
-            raise
-        finish(made, out)
-        console.print(f"wrote {out}/: a base with fingerprint {mark[:12]}", soft_wrap=True)
-        return {"out": str(out), "fingerprint": mark, **found}
+        out = empty_folder(self.out)
 
+        def write(made: Path, params: Any) -> dict[str, Any]:
+            came = {"adapter": str(self.folder), "base": got.manifest["base"], "step": got.manifest["step"]}
+            return {"fingerprint": write_base(made, got, params, "merged", {"merged_from": came}, str(out))}
 
-def finish(made: Path, out: Path) -> None:
-    """Give a complete folder its name."""
-    if out.exists():
-        out.rmdir()
-    made.rename(out)
+        got = load_run(self.folder, base=self.base)
+        found = checked(out, got, self.dtype, self.bound, write)
+        console.print(f"wrote {out}/: a base with fingerprint {found['fingerprint'][:12]}", soft_wrap=True)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,25 +168,19 @@ class Export:
 
     def run(self) -> dict[str, Any]:
         """Write, read back, compare; returns where, and how it compares."""
-        out, got = empty_folder(self.out), load_run(self.folder, base=self.base)
-        ids = probe_ids(got)
-        before, merged = logits_of(got, ids), folded(got, self.dtype)
-        if got.tokenizer.file == "tokenizer.model" and not got.tokenizer.files:
-            console.print("the tokenizer is SentencePiece's tokenizer.model; transformers wants a conversion of it")
-        bound, t, made = self.bound or BOUNDS[widest(merged)], got.tokenizer, out.with_name(out.name + ".checked")
-        shutil.rmtree(made, ignore_errors=True)
-        hf.save(made, got.config, merged, origin(got), int(self.shard_gb * 1e9),
-                bos_token_id=t.bos, eos_token_id=t.eos, pad_token_id=t.pad)  # fmt: skip
-        t.save(made)
-        del merged, got
-        try:
-            found = compare(before, logits_of(load_hugging_face(made), ids), bound, "exported against base + adapter")
-        except InputError:
-            shutil.rmtree(made)
-            raise
-        finish(made, out)
+        out = empty_folder(self.out)
+
+        def write(made: Path, params: Any) -> dict[str, Any]:
+            like, t = origin(got), for_transformers(got.tokenizer)
+            tokens = {} if like else {"bos_token_id": t.bos, "eos_token_id": t.eos, "pad_token_id": t.pad}
+            hf.save(made, got.config, params, like, int(self.shard_gb * 1e9), **tokens)
+            t.save(made)
+            return {}
+
+        got = load_run(self.folder, base=self.base)
+        found = checked(out, got, self.dtype, self.bound, write)
         console.print(f"wrote {out}/: {', '.join(sorted(p.name for p in out.iterdir()))}", soft_wrap=True)
-        return {"out": str(out), **found}
+        return found
 
 
 def origin(got: Loaded) -> Path | None:
