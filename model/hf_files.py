@@ -18,7 +18,7 @@ CARRIED = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "specia
            "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
            "generation_config.json")  # fmt: skip
 HUB_ID = r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?"
-_CHUNK = 16 << 20  # bytes read at once
+_CHUNK = 4 << 20  # bytes read at once
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -32,7 +32,7 @@ class Tensor:
     begin: int  # its first byte in the file
 
     def chunks(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
-        """(first row, rows) of rows [start, stop), at most 16 MiB at a time; a vector's rows are its elements."""
+        """(first row, rows) of rows [start, stop), at most 4 MiB at a time; a vector's rows are its elements."""
         width = int(np.prod(self.shape[1:], dtype=np.int64))
         kind = np.dtype(DTYPES[self.dtype])
         step = max(_CHUNK // (width * kind.itemsize), 1)

@@ -1,6 +1,6 @@
 """`python -m graftax.train.bench.load`: time and peak memory of reading a Hugging Face checkpoint.
 
-Writes random bfloat16 weights of a preset's shapes as shards, then reads them in a process of its own.
+Writes random bfloat16 weights of a preset's shapes as shards, then reads them in a process of its own (Linux).
 """
 
 import argparse
@@ -17,19 +17,19 @@ from ...model import presets
 from ...model.hf import config_to_hf, sources
 from ...model.hf_files import write
 
-_READ = """
-import json, resource, sys, time
+_READ = r"""
+import json, re, sys, time
 import jax
 from graftax.model.hf import load
 jax.devices()
-own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+most = lambda: int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) * 1024
+own = most()
 began = time.perf_counter()
 config, params = load(sys.argv[1])
 jax.block_until_ready(params)
 seconds = time.perf_counter() - began
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 size = sum(x.nbytes for x in jax.tree.leaves(params))
-print(json.dumps({"bytes": size, "seconds": seconds, "peak": peak, "before": own}))
+print(json.dumps({"bytes": size, "seconds": seconds, "peak": most(), "before": own}))
 """
 
 
