@@ -137,7 +137,8 @@ def _tree(kind: str, config: Config, dtype: str) -> dict[str, Any]:
         tree[theirs] = value
     if family.window:
         layers = config.layer_windows
-        tree["sliding_window"] = max(layers) or None
+        # transformers wants a number for a Gemma of which no layer has a window, too.
+        tree["sliding_window"] = max(layers) or (config.context if kind.startswith("gemma") else None)
         if "use_sliding_window" in family.defaults:
             first = next((i for i, w in enumerate(layers) if w), config.L)
             tree |= {"use_sliding_window": any(layers), "max_window_layers": first}
