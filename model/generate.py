@@ -13,6 +13,7 @@ from jax import Array
 from .. import InputError
 from .attention import PAD
 from .config import Config
+from .layers import check_positions
 from .transformer import Context, Transformer, forward
 
 
@@ -100,6 +101,7 @@ def generate(
     if longest + new > model.config.context and not endless:
         raise InputError(f"a prompt of {longest} tokens + {new} new ones exceeds the context of {model.config.context}")
     key, how, P = jax.random.key(0) if key is None else key, how or Sampling(), context.length
+    check_positions(model.config, longest + new + P)
 
     def run(prompts: Sequence[Sequence[int]], new: int, key: Array) -> list[list[int]]:
         longest = max(map(len, prompts))

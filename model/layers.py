@@ -113,6 +113,12 @@ class MLP(Part):
         return self.bias(matmul(y, self.leaf("down", c.F, c.D)), "down_bias", c.mlp_bias)
 
 
+def check_positions(config: Config, length: int) -> None:
+    """Raise InputError for a row longer than a table of learned positions, which jax would read its last row for."""
+    if config.learned_positions and length > config.context:
+        raise InputError(f"a row of {length} positions, but the base has learned {config.context}; shorten the rows")
+
+
 class Embed(Part):
     """The token table [V, D], to which a tied model projects, and learned positions [context, D] if it has them."""
 
@@ -127,8 +133,7 @@ class Embed(Part):
         if c.embed_scale != 1:
             x_BTD = x_BTD * jnp.asarray(c.embed_scale, x_BTD.dtype)
         if c.learned_positions:
-            if ids_BT.shape[1] > c.context:
-                raise InputError(f"a row of {ids_BT.shape[1]} positions, but the base has learned {c.context}; shorten")
+            check_positions(c, ids_BT.shape[1])
             x_BTD = x_BTD + self.positions[positions_BT].astype(x_BTD.dtype)
         return x_BTD
 

@@ -15,7 +15,7 @@ from jax import Array
 
 from .attention import VIRTUAL, capped, causal, visible
 from .config import Config
-from .layers import MLP, Attention, Embed, Head, Norm, View
+from .layers import MLP, Attention, Embed, Head, Norm, View, check_positions
 from .rope import rope_table
 from .sharding import constrain
 
@@ -168,10 +168,13 @@ def forward(
         if positions_BT is None:
             positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
         positions_BT = positions_BT + P
+        check_positions(model.config, ids_BT.shape[1] + P)
     if lead:
         before = jnp.broadcast_to(jnp.arange(P), (ids_BT.shape[0], P))
         ids_BT = jnp.concatenate([before + model.config.V, ids_BT], axis=1)
         positions_BT = jnp.concatenate([before, positions_BT], axis=1)  # type: ignore[list-item]
+        if segments_BT is None and any(model.config.windows):  # no window hides a virtual token
+            segments_BT = jnp.ones((ids_BT.shape[0], ids_BT.shape[1] - P), jnp.int32)
         if segments_BT is not None:
             segments_BT = jnp.concatenate([jnp.full_like(before, VIRTUAL), segments_BT], axis=1)
     variables = {"params": params}
