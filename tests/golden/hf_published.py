@@ -16,13 +16,18 @@ COUNTS = {
     "llama-2-7b": 6_738_415_616,
     "llama-3.1-8b": 8_030_261_248,
     "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
     "mistral-7b": 7_241_732_096,
     "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-7b": 7_615_616_512,
     "qwen3-0.6b": 596_049_920,
+    "qwen3-8b": 8_190_735_360,
     "gemma-2b": 2_506_172_416,
     "gemma-2-2b": 2_614_341_888,
     "gemma-3-1b": 999_885_952,
     "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
     "phi-3-mini": 3_821_079_552,
     "olmo-2-1b": 1_484_916_736,
     "smollm2-135m": 134_515_008,
@@ -130,6 +135,17 @@ PUBLISHED = {
         **{"partial_rotary_factor": 0.25, "rope_theta": 10000, "tie_word_embeddings": False},
     ),
 }
+# Other sizes of the same families: what their files say otherwise.
+_KEYS = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+for _name, _like, _shape, _more in (
+    ("llama-3.2-3b", "llama-3.2-1b", (28, 3072, 8192, 24, 8), {"head_dim": 128}),
+    ("qwen2.5-7b", "qwen2.5-0.5b", (28, 3584, 18944, 28, 4), {"vocab_size": 152064, "max_position_embeddings": 131072,
+     "sliding_window": 131072, "max_window_layers": 28, "tie_word_embeddings": False}),
+    ("qwen3-8b", "qwen3-0.6b", (36, 4096, 12288, 32, 8), {"max_window_layers": 36, "tie_word_embeddings": False}),
+):  # fmt: skip
+    PUBLISHED[_name] = PUBLISHED[_like] | dict(zip(_KEYS, _shape, strict=True)) | _more
+for _name, _layers, _width, _heads in (("gpt2-medium", 24, 1024, 16), ("gpt2-large", 36, 1280, 20)):
+    PUBLISHED[_name] = PUBLISHED["gpt2"] | {"n_layer": _layers, "n_embd": _width, "n_head": _heads}
 
 
 def count(config: dict) -> int:
