@@ -280,7 +280,7 @@ def test_bad_input_is_one_line_and_writes_nothing(base, examples, texts, tmp_pat
         ([*tune, *data, "--data.batch", "12"], "--data.batch 12 does not divide into 8"),
         ([*tune, *data, "--out", str(base)], "is not an empty folder"),
         ([*tune, *data, "--optim.lr", "nan"], "--optim.lr nan"),
-        (["eval", str(tmp_path / "folder")], "is not a run directory"),
+        (["eval", str(tmp_path / "folder")], "is no run directory and no Hugging Face model"),
         (["generate", str(base), "--top-p", "2"], "top_p"),
         (["pretrain", "five_domains", "--data.root", str(tmp_path)], "no such folder"),
     ]

@@ -11,10 +11,10 @@ import numpy as np
 import optax
 
 from ... import __version__
-from ...model import Config, Transformer, init
+from ...model import Transformer, init
 from ...peft import Subset, partition
 from ...peft.lora import LoRA
-from ..config import Optim
+from ..config import Optim, config_from_dict
 from ..optim import make_optimizer
 from ..step import init_state, make_train_step
 from .peer import peak_rss, serve
@@ -22,7 +22,7 @@ from .peer import peak_rss, serve
 
 def build(spec: dict[str, Any]) -> tuple[Callable[[], float], dict[str, Any], Callable[[], Any]]:
     """(step, facts, peak device memory) of a spec of `cases.py`."""
-    libraries, config = peak_rss(), Config(**spec["config"])
+    libraries, config = peak_rss(), config_from_dict(spec["config"], "spec")
     method = Subset() if spec["method"] == "full" else LoRA(rank=spec["rank"], alpha=spec["alpha"])
     ids = np.random.default_rng(0).integers(0, config.V, (spec["batch"], spec["T"] + 1))
     batch = {"ids": jnp.asarray(ids[:, :-1], jnp.int32), "targets": jnp.asarray(ids[:, 1:], jnp.int32),
