@@ -97,6 +97,8 @@ def generate(
     context, longest = context or Context(), max(map(len, prompts), default=0)
     if not prompts or not all(prompts):
         raise InputError("a prompt is empty: generation needs at least one token (a tokenizer's bos will do)")
+    if new < 1:
+        raise InputError(f"{new} new tokens: wanted 1 or more")
     endless = model.config.rope is not None and model.config.rope.kind == "dynamic"  # it stretches as the text grows
     if longest + new > model.config.context and not endless:
         raise InputError(f"a prompt of {longest} tokens + {new} new ones exceeds the context of {model.config.context}")

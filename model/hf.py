@@ -18,7 +18,7 @@ from .. import InputError
 from .config import Config
 from .hf_config import config_from_hf, config_to_hf, same_model
 from .hf_families import BUFFERS, families
-from .hf_files import CARRIED, DTYPES, Tensor, fetch, index, read_json, write
+from .hf_files import CARRIED, DTYPES, Tensor, empty, fetch, index, read_json, write
 from .init import restack, shapes_of
 from .sharding import shardings
 from .tree import is_stacked, named, nested
@@ -107,20 +107,19 @@ def _adapted(config: Config, held: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _agree(folder: Path, wanted: Mapping[str, Any], held: dict[str, Tensor], config: Config) -> None:
     """InputError that lists every tensor that is missing, unexpected, of another shape, or of no float type."""
-    bad = []
-    if config.tied and "lm_head.weight" in held:
-        table = next(name for name, ours in families[config.family].names.items() if ours == "embed/table")
-        if table in held and not _equal(held["lm_head.weight"], held[table]):
-            bad.append("lm_head.weight differs from the token table, but config.json says they are tied")
-        held.pop("lm_head.weight")
+    head = held.pop("lm_head.weight") if config.tied and "lm_head.weight" in held else None
     missing, more = sorted(set(wanted) - set(held)), sorted(set(held) - set(wanted))
     shapes = [f"{n} {list(held[n].shape)} (wanted {list(wanted[n])})" for n in wanted
               if n in held and held[n].shape != tuple(wanted[n])]  # fmt: skip
     kinds = [f"{n} {held[n].dtype}" for n in wanted if n in held and held[n].dtype not in DTYPES]
+    bad = []
     for what, names in (("missing", missing), ("unexpected", more), ("of another shape", shapes),
                         (f"of a type that is not {'/'.join(DTYPES)}", kinds)):  # fmt: skip
         if names:
             bad.append(f"{len(names)} {what}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}")
+    table = next(name for name, ours in families[config.family].names.items() if ours == "embed/table")
+    if not bad and head is not None and not _equal(head, held[table]):
+        bad.append(f"lm_head.weight differs from {table}, but config.json says they are tied")
     if bad:
         raise InputError(f"{folder}: config.json and the tensors disagree: {'; '.join(bad)}")
 
@@ -178,9 +177,7 @@ def save(
     The folder appears when all of it is written.
     Raises InputError for a config that no family expresses and for a folder that is not empty.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is not an empty folder; take another")
+    folder = empty(folder)
     flat = named(restack(params, dataclasses.replace(config, scan=True)))
     stored = max(flat.values(), key=lambda x: x.size * x.dtype.itemsize).dtype
     tree = config_to_hf(config, stored.name)

@@ -16,13 +16,16 @@ output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id re
 exponential_decay_length_penalty suppress_tokens begin_suppress_tokens initializer_range pretraining_tp
 attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop summary_type summary_use_proj summary_activation
 summary_proj_to_labels summary_first_dropout n_ctx reorder_and_upcast_attn unsloth_fixed unsloth_version
-is_llama_config transformers.js_config
+is_llama_config transformers.js_config n_special predict_special_tokens output_past max_sequence_length
+gradient_checkpointing conversational
 """
+# Keys of published files that say what is so anyway.
+ONLY = {"full_attn_mod": 1, "interpolate_factor": 1}
 # Switches that no family here has on, besides those that have a field for them.
 OFF = ("is_encoder_decoder", "add_cross_attention", "is_decoder", "tie_encoder_decoder", "cross_attention_hidden_size",
         "quantization_config", "use_bidirectional_attention", "attention_bias", "mlp_bias", "use_sliding_window",
         "use_parallel_residual", "qk_layernorm", "use_qk_norm", "use_mrope", "rope_interleaved",
-        "clip_qkv")  # fmt: skip
+        "clip_qkv", "lm_head_bias")  # fmt: skip
 
 _SIZES = {
     "vocab_size": "V", "hidden_size": "D", "num_hidden_layers": "L", "num_attention_heads": "N",
@@ -46,6 +49,7 @@ class Family:
     must: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keys of which one value is understood
     window: Callable[[int, Mapping[str, Any]], bool] | None = None  # (layer, config.json): whether it has a window
     neutral: tuple[str, ...] = ()
+    mixed: bool = False  # whether layer_types may differ from `window`
     scaled: bool = False  # embeddings are multiplied by sqrt(D)
     names: Mapping[str, str] = dataclasses.field(default_factory=lambda: LLAMA_NAMES)  # theirs -> ours, see above
     conv1d: bool = False  # matrices lie as [in, out], as ours do
@@ -128,15 +132,17 @@ families: dict[str, Family] = {
     "mistral": Family(
         "MistralForCausalLM", _SIZES, {**_LLAMA, "max_position_embeddings": 131072, "sliding_window": 4096},
         window=lambda i, tree: True),
-    "qwen2": Family("Qwen2ForCausalLM", _SIZES, _QWEN, {"qkv_bias": True}, window=_qwen_window),
+    "qwen2": Family("Qwen2ForCausalLM", _SIZES, _QWEN, {"qkv_bias": True}, window=_qwen_window, mixed=True),
     "qwen3": Family(
-        "Qwen3ForCausalLM", {**_SIZES, **_BIAS}, {**_QWEN, "head_dim": 128}, {"qk_norm": "head"}, window=_qwen_window),
+        "Qwen3ForCausalLM", {**_SIZES, **_BIAS}, {**_QWEN, "head_dim": 128}, {"qk_norm": "head"}, window=_qwen_window,
+        mixed=True),
     "gemma": Family(
         "GemmaForCausalLM", {**_SIZES, **_BIAS}, {**_GEMMA, "hidden_act": "gelu_pytorch_tanh",
         "hidden_activation": None}, {"norm_offset": 1.0}, scaled=True),
     "gemma2": Family(
         "Gemma2ForCausalLM", _GEMMA2_KEYS, {**_GEMMA2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-        {"norm_offset": 1.0, "norm_at": "both"}, scaled=True, names=_GEMMA2_NAMES, neutral=("hidden_act",),
+        {"norm_offset": 1.0, "norm_at": "both"}, scaled=True, names=_GEMMA2_NAMES, mixed=True,
+        neutral=("hidden_act", "sliding_window_size"),
         window=lambda i, tree: i % 2 == 0),
     "gemma3_text": Family(
         "Gemma3ForCausalLM", _without(_GEMMA2_KEYS, "attn_logit_softcapping"), {**_GEMMA2,
@@ -144,7 +150,7 @@ families: dict[str, Family] = {
         "rope_local_base_freq": 10_000.0},
         {"norm_offset": 1.0, "norm_at": "both", "qk_norm": "head"}, scaled=True, names=_GEMMA2_NAMES,
         neutral=("hidden_act", "attn_logit_softcapping"),  # the model never looks at that cap
-        window=lambda i, tree: (i + 1) % tree["sliding_window_pattern"] != 0),
+        mixed=True, window=lambda i, tree: (i + 1) % tree["sliding_window_pattern"] != 0),
     "gpt2": Family(
         "GPT2LMHeadModel", _GPT2_SIZES, {"n_inner": None, "n_positions": 1024, "layer_norm_epsilon": 1e-5,
         "activation_function": "gelu_new", "tie_word_embeddings": True},

@@ -19,7 +19,7 @@ CARRIED = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "specia
            "generation_config.json")  # fmt: skip
 HUB_ID = r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?"
 _CHUNK = 4 << 20  # bytes read at once
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,15 +78,47 @@ def fetch(name: str) -> Path:
     import huggingface_hub
 
     repo, _, revision = name.partition("@")
-    patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", *CARRIED]
     token = os.environ.get("HF_TOKEN") or False  # False: not the one that a login has stored
+
+    def get(*files: str) -> Path:
+        args: Any = {"revision": revision or None, "token": token}
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=list(files), **args))
+
     try:
-        found = huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=patterns, token=token)
+        found = get("config.json", "model.safetensors.index.json", *CARRIED)
+        listed = found / "model.safetensors.index.json"
+        get(*(shards(listed) if listed.is_file() else ["model.safetensors"]))
+        if not any(found.glob("*.safetensors")):
+            held = huggingface_hub.list_repo_files(repo, revision=revision or None, token=token)
+            raise InputError(_nothing(name, held))
+    except InputError:
+        raise
     except Exception as error:  # its errors have no common base
         text = str(error).strip().splitlines()
         raise InputError(f"{name}: no such folder, and as a hub id: {type(error).__name__}: {text[0] if text else ''} "
                          "(a gated model wants HF_TOKEN)") from None  # fmt: skip
-    return Path(found)
+    return found
+
+
+def shards(listed: Path) -> list[str]:
+    """The files that an index names. InputError: no index, or a name that is not plainly a file beside it."""
+    where = read_json(listed).get("weight_map")
+    if not isinstance(where, dict) or not where or not all(isinstance(v, str) for v in where.values()):
+        raise InputError(f"{listed}: has no weight_map of tensor names to files")
+    names = sorted(set(where.values()))
+    if bad := [n for n in names if not re.fullmatch(r"[\w][\w.-]*\.safetensors", n)]:
+        raise InputError(
+            f"{listed}: names the file {bad[0]!r}; a plain name of a .safetensors file beside it is wanted"
+        )
+    return names
+
+
+def empty(folder: str | Path) -> Path:
+    """A folder that may be made, or is empty; a link is followed. InputError if something is in it."""
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{folder} is not an empty folder; take another")
+    return path.resolve() if path.is_symlink() or not path.name else path
 
 
 def index(folder: Path) -> dict[str, Tensor]:
@@ -94,17 +126,11 @@ def index(folder: Path) -> dict[str, Tensor]:
     listed = folder / "model.safetensors.index.json"
     if not listed.is_file():
         if not (folder / "model.safetensors").is_file():
-            raise InputError(_nothing(folder))
+            raise InputError(_nothing(folder, sorted(p.name for p in folder.iterdir())))
         return header(folder / "model.safetensors")
-    where = read_json(listed).get("weight_map")
-    if not isinstance(where, dict) or not where or not all(isinstance(v, str) for v in where.values()):
-        raise InputError(f"{listed}: has no weight_map of tensor names to files")
     found: dict[str, Tensor] = {}
-    for name in sorted(set(where.values())):
-        if not re.fullmatch(r"[\w][\w.-]*\.safetensors", name):
-            raise InputError(
-                f"{listed}: names the file {name!r}; a plain name of a .safetensors file beside it is wanted"
-            )
+    names, where = shards(listed), read_json(listed)["weight_map"]
+    for name in names:
         if not (folder / name).is_file():
             raise InputError(f"{listed}: names {name}, which is not there; the download is incomplete")
         held = header(folder / name)
@@ -116,8 +142,8 @@ def index(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def _nothing(folder: Path) -> str:
-    pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
+def _nothing(folder: Any, names: list[str]) -> str:
+    pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles:
         return (f"{folder}: has no safetensors, and {pickles[0]} is a pickle, which runs code when it is read; "
                 "convert it where you trust it, with save_pretrained(..., safe_serialization=True)")  # fmt: skip

@@ -30,9 +30,10 @@ def ropes_from_hf(kind: str, tree: Mapping[str, Any], fields: Mapping[str, Any],
     for inner in by_layer.values():
         inner.pop("truncate", None)  # transformers looks for it one level up only
     common = {k: tree[k] for k in ("rope_theta", "partial_rotary_factor") if tree.get(k) is not None}
-    if kind == "phi3":
-        common["original_max_position_embeddings"] = tree["original_max_position_embeddings"]
-    rope, context = _rope(kind, common | by_layer.get("full_attention", said), fields, where)
+    whole = common | by_layer.get("full_attention", said)
+    if kind == "phi3":  # the outer value wins
+        whole["original_max_position_embeddings"] = tree["original_max_position_embeddings"]
+    rope, context = _rope(kind, whole, fields, where)
     found: dict[str, Any] = {"rope": rope, "context": context}
     if "rope_local_base_freq" in tree:
         local = {"rope_theta": tree["rope_local_base_freq"], **by_layer.get("sliding_attention", {})}
@@ -46,19 +47,24 @@ def ropes_from_hf(kind: str, tree: Mapping[str, Any], fields: Mapping[str, Any],
 
 def _rope(kind: str, said: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> tuple[Rope, int]:
     """(Rope, the context it reaches)."""
-    how = said.get("rope_type") or said.get("type") or "default"
+    how = str(said.get("rope_type") or said.get("type") or "default")
     how = "longrope" if kind == "phi3" and how == "yarn" else _OLD.get(how, how)
     if how not in _INNER:
         raise InputError(f"{where}: rope_type {how!r} is not known; one of {', '.join(_INNER)} is wanted")
     known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+    known |= {"finetuned"}  # says how it came to be
     unknown = [k for k in said if k not in known | set(_INNER[how]) and said[k] is not None]
+    if said.get("partial_rotary_factor") not in (None, 1) and kind not in ("phi3", "stablelm"):
+        unknown.append("partial_rotary_factor")  # transformers turns the whole head all the same, or fails
     missing = [k for k in _INNER[how] if k in _WANTED[how] and said.get(k) is None]
     if unknown or missing:
         text = "; ".join(f"{what} {', '.join(k)}" for what, k in (("unknown", unknown), ("missing", missing)) if k)
         raise InputError(f"{where}: rope of kind {how}: {text}")
     try:
         return _numbers(how, said, fields)
-    except (TypeError, ValueError):
+    except InputError:
+        raise
+    except (TypeError, ValueError, ArithmeticError):
         raise InputError(f"{where}: rope of kind {how} has something that is no number: {dict(said)}") from None
 
 
@@ -88,9 +94,8 @@ def _numbers(how: str, said: Mapping[str, Any], fields: Mapping[str, Any]) -> tu
         rope |= {"short": tuple(map(float, said["short_factor"])), "long": tuple(map(float, said["long_factor"]))}
     if how in ("yarn", "longrope"):
         rope["magnitude"] = _magnitude(how, said, factor, original)
-    # Where max_position_embeddings is still the original context, the stretched one is what the model reaches.
-    stretched = how != "linear" and context <= original
-    return Rope(**rope), round(factor * original) if stretched else context
+    # Where max_position_embeddings was left as it was, the stretched context is what the model reaches.
+    return Rope(**rope), max(context, round(factor * original)) if how in ("yarn", "dynamic") else context
 
 
 def _magnitude(how: str, said: Mapping[str, Any], factor: float, original: int) -> float:

@@ -120,5 +120,15 @@ def _check(path: str, shape: tuple[int, ...], spec: P, mesh: Mesh) -> None:
         if shape[i] % parts:
             raise InputError(
                 f"{path} {list(shape)}: dimension {i} of {shape[i]} does not divide over {'x'.join(names)} = {parts}; "
-                f"take a mesh size that divides {shape[i]}"
+                f"take a mesh size that divides {shape[i]}{_more_rows(path, shape[i], parts)}"
             )
+
+
+def _more_rows(path: str, V: int, parts: int) -> str:
+    """How a vocabulary that does not divide is made to."""
+    padded = -(-V // parts) * parts
+    return (
+        f", or give it {padded} rows: graftax import --resize {padded}"
+        if path in ("embed/table", "head/matrix")
+        else ""
+    )

@@ -55,9 +55,10 @@ def weave(held: Any, parts: dict[tuple[int, int], Array]) -> Array:
     """A stacked array with the trained layers in their places; `held` is all of it, or the gaps between them."""
     if isinstance(held, Gaps):
         slices = list(parts.values())
-        dtype = held.parts[0].dtype
-        woven = [x for gap, piece in zip(held.parts, slices, strict=False) for x in (gap, piece.astype(dtype))]
-        return jnp.concatenate([*woven, held.parts[-1]])
+        dtype = jnp.result_type(held.parts[0], *slices)  # what trains is not rounded to a bfloat16 base
+        woven = [x for gap, piece in zip(held.parts, slices, strict=False) for x in (gap, piece)]
+        return jnp.concatenate([x.astype(dtype) for x in (*woven, held.parts[-1])])
+    held = held.astype(jnp.result_type(held, *parts.values()))
     for (start, _), piece in parts.items():
         held = jax.lax.dynamic_update_slice_in_dim(held, piece.astype(held.dtype), start, 0)
     return held

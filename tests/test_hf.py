@@ -1,5 +1,6 @@
 """Hugging Face bases: what transformers computes, graftax computes; what is written, transformers would read."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -226,7 +227,21 @@ REFUSED = {
     "rope number": (edit(rope_parameters={"rope_type": "linear", "factor": "two"}), "something that is no number"),
     "activation": (edit(hidden_act="mish"), "hidden_act: activation 'mish' is not known"),
     "a size": (edit(vocab_size="DROP"), "config.json: has no vocab_size"),
-    "a type": (edit(num_hidden_layers="two"), "num_hidden_layers: 'two'; a int is wanted"),
+    "a type": (edit(num_hidden_layers="two"), "num_hidden_layers: 'two'; wanted: int of 1 or more"),
+    "a bound": (edit(num_hidden_layers=10**30), "num_hidden_layers: 1000.*; wanted: int of 1 or more"),
+    "null": (edit(rms_norm_eps=None), "rms_norm_eps is null"),
+    "a string": (edit(rope_scaling="x"), "rope_scaling is 'x'; wanted: dict"),
+    "part": (edit(rope_parameters={"partial_rotary_factor": 0.5}), "unknown partial_rotary_factor"),
+    "unread": (
+        edit(
+            sliding_window=4,
+            layer_types=["full_attention"] * 3,
+            model_type="mistral",
+            attention_bias=False,
+            num_hidden_layers=3,
+        ),
+        "layer_types differs from what this family does",
+    ),
     "heads": (edit(head_dim=None, num_attention_heads=5), "does not divide into 5 heads"),
     "layer types": (
         edit(layer_types=["linear_attention"]),
@@ -239,7 +254,10 @@ REFUSED = {
     "unexpected": (lambda f: tensors(f, extra), "1 unexpected: model.layers.0.self_attn.sinks"),
     "shape": (lambda f: tensors(f, reshape), "1 of another shape: model.norm.weight .3."),
     "integers": (lambda f: tensors(f, integers), "of a type that is not F64/F32/F16/BF16: model.norm.weight I32"),
-    "tied": (lambda f: tensors(f, untied), "lm_head.weight differs from the token table, but config.json says"),
+    "tied": (
+        lambda f: tensors(f, untied),
+        "lm_head.weight differs from model.embed_tokens.weight, but config.json says",
+    ),
     "truncated": (truncate, "model.safetensors: not a whole safetensors file"),
     "pickle": (pickled, "pytorch_model.bin is a pickle, which runs code when it is read"),
     "nothing": (lambda f: (f / "model.safetensors").unlink(), "has neither model.safetensors nor"),
@@ -250,6 +268,24 @@ REFUSED = {
     "no json": (lambda f: (f / "config.json").write_text("{"), "config.json: not readable as JSON"),
     "twice": (lambda f: (f / "config.json").write_text('{"a": 1, "a": 2}'), "the key 'a' stands twice"),
 }
+
+
+# Keys of a config.json and values of every wrong kind: a Config or one line, never a traceback.
+WRONG = [None, "", "x", -1, 0, 1, 0.5, True, [], [1], {}, {"a": 1}, 10**30, float("inf"), float("nan"), "4"]
+
+
+def test_any_value_of_any_key_is_understood_or_refused():
+    for case in ("llama_yarn", "gemma3", "gpt2", "phi3_long", "qwen2", "gemma2", "stablelm"):
+        tree = json.loads((GOLDEN / case / "config.json").read_text())
+        rope = tree.get("rope_parameters", {})
+        inner = {**rope, **rope.get("full_attention", {})} if isinstance(rope, dict) else {}
+        for value in WRONG:
+            for key in [*tree, "rope_scaling", "sliding_window_pattern", "rope_theta", "rope_local_base_freq"]:
+                with contextlib.suppress(InputError):
+                    config_to_hf(config_from_hf(tree | {key: value}))
+            for key in inner:
+                with contextlib.suppress(InputError):
+                    config_from_hf(tree | {"rope_scaling": inner | {key: value}})
 
 
 @pytest.mark.parametrize("what", REFUSED)

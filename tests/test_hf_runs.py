@@ -80,6 +80,10 @@ def test_the_frozen_base_stays_in_half_precision(hf_base, rows, tmp_path):
     moments = [x.dtype for x in jax.tree.leaves(phase.state.opt_state) if x.ndim]
     assert set(moments) == {jnp.dtype("float32")}
     assert phase.model.config.dtype == "float32"  # on a CPU; on others as the base
+    part = dataclasses.replace(run, method=Subset("layers/[1:]/mlp/.*"))
+    phase = prepare(part, make_mesh((8, 1, 1)), tmp_path)
+    bound = named(phase.method.bind(phase.frozen, phase.state.trainable))
+    assert bound["layers/mlp/up"].dtype == jnp.float32  # what trains is not rounded
     wanted = dataclasses.replace(run, dtype="bfloat16", remat="full")
     config = prepare(wanted, make_mesh((8, 1, 1)), tmp_path).model.config
     assert (config.dtype, config.remat) == ("bfloat16", "full")
@@ -123,7 +127,12 @@ def test_merged_and_exported_are_checked(adapter, hf_base, tmp_path, capsys):
     assert merged.manifest["merged_from"]["adapter"] == str(adapter)
     assert "above --bound" in refused(capsys, "merge", adapter, "--out", tmp_path / "no", "--bound", 1e-9)
     assert not (tmp_path / "no").exists()
-    command(capsys, "export", tmp_path / "merged", "--out", tmp_path / "again")
+    link = tmp_path / "link"
+    (tmp_path / "again").mkdir()
+    link.symlink_to(tmp_path / "again")
+    command(capsys, "export", tmp_path / "merged", "--out", link)
+    said = [json.loads((f / "config.json").read_text()) for f in (hf_base, tmp_path / "again")]
+    assert said[0] == said[1]  # also what graftax has no field for, down the whole line
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
         tmp_path / "hf" / "model.safetensors"
     ).read_bytes()
@@ -183,6 +192,7 @@ def test_what_is_wrong_is_one_line(hf_base, adapter, rows, tmp_path, capsys, mon
     shutil.rmtree(folder)
     save(folder, config, jax.tree.map(lambda x: x * 2, params), like=hf_base)
     assert "was tuned on another base" in refused(capsys, "eval", adapter, "--base", folder)
+    assert "is a run directory already" in refused(capsys, "import", adapter, "--out", tmp_path / "run")
     (folder / "tokenizer.json").unlink()
     for name in ("vocab.json", "merges.txt"):
         (folder / name).unlink(missing_ok=True)

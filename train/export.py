@@ -15,6 +15,7 @@ from .. import InputError
 from ..data.hf_sentencepiece import for_transformers
 from ..data.hf_tokenizer import add_special
 from ..model import forward, hf, resize
+from ..model.hf_files import CARRIED, empty, fetch
 from ..model.tree import named
 from ..peft import Subset, merge
 from .checkpoint import Checkpoints, fingerprint
@@ -67,14 +68,6 @@ def _log_softmax(x: np.ndarray) -> np.ndarray:
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
 
-def empty_folder(out: str) -> Path:
-    """The folder, if nothing is in it yet."""
-    path = Path(out)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"--out {out} is not an empty folder; take another")
-    return path
-
-
 def folded(got: Loaded, dtype: str) -> Any:
     """Base + adapter as one base, in `dtype`, or each parameter in the dtype that the base has it in."""
     merged = merge(got.method, got.params, got.trainable, dtype or None)
@@ -121,12 +114,12 @@ def checked(out: Path, got: Loaded, dtype: str, bound: float, write: Callable[[P
         said, bound = write(made, merged), bound or BOUNDS[widest(merged)]
         del merged, got
         found = compare(before, logits_of(load_run(made), ids), bound, f"{out} read back against what it was made of")
+        if out.exists():
+            out.rmdir()
+        made.rename(out)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise
-    if out.exists():
-        out.rmdir()
-    made.rename(out)
     return {"out": str(out), **said, **found}
 
 
@@ -142,7 +135,7 @@ class Merge:
 
     def run(self) -> dict[str, Any]:
         """Write the merged base; returns where, its fingerprint, and how it compares."""
-        out = empty_folder(self.out)
+        out = empty(self.out)
 
         def write(made: Path, params: Any) -> dict[str, Any]:
             came = {"adapter": str(self.folder), "base": got.manifest["base"], "step": got.manifest["step"]}
@@ -168,12 +161,15 @@ class Export:
 
     def run(self) -> dict[str, Any]:
         """Write, read back, compare; returns where, and how it compares."""
-        out = empty_folder(self.out)
+        out = empty(self.out)
 
         def write(made: Path, params: Any) -> dict[str, Any]:
             like, t = origin(got), for_transformers(got.tokenizer)
-            tokens = {} if like else {"bos_token_id": t.bos, "eos_token_id": t.eos, "pad_token_id": t.pad}
+            named = {k: getattr(t, k) if f"{k}_token" in t.names else None for k in ("bos", "eos", "pad")}
+            tokens = {} if like else {f"{k}_token_id": i for k, i in named.items()}
             hf.save(made, got.config, params, like, int(self.shard_gb * 1e9), **tokens)
+            for name in CARRIED:  # the run's tokenizer may have more tokens than the one its base came with
+                (made / name).unlink(missing_ok=True)
             t.save(made)
             return {}
 
@@ -185,8 +181,11 @@ class Export:
 
 def origin(got: Loaded) -> Path | None:
     """The Hugging Face folder that a base came from, if it is still there."""
-    names = (str(got.folder), got.run.base, got.manifest.get("imported", ""))
-    return next((Path(n) for n in names if n and Path(n).is_dir() and is_hugging_face(n)), None)
+    name = got.manifest.get("imported", "")
+    try:
+        return fetch(name) if name and is_hugging_face(name) else None
+    except InputError:
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,8 +203,10 @@ class Import:
 
     def run(self) -> dict[str, Any]:
         """Write the base; returns where, and its fingerprint."""
-        out, folder = empty_folder(self.out), hf.fetch(self.folder)
-        got = load_hugging_face(folder, dtype=self.dtype or None, check=False)
+        if (Path(self.folder) / "checkpoints").is_dir():
+            raise InputError(f"{self.folder} is a run directory already: give it to --base as it is")
+        out = empty(self.out)
+        got = load_hugging_face(self.folder, dtype=self.dtype or None, check=False)
         tokenizer = add_special(got.tokenizer, self.add_tokens) if self.add_tokens else got.tokenizer
         V = self.resize or max(got.config.V, tokenizer.vocab_size)
         if tokenizer.vocab_size > V:

@@ -18,7 +18,7 @@ from .config import Run
 from .inputs import check_lengths, corpus_and_tokenizer, task_of
 from .optim import make_optimizer
 from .progress import console
-from .runs import load_run, numerics
+from .runs import load_run, numerics, place
 from .step import State, init_state
 
 
@@ -71,7 +71,7 @@ def _tuning(run: Run, mesh: Any, work: Path) -> Phase:
     task = task_of(run.data, run.seed)
     sft = sft_rows(task.pairs(), base.tokenizer, run.data.T, run.seed, run.data.pack)
     steps = run.steps or max(round(run.epochs * len(sft.rows) / run.data.batch), 1)
-    run = dataclasses.replace(run, steps=steps, base=str(run.base))
+    run = dataclasses.replace(run, steps=steps, base=place(run.base))
     share = sft.tokens / (len(sft.rows) * run.data.T)
     rows = f"{sft.examples:,} examples in {len(sft.rows):,} rows of {run.data.T} ({share:.0%} filled)"
     console.print(f"{task.name}: {rows}, {sft.target_tokens:,} target tokens; {steps} steps", soft_wrap=True)

@@ -88,6 +88,11 @@ def numerics(config: Config, dtype: str = "", remat: Any = "") -> Config:
     )
 
 
+def place(name: str | Path) -> str:
+    """A base's name as a run writes it down: a folder by its whole path, so that it is found from anywhere."""
+    return str(Path(name).resolve()) if Path(name).exists() else str(name)
+
+
 def load_hugging_face(name: str | Path, mesh: Any = None, dtype: Any = None, check: bool = True) -> Loaded:
     """A Hugging Face checkpoint as a base: parameters on the mesh in the dtype they have on disk, its tokenizer."""
     began, folder = time.perf_counter(), fetch(str(name))
@@ -104,7 +109,7 @@ def load_hugging_face(name: str | Path, mesh: Any = None, dtype: Any = None, che
     console.print(said, soft_wrap=True)
     data = Data(T=min(512, config.context))
     run = Run(phase="pretrain", recipe="imported", out=str(name), model=config, data=data)
-    manifest = {"step": 0, "base": "", "phase": "pretrain", "tokenizer": tokenizer.digest, "imported": str(name)}
+    manifest = {"step": 0, "base": "", "phase": "pretrain", "tokenizer": tokenizer.digest, "imported": place(name)}
     return Loaded(folder, run, numerics(config), params, Subset("all"), {}, tokenizer, {}, manifest)
 
 
@@ -130,7 +135,12 @@ def load_run(folder: str | Path, mesh: Any = None, step: int | None = None, base
         method: Method = Subset("all")
         below = None
     else:
-        below = load_run(base or run.base, mesh)
+        try:
+            below = load_run(base or run.base, mesh)
+        except InputError as error:
+            raise InputError(f"the base of {folder}: {error} (where it is now: --base)") from None
+        if "imported" in below.manifest:
+            manifest = manifest | {"imported": below.manifest["imported"]}
         config, method = numerics(below.config, run.dtype, run.remat), run.method
         shapes = jax.eval_shape(lambda: below.merged)
         if fingerprint(below.merged) != manifest["base"]:
