@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 from .. import InputError
@@ -42,8 +43,24 @@ class Method:
         return Context()
 
     def freeze(self, params: Any) -> Any:
-        """The base without what `trainable` now holds: one copy of each parameter."""
+        """The base without what `trainable` now holds: one copy of each parameter.
+
+        A method with frozen constants puts them here, in a Weight that its `bind` knows again (PiSSA's residual), or
+        makes them anew in `bind` from a seed that is one of its fields (VeRA's projections).
+        """
         return params
+
+    def noisy(self, params: Any, trainable: Any, key: Array) -> dict[str, Any]:
+        """`bind` as it is in training, where it may draw (dropout)."""
+        return self.bind(params, trainable)
+
+    def penalty(self, trainable: Any) -> Any:
+        """What training adds to the mean loss."""
+        return 0.0
+
+    def transform(self, steps: int) -> optax.GradientTransformation:
+        """What is done to the optimizer's updates: other rates for some leaves, ranks that end. `grads=` is given."""
+        return optax.identity()
 
 
 class Target(NamedTuple):
@@ -194,6 +211,24 @@ class Chain(Method):
         for _, method in self.methods:
             params = method.freeze(params)
         return params
+
+    def noisy(self, params: Any, trainable: Any, key: Array) -> dict[str, Any]:
+        for i, (name, method) in enumerate(self.methods):
+            params = method.noisy(params, trainable[name], jax.random.fold_in(key, i))
+        return params
+
+    def penalty(self, trainable: Any) -> Any:
+        return sum(method.penalty(trainable[name]) for name, method in self.methods)
+
+    def transform(self, steps: int) -> optax.GradientTransformation:
+        parts = {n: optax.with_extra_args_support(m.transform(steps)) for n, m in self.methods}
+
+        def update(updates: Any, state: Any, params: Any = None, grads: Any = None) -> tuple[Any, Any]:
+            done = {n: part.update(updates[n], state[n], params[n], grads=grads[n]) for n, part in parts.items()}
+            return {n: d[0] for n, d in done.items()}, {n: d[1] for n, d in done.items()}
+
+        init = lambda trainable: {n: part.init(trainable[n]) for n, part in parts.items()}  # noqa: E731
+        return optax.GradientTransformationExtraArgs(init, update)
 
     @property
     def identity(self) -> bool:  # type: ignore[override]
