@@ -5,6 +5,7 @@ import zlib
 from typing import Any, ClassVar, dataclass_transform
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import Array
 
@@ -96,7 +97,12 @@ def fold(bound: Any, dtype: Any = None) -> dict[str, Any]:
         base = w
         while isinstance(base, Weight):
             base = getattr(base, "w", None)
-        matrix = jax.lax.map(lambda one: one.dense(), w) if is_stacked(path) else w.dense()
+        if path == "embed/table":
+            if not any(p.startswith("head/") for p in named(bound)):
+                raise InputError(f"{path}: the output projection is tied to the base's rows, so no one table does both")
+            matrix = w[jnp.arange(jax.tree.leaves(base)[0].shape[0])]
+        else:
+            matrix = jax.lax.map(lambda one: one.dense(), w) if is_stacked(path) else w.dense()
         kind = dtype or getattr(base, "dtype", None)
         return matrix if kind is None else matrix.astype(kind)
 

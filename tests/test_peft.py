@@ -8,7 +8,7 @@ import pytest
 from graftax import InputError, peft
 from graftax.model import presets
 from graftax.model.tree import named
-from graftax.peft import DoRA, Houlsby, LoRA, LoRAPlus, Prefix, Prompt, RsLoRA, Subset, chain
+from graftax.peft import IA3, DoRA, Houlsby, LoRA, LoRAPlus, Prefix, Prompt, RsLoRA, Subset, chain
 from graftax.peft.lora import LoRAWeight
 from graftax.train.config import Optim
 from graftax.train.step import make_loss
@@ -18,11 +18,13 @@ from tiny import CONFIG, close, make_base, make_batch, same, shaken, stepper
 def test_counts_equal_published_ones():
     qv = "layers/attn/[qv]"
     expected = {
-        "llama-2-7b": (4_194_304, 39_976_960, 81_920, 7_864_320),
-        "qwen2.5-0.5b": (540_672, 8_798_208, 17_920, 184_320),
+        "llama-2-7b": (4_194_304, 39_976_960, 41_336_832, 614_400, 81_920, 7_864_320),
+        "qwen2.5-0.5b": (540_672, 8_798_208, 9_102_336, 141_312, 17_920, 184_320),
+        "gemma-2-2b": (1_597_440, 20_766_720, 21_472_256, 319_488, 46_080, 1_597_440),
     }
     for name, counts in expected.items():
-        methods = (LoRA(rank=8, where=qv), LoRA(rank=16), Prompt(tokens=20), Prefix(tokens=30))
+        ia3 = IA3() if name == "llama-2-7b" else IA3(where=qv)  # HF PEFT's default differs by architecture
+        methods = (LoRA(rank=8, where=qv), LoRA(rank=16), DoRA(rank=16), ia3, Prompt(tokens=20), Prefix(tokens=30))
         assert tuple(peft.count(m, presets[name]) for m in methods) == counts
 
 
@@ -154,6 +156,11 @@ def test_lora_of_a_table(base):
     weight = method.bind(base.params, trainable)["embed"]["table"]
     close(weight[ids], (table + 2 * t["a"] @ t["b"])[ids])
     assert same(weight.T, table.T)
+    with pytest.raises(InputError, match="embed/table: the output projection is tied"):
+        peft.merge(method, base.params, trainable)
+    untied = make_base(tied=False)
+    merged = peft.merge(method, untied.params, trainable)
+    close(named(merged)["embed/table"], named(untied.params)["embed/table"] + 2 * t["a"] @ t["b"])
 
 
 def test_b_learns_faster_in_lora_plus(base):

@@ -36,8 +36,8 @@ def schedule(optim: Optim, steps: int) -> Callable[[Any], Any]:
 def make_optimizer(
     optim: Optim, trainable: Any, steps: int, method: Method | None = None
 ) -> optax.GradientTransformation:
-    """clip -> AdamW (arXiv:1711.05101) or Muon (arXiv:2502.16982) -> decay -> rate of each group -> schedule -> what the
-    method does to its updates.
+    """clip -> AdamW (arXiv:1711.05101) or Muon (arXiv:2502.16982) -> decay -> rate of each group -> schedule -> the
+    method's own transform.
 
     Muon orthogonalises the update of every matrix inside a layer; tables, the head and vectors get Adam. With its
     updates scaled to Adam's size (rms 0.2), one learning rate serves both. `trainable` may be shapes.
