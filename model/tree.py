@@ -95,7 +95,8 @@ def spread(tree: Any) -> Iterator[tuple[str, str, range | None]]:
     """(path, canonical name, layers) of each leaf; layers is None outside `layers`."""
     for path, leaf in named(tree).items():
         name, layers = canonical(path)
-        yield path, name, range(leaf.shape[0]) if layers is None and in_layers(path) else layers
+        depth = jax.tree.leaves(leaf)[0].shape[0] if layers is None and in_layers(path) else 0  # of a weight too
+        yield path, name, range(depth) if depth else layers
 
 
 def _compiled(rule: str, depth: int) -> tuple[re.Pattern[str], range | None]:

@@ -2,17 +2,16 @@
 
 import dataclasses
 import zlib
-from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple, dataclass_transform
+from typing import Any, ClassVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 from .. import InputError
 from ..model import Config, Context, Transformer, Weight, forward, shapes_of
-from ..model.tree import canonical, cut_key, is_stacked, named, nested
-from .masks import Where, select
+from ..model.tree import is_stacked, named, nested
 
 
 @dataclass_transform(frozen_default=True)
@@ -25,6 +24,7 @@ class Method:
 
     identity: ClassVar[bool] = True  # logits right after init equal the base's
     rate: ClassVar[float] = 5.0  # the learning rate to begin a search at, over full fine-tuning's
+    demo: ClassVar[bool] = True  # whether `graftax demo` shows it
 
     def __init_subclass__(cls) -> None:
         dataclasses.dataclass(frozen=True)(cls)
@@ -42,83 +42,24 @@ class Method:
         return Context()
 
     def freeze(self, params: Any) -> Any:
-        """The base without what `trainable` now holds: one copy of each parameter."""
+        """The base without what `trainable` now holds: one copy of each parameter.
+
+        A method with frozen constants puts them here, in a Weight that its `bind` knows again (PiSSA's residual), or
+        makes them anew in `bind` from a seed that is one of its fields (VeRA's projections).
+        """
         return params
 
+    def noisy(self, params: Any, trainable: Any, key: Array) -> dict[str, Any]:
+        """`bind` as it is in training, where it may draw (dropout)."""
+        return self.bind(params, trainable)
 
-class Target(NamedTuple):
-    """One array that a method acts on: all of a matrix, or the layers [start, stop) of a stacked one."""
+    def penalty(self, trainable: Any) -> Any:
+        """What training adds to the mean loss."""
+        return 0.0
 
-    key: str  # in the trainable tree: `layers/attn/q`, `layers/attn/q[4:8]`
-    path: str  # in the base
-    name: str  # the path without layer indices, which seeds
-    layers: range | None
-    stacked: bool
-    shape: tuple[int, ...]  # of one layer
-
-
-def targets(where: Where, params: Any, ndim: int | None = None, what: str = "method") -> Iterator[Target]:
-    """The arrays that `where` picks, by layer range; ndim asks for matrices (2) and makes anything else an error."""
-    flat = named(params)
-    for path, ranges in select(where, params).items():
-        name, layers = canonical(path)
-        stacked = is_stacked(path)
-        shape = flat[path].shape[1:] if stacked else flat[path].shape
-        if ndim is not None and len(shape) != ndim:
-            raise InputError(
-                f"{what}: {path} has {len(shape)} axes in a layer, wanted a matrix; narrow where={where!r}"
-            )
-        for start, stop in ranges if stacked else [(0, 0)]:
-            part = stacked and (start, stop) != (0, flat[path].shape[0])
-            yield Target(f"{path}[{start}:{stop}]" if part else path, path, name,
-                         range(start, stop) if stacked else layers, stacked, tuple(shape))  # fmt: skip
-
-
-def layer_keys(key: Array, target: Target, leaf: str = "") -> Any:
-    """A key for each layer of a target, fold_in(fold_in(key, crc32(name)), layer), whatever the layout."""
-    key = jax.random.fold_in(key, zlib.crc32(f"{target.name}/{leaf}".encode()))
-    if target.layers is None:
-        return key
-    if not target.stacked:
-        return jax.random.fold_in(key, target.layers[0])
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.array(target.layers))
-
-
-def each_layer(target: Target, fn: Any, *args: Any) -> Array:
-    """fn(*args), mapped over the layer axis where the target is stacked."""
-    return jax.vmap(fn)(*args) if target.stacked else fn(*args)
-
-
-def whole(params: Any, trainable: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """(path, the base's leaf, the method's arrays over all its layers); layers that do not train are filled with zeros.
-
-    Raises InputError for a path that the base does not have.
-    """
-    flat, pieces = named(params), group(trainable)
-    for path, parts in pieces.items():
-        if path not in flat:
-            raise InputError(f"the adapter trains {path}, which this base does not have: it belongs to another base")
-        if None in parts:
-            yield path, flat[path], parts[None]
-            continue
-        L = jax.tree.leaves(flat[path])[0].shape[0]
-
-        def fill(*arrays: Array, ranges: Any = tuple(parts), L: int = L) -> Array:
-            full = jnp.zeros((L, *arrays[0].shape[1:]), arrays[0].dtype)
-            for (start, stop), array in zip(ranges, arrays, strict=True):
-                full = full.at[start:stop].set(array)
-            return full
-
-        yield path, flat[path], jax.tree.map(fill, *parts.values())
-
-
-def group(trainable: dict[str, Any]) -> dict[str, dict[Any, Any]]:
-    """{path: {layers [start, stop), or None for all: arrays}} of a method's tree, in the order of the layers."""
-    pieces: dict[str, dict[Any, Any]] = {}
-    for key, arrays in trainable.items():
-        path, layers = cut_key(key)
-        pieces.setdefault(path, {})[layers] = arrays
-    return {path: dict(sorted(parts.items())) for path, parts in pieces.items()}
+    def transform(self, steps: int) -> optax.GradientTransformation:
+        """What is done to the optimizer's updates: other rates for some leaves, ranks that end. `grads=` is given."""
+        return optax.identity()
 
 
 def partition(method: Method, params: Any, key: Array) -> tuple[Any, dict[str, Any]]:
@@ -156,7 +97,12 @@ def fold(bound: Any, dtype: Any = None) -> dict[str, Any]:
         base = w
         while isinstance(base, Weight):
             base = getattr(base, "w", None)
-        matrix = jax.lax.map(lambda one: one.dense(), w) if is_stacked(path) else w.dense()
+        if path == "embed/table":
+            if not any(p.startswith("head/") for p in named(bound)):
+                raise InputError(f"{path}: the output projection is tied to the base's rows, so no one table does both")
+            matrix = w[jnp.arange(jax.tree.leaves(base)[0].shape[0])]
+        else:
+            matrix = jax.lax.map(lambda one: one.dense(), w) if is_stacked(path) else w.dense()
         kind = dtype or getattr(base, "dtype", None)
         return matrix if kind is None else matrix.astype(kind)
 
@@ -194,6 +140,25 @@ class Chain(Method):
         for _, method in self.methods:
             params = method.freeze(params)
         return params
+
+    def noisy(self, params: Any, trainable: Any, key: Array) -> dict[str, Any]:
+        for i, (name, method) in enumerate(self.methods):
+            params = method.noisy(params, trainable[name], jax.random.fold_in(key, i))
+        return params
+
+    def penalty(self, trainable: Any) -> Any:
+        return sum(method.penalty(trainable[name]) for name, method in self.methods)
+
+    def transform(self, steps: int) -> optax.GradientTransformation:
+        parts = {n: optax.with_extra_args_support(m.transform(steps)) for n, m in self.methods}
+
+        def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+            grads = extra["grads"]
+            done = {n: part.update(updates[n], state[n], params[n], grads=grads[n]) for n, part in parts.items()}
+            return {n: d[0] for n, d in done.items()}, {n: d[1] for n, d in done.items()}
+
+        init: Any = lambda trainable: {n: part.init(trainable[n]) for n, part in parts.items()}  # noqa: E731
+        return optax.GradientTransformationExtraArgs(init, update)
 
     @property
     def identity(self) -> bool:  # type: ignore[override]

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..model import Weight
-from ..model.tree import replace
-from .base import Method, each_layer, layer_keys, targets, whole
+from .base import Method
+from .targets import each_matrix, wrap
 
 
 class AdapterWeight(Weight):
@@ -34,7 +34,7 @@ class Houlsby(Method):
     where: str = "layers/(attn/o|mlp/down)"
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
-        def one(key: Array, F: int) -> dict[str, Array]:
+        def one(key: Array, _: int, F: int) -> dict[str, Array]:
             down = F**-0.5 * jax.random.normal(key, (F, self.rank))
             return {
                 "down": down,
@@ -43,8 +43,7 @@ class Houlsby(Method):
                 "up_bias": jnp.zeros(F),
             }
 
-        found = targets(self.where, params, ndim=2, what="houlsby")
-        return {t.key: each_layer(t, lambda k, t=t: one(k, t.shape[1]), layer_keys(key, t, "down")) for t in found}
+        return each_matrix(key, params, self.where, one, "houlsby", "down")
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
-        return replace(params, {path: AdapterWeight(w, **t) for path, w, t in whole(params, trainable)})
+        return wrap(params, trainable, AdapterWeight)

@@ -1,43 +1,82 @@
-"""LoRA: low-rank updates of matrices (arXiv:2106.09685)."""
+"""LoRA: low-rank updates of matrices and tables (arXiv:2106.09685)."""
 
-from typing import Any
+import dataclasses
+from functools import partial
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from ..model import Weight, static
-from ..model.tree import replace
-from .base import Method, each_layer, layer_keys, targets, whole
+from ..model.tree import cut_key, named, replace
+from .base import Method
+from .targets import by_value, each_layer, layer_keys, layer_seeds, layer_values, targets, wrap
 
 
 class LoRAWeight(Weight):
-    """x @ w + (scale x @ a) @ b: the small product is scaled, and w + scale a b never exists."""
+    """x @ w + (x @ a) @ b: b has the scale in it, and w + a b never exists. A table's projection keeps its own rows."""
 
     w: Any  # [D, F] frozen
     a: Array  # [D, R]
     b: Array  # [R, F]
-    scale: float = static()
+    seed: Any = None  # uint32 [2], in training with dropout
+    dropout: float = static(default=0.0)
 
     def __rmatmul__(self, x: Array) -> Array:
-        return x @ self.w + (self.scale * (x @ self.a)) @ self.b
+        z = x
+        if self.seed is not None:
+            kept = jax.random.bernoulli(jax.random.wrap_key_data(self.seed), 1 - self.dropout, x.shape)
+            z = jnp.where(kept, x / (1 - self.dropout), 0)
+        return x @ self.w + (z @ self.a) @ self.b
+
+    def __getitem__(self, ids: Array) -> Array:
+        return self.w[ids] + self.a[ids] @ self.b
+
+    @property
+    def T(self) -> Any:
+        return self.w.T
 
 
 class LoRA(Method):
     """W + (alpha / rank) A B, with A [D, R] uniform in +-D^-1/2 and B [R, F] = 0 (arXiv:2106.09685)."""
 
+    weight: ClassVar[type[LoRAWeight]] = LoRAWeight
+
     rank: int = 8
     alpha: float = 16.0
     where: str = "linear"
+    dropout: float = 0.0  # of x before A, in training
+    ranks: tuple[tuple[str, int], ...] = ()  # rules -> rank, for some matrices or layers
+    alphas: tuple[tuple[str, float], ...] = ()  # rules -> alpha
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
-        def one(key: Array, D: int, F: int) -> dict[str, Array]:
-            a = jax.random.uniform(key, (D, self.rank), minval=-(D**-0.5), maxval=D**-0.5)
-            return {"a": a, "b": jnp.zeros((self.rank, F))}
+        def make(key: Array, D: int, F: int, rank: int, table: bool) -> dict[str, Array]:
+            if table:  # as torch's Embedding: the update begins at 0 by A
+                return {"a": jnp.zeros((D, rank)), "b": jax.random.normal(key, (rank, F))}
+            a = jax.random.uniform(key, (D, rank), minval=-(D**-0.5), maxval=D**-0.5)
+            return {"a": a, "b": jnp.zeros((rank, F))}
 
         found = targets(self.where, params, ndim=2, what="lora")
-        return {t.key: each_layer(t, lambda k, t=t: one(k, *t.shape), layer_keys(key, t, "a")) for t in found}
+        return {
+            t.key: each_layer(t, partial(make, D=t.shape[0], F=t.shape[1], rank=rank, table=t.path == "embed/table"),
+                              layer_keys(key, t, "a"))
+            for t, rank in by_value(self.ranks, self.rank, found, params, "rank rule")
+        }  # fmt: skip
+
+    def scale(self, rank: int, alpha: Any) -> Any:
+        """What A B is multiplied by."""
+        return alpha / rank
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
-        scale = self.alpha / self.rank
-        return replace(params, {path: LoRAWeight(w, **t, scale=scale) for path, w, t in whole(params, trainable)})
+        def scaled(key: str, arrays: dict[str, Array]) -> dict[str, Array]:
+            alpha = layer_values(self.alphas, self.alpha, params, key, "alpha rule")
+            return arrays | {"b": self.scale(arrays["b"].shape[-2], alpha) * arrays["b"]}
+
+        return wrap(params, {key: scaled(key, arrays) for key, arrays in trainable.items()}, self.weight, m=jnp.nan)
+
+    def noisy(self, params: Any, trainable: Any, key: Array) -> dict[str, Any]:
+        bound, touched = self.bind(params, trainable), {cut_key(k)[0] for k in trainable} if self.dropout else ()
+        seeds = {path: layer_seeds(key, path, named(bound)[path]) for path in touched}
+        noisy = {p: dataclasses.replace(named(bound)[p], seed=s, dropout=self.dropout) for p, s in seeds.items()}
+        return replace(bound, noisy)

@@ -7,7 +7,8 @@ from jax import Array
 
 from ..model import Context
 from ..model.tree import nested
-from .base import Method, each_layer, layer_keys, targets
+from .base import Method
+from .targets import each_layer, layer_keys, targets
 
 
 class Prefix(Method):

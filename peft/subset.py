@@ -9,8 +9,9 @@ from jax import Array
 from .. import InputError
 from ..model import Weight
 from ..model.tree import is_stacked, named, nested
-from .base import Method, group, targets
+from .base import Method
 from .masks import select
+from .targets import group, targets
 
 
 class Gaps(Weight):

@@ -1,5 +1,7 @@
 """The laws of DESIGN section 5, over every method there is. A new method is held to them with no edit here."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,7 +109,9 @@ def test_4_fold_gives_the_same_logits_and_the_base_structure(base, method):
 @every_method
 def test_5_vmapped_adapters_equal_separate_runs(base, method):
     frozen = method.freeze(base.params)
-    tx = make_optimizer(OPTIM, method.init(jax.random.key(1), base.params), 20)
+    # With Adam's usual eps a gradient that is all rounding gives a full step, either way.
+    optim = dataclasses.replace(OPTIM, eps=1e-3)
+    tx = make_optimizer(optim, method.init(jax.random.key(1), base.params), 20, method)
     step = make_train_step(base.model, method, tx)
     states = [init_state(shaken(method.init(jax.random.key(k), base.params)), tx) for k in (1, 2)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *states)

@@ -1,23 +1,30 @@
 """Methods beyond the laws: counts, partition, chains, and errors."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 from graftax import InputError, peft
 from graftax.model import presets
 from graftax.model.tree import named
-from graftax.peft import Houlsby, LoRA, Prefix, Prompt, Subset, chain
-from tiny import CONFIG, close, make_base, make_batch, same, shaken
+from graftax.peft import IA3, DoRA, Houlsby, LoRA, LoRAPlus, Prefix, Prompt, RsLoRA, Subset, chain
+from graftax.peft.lora import LoRAWeight
+from graftax.train.config import Optim
+from graftax.train.step import make_loss
+from tiny import CONFIG, close, make_base, make_batch, same, shaken, stepper
 
 
 def test_counts_equal_published_ones():
     qv = "layers/attn/[qv]"
     expected = {
-        "llama-2-7b": (4_194_304, 39_976_960, 81_920, 7_864_320),
-        "qwen2.5-0.5b": (540_672, 8_798_208, 17_920, 184_320),
+        "llama-2-7b": (4_194_304, 39_976_960, 41_336_832, 614_400, 81_920, 7_864_320),
+        "qwen2.5-0.5b": (540_672, 8_798_208, 9_102_336, 141_312, 17_920, 184_320),
+        "gemma-2-2b": (1_597_440, 20_766_720, 21_472_256, 319_488, 46_080, 1_597_440),
     }
     for name, counts in expected.items():
-        methods = (LoRA(rank=8, where=qv), LoRA(rank=16), Prompt(tokens=20), Prefix(tokens=30))
+        ia3 = IA3() if name == "llama-2-7b" else IA3(where=qv)  # HF PEFT's default differs by architecture
+        methods = (LoRA(rank=8, where=qv), LoRA(rank=16), DoRA(rank=16), ia3, Prompt(tokens=20), Prefix(tokens=30))
         assert tuple(peft.count(m, presets[name]) for m in methods) == counts
 
 
@@ -96,3 +103,101 @@ def test_a_prompt_starts_as_rows_of_the_vocabulary(base):
     table = base.params["embed"]["table"]
     assert all((table == row).all(axis=1).any() for row in prompt)
     assert prompt.shape == (4, CONFIG.D)
+
+
+def dense(base, method, trainable, path):
+    return named(peft.merge(method, base.params, trainable))[path] - named(base.params)[path]
+
+
+def test_lora_by_rules(base):
+    """Ranks and alphas for some layers and matrices, alike in both layouts."""
+    rules = {"ranks": (("layers/[1:]/attn/q", 3), (".*/[kv]", 1)), "alphas": (("layers/[:1]/attn/.*", 4.0),)}
+    method = LoRA(rank=2, alpha=6.0, where="layers/attn/[qkv]", **rules)
+    trainable = shaken(method.init(jax.random.key(0), base.params))
+    assert {k: t["a"].shape for k, t in trainable.items()} == {
+        "layers/attn/q[0:1]": (1, 32, 2), "layers/attn/q[1:2]": (1, 32, 3),
+        "layers/attn/k": (2, 32, 1), "layers/attn/v": (2, 32, 1),
+    }  # fmt: skip
+    q, k = ([t for key, t in sorted(trainable.items()) if key.startswith(f"layers/attn/{n}")] for n in "qk")
+    close(dense(base, method, trainable, "layers/attn/q"),
+          jnp.concatenate([2 * q[0]["a"] @ q[0]["b"], 2 * q[1]["a"] @ q[1]["b"]]))  # fmt: skip
+    close(
+        dense(base, method, trainable, "layers/attn/k"), jnp.array([4.0, 6.0])[:, None, None] * (k[0]["a"] @ k[0]["b"])
+    )
+    unrolled = make_base(scan=False)
+    plain = LoRA(rank=2, where="layers/attn/q", ranks=rules["ranks"][:1])
+    a, b = (named(plain.init(jax.random.key(0), x.params)) for x in (base, unrolled))
+    assert same(a["layers/attn/q[1:2]/a"][0], b["layers/1/attn/q/a"])
+    with pytest.raises(InputError, match="rank rule 'layers/atn/q' matches no parameter"):
+        LoRA(ranks=(("layers/atn/q", 3),)).init(jax.random.key(0), base.params)
+
+
+def test_dropout_draws_in_training_alone(base):
+    batch, method = make_batch(), LoRA(rank=2, dropout=0.5)
+    trainable = shaken(method.init(jax.random.key(0), base.params), 0.3)
+    loss = make_loss(base.model, method)
+    plain = make_loss(base.model, LoRA(rank=2))(trainable, base.params, batch)[0]
+    assert same(loss(trainable, base.params, batch)[0], plain)
+    drawn = [jax.jit(loss)(trainable, base.params, batch, jax.random.key(i))[0] for i in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn[0] != plain
+    # On average x is what it was: of one weight, over many draws.
+    w = LoRAWeight(jnp.zeros((32, 8)), jnp.ones((32, 2)), jnp.ones((2, 8)), dropout=0.25)
+    x, seeds = jnp.linspace(1, 2, 32)[None], jax.random.key_data(jax.random.split(jax.random.key(0), 4000))
+    mean = jax.vmap(lambda seed: x @ dataclasses.replace(w, seed=seed))(seeds).mean(0)
+    close(mean, x @ w, 1e-2)
+
+
+def test_lora_of_a_table(base):
+    """The tied projection keeps the base's rows, as in HF PEFT."""
+    method, ids = LoRA(rank=2, alpha=4.0, where="embed/table"), make_batch()["ids"]
+    trainable = shaken(method.init(jax.random.key(0), base.params))
+    table, t = named(base.params)["embed/table"], trainable["embed/table"]
+    weight = method.bind(base.params, trainable)["embed"]["table"]
+    close(weight[ids], (table + 2 * t["a"] @ t["b"])[ids])
+    assert same(weight.T, table.T)
+    with pytest.raises(InputError, match="embed/table: the output projection is tied"):
+        peft.merge(method, base.params, trainable)
+    untied = make_base(tied=False)
+    merged = peft.merge(method, untied.params, trainable)
+    close(named(merged)["embed/table"], named(untied.params)["embed/table"] + 2 * t["a"] @ t["b"])
+
+
+def test_b_learns_faster_in_lora_plus(base):
+    moved = {}
+    for method in (LoRA(rank=2), LoRAPlus(rank=2, ratio=8.0)):
+        frozen, state, step = stepper(base, method, Optim(lr=1e-3, warmup=0, weight_decay=0.0))
+        after = step(state, frozen, make_batch())[0].trainable
+        moved[type(method)] = jax.tree.map(lambda a, b: a - b, after, state.trainable)["layers/attn/q"]
+    close(moved[LoRAPlus]["a"], moved[LoRA]["a"])
+    close(moved[LoRAPlus]["b"], 8 * moved[LoRA]["b"])
+
+
+def test_dora_is_its_formula(base):
+    """Lengths and directions of columns, on all layers and on one."""
+    for where, layers in (("layers/attn/q", slice(0, 2)), ("layers/[1:]/attn/q", slice(1, 2))):
+        method = DoRA(rank=2, alpha=4.0, where=where)
+        trainable = shaken(method.init(jax.random.key(0), base.params))
+        (t,), w = trainable.values(), named(base.params)["layers/attn/q"]
+        v = w[layers] + 2 * t["a"] @ t["b"]
+        expected = w.at[layers].set(t["m"][:, None] * v / jnp.linalg.norm(v, axis=1, keepdims=True))
+        close(named(peft.merge(method, base.params, trainable))["layers/attn/q"], expected)
+
+
+def test_rslora_scales_by_the_root(base):
+    trainable = shaken(LoRA(rank=4).init(jax.random.key(0), base.params))
+    ours = dense(base, RsLoRA(rank=4, alpha=3.0), trainable, "layers/attn/q")
+    close(ours, dense(base, LoRA(rank=4, alpha=6.0), trainable, "layers/attn/q"))
+
+
+def test_chains_keep_draws_penalties_and_transforms(base):
+    """Each link's own: here LoRA+'s rates and dropout beside a mask."""
+    method = chain(Subset("norms"), LoRAPlus(rank=2, dropout=0.5, ratio=4.0))
+    frozen, state, step = stepper(base, method)
+    after = step(state, frozen, make_batch())[0]
+    assert not same(after.trainable, state.trainable)
+    alone = jax.jit(make_loss(base.model, method))
+    losses = [alone(state.trainable, frozen, make_batch(), jax.random.key(i))[0] for i in (1, 2)]
+    assert losses[0] == losses[1]  # B is 0, so nothing is drawn from yet
+    losses = [alone(after.trainable, frozen, make_batch(), jax.random.key(i))[0] for i in (1, 2)]
+    assert losses[0] != losses[1]

@@ -63,7 +63,7 @@ OPTIM = Optim(lr=3e-2, warmup=2, weight_decay=0.1, clip=1.0)
 def stepper(base: Base, method: Method, optim: Optim = OPTIM, **kwargs: Any) -> tuple[Any, Any, Any]:
     """(frozen, state, jitted step) of a method on a base."""
     frozen, trainable = peft.partition(method, base.params, jax.random.key(1))
-    tx = make_optimizer(optim, trainable, 20)
+    tx = make_optimizer(optim, trainable, 20, method)
     return frozen, init_state(trainable, tx), jax.jit(make_train_step(base.model, method, tx, **kwargs))
 
 

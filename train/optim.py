@@ -10,6 +10,7 @@ import optax
 from jax import Array
 
 from ..model.tree import is_stacked, match, paths
+from ..peft import Method
 from .config import Optim
 
 
@@ -32,8 +33,11 @@ def schedule(optim: Optim, steps: int) -> Callable[[Any], Any]:
     return optax.join_schedules([rise, shapes[optim.schedule]], [warmup])
 
 
-def make_optimizer(optim: Optim, trainable: Any, steps: int) -> optax.GradientTransformation:
-    """clip -> AdamW (arXiv:1711.05101) or Muon (arXiv:2502.16982) -> decay -> rate of each group -> schedule.
+def make_optimizer(
+    optim: Optim, trainable: Any, steps: int, method: Method | None = None
+) -> optax.GradientTransformation:
+    """clip -> AdamW (arXiv:1711.05101) or Muon (arXiv:2502.16982) -> decay -> rate of each group -> schedule -> the
+    method's own transform.
 
     Muon orthogonalises the update of every matrix inside a layer; tables, the head and vectors get Adam. With its
     updates scaled to Adam's size (rms 0.2), one learning rate serves both. `trainable` may be shapes.
@@ -57,6 +61,7 @@ def make_optimizer(optim: Optim, trainable: Any, steps: int) -> optax.GradientTr
         _add_decay(optim.weight_decay, decay) if optim.weight_decay else optax.identity(),
         _times(_groups(optim, trainable)) if optim.groups else optax.identity(),
         optax.scale_by_learning_rate(schedule(optim, steps)),
+        method.transform(steps) if method else optax.identity(),
     )
 
 

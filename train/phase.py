@@ -89,7 +89,7 @@ def _assemble(
     shapes = jax.eval_shape(lambda: params)
     split = shardings(mesh, shapes)
     trainable = jax.eval_shape(lambda p: method.init(key, p), shapes)
-    tx = make_optimizer(run.optim, trainable, run.steps)
+    tx = make_optimizer(run.optim, trainable, run.steps, method)
 
     def begin(params: Any) -> tuple[Any, State]:
         frozen, trainable = partition(method, params, key)

@@ -32,14 +32,18 @@ def init_state(trainable: Any, tx: optax.GradientTransformation) -> State:
 def make_loss(
     model: Transformer, method: Method, chunk: int = 8192
 ) -> Callable[[Any, Any, Batch], tuple[Array, Array]]:
-    """loss(trainable, frozen, batch) -> (sum of target losses in nats, number of targets)."""
+    """loss(trainable, frozen, batch, key=None) -> (sum of target losses in nats, number of targets).
 
-    def loss(trainable: Any, frozen: Any, batch: Batch) -> tuple[Array, Array]:
-        context = method.context(trainable)
-        nll_BT = token_losses(model, method.bind(frozen, trainable), batch, context, chunk)
+    With a key it is the loss of training: what the method draws is drawn, and its penalty counts as a mean loss does.
+    """
+
+    def loss(trainable: Any, frozen: Any, batch: Batch, key: Array | None = None) -> tuple[Array, Array]:
+        bound = method.bind(frozen, trainable) if key is None else method.noisy(frozen, trainable, key)
+        nll_BT = token_losses(model, bound, batch, method.context(trainable), chunk)
         # where, not times: what an unwanted position computed, NaN included, must not count.
-        wanted_BT = batch["weights"] > 0
-        return jnp.sum(jnp.where(wanted_BT, nll_BT * batch["weights"], 0.0)), jnp.sum(batch["weights"])
+        total = jnp.sum(jnp.where(batch["weights"] > 0, nll_BT * batch["weights"], 0.0))
+        targets = jnp.sum(batch["weights"])
+        return total if key is None else total + targets * method.penalty(trainable), targets
 
     return loss
 
@@ -53,20 +57,21 @@ def make_train_step(
     of `state.trainable` alone: frozen leaves have no gradient, no optimizer state, no update. A step whose loss or
     gradient is not finite changes nothing but the counts.
     """
-    loss = make_loss(model, method, chunk)
+    loss, tx = make_loss(model, method, chunk), optax.with_extra_args_support(tx)
     gradient = jax.value_and_grad(loss, has_aux=True)
 
     def step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, Array]]:
         """(state, frozen, batch [B, T]) -> (state, metrics)."""
         batch = {k: v for k, v in batch.items() if v.ndim == 2}
+        key = jax.random.fold_in(jax.random.key(0), state.step)
         if accumulate == 1:
-            (total, targets), grads = gradient(state.trainable, frozen, batch)
+            (total, targets), grads = gradient(state.trainable, frozen, batch, key)
         else:
-            total, targets, grads = _accumulate(gradient, state.trainable, frozen, batch, accumulate)
+            total, targets, grads = _accumulate(gradient, state.trainable, frozen, batch, key, accumulate)
         n = jnp.maximum(targets, 1.0)
         grads = jax.tree.map(lambda g: g / n, grads)
         norm = optax.tree.norm(grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        updates, opt_state = tx.update(grads, state.opt_state, state.trainable, grads=grads)
         ok = jnp.isfinite(total) & jnp.isfinite(norm) & (targets > 0)
         new = (optax.apply_updates(state.trainable, updates), opt_state)
         trainable, opt_state = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, (state.trainable, state.opt_state))
@@ -76,16 +81,18 @@ def make_train_step(
     return step
 
 
-def _accumulate(gradient: Any, trainable: Any, frozen: Any, batch: Batch, parts: int) -> tuple[Array, Array, Any]:
+def _accumulate(
+    gradient: Any, trainable: Any, frozen: Any, batch: Batch, key: Array, parts: int
+) -> tuple[Array, Array, Any]:
     """Sums of loss, targets and gradients over `parts` of the batch, one in memory at a time."""
 
     def split(x: Array) -> Array:
         # Part p takes rows p, p + parts, ...: each device keeps its own rows of a batch split over devices.
         return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
-    def add(sums: Any, part: Batch) -> tuple[Any, None]:
-        (total, targets), grads = gradient(trainable, frozen, part)
+    def add(sums: Any, at: tuple[Array, Batch]) -> tuple[Any, None]:
+        (total, targets), grads = gradient(trainable, frozen, at[1], jax.random.fold_in(key, at[0]))
         return jax.tree.map(jnp.add, sums, (total, targets, grads)), None
 
     zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, trainable))
-    return jax.lax.scan(add, zero, {k: split(v) for k, v in batch.items()})[0]
+    return jax.lax.scan(add, zero, (jnp.arange(parts), {k: split(v) for k, v in batch.items()}))[0]
