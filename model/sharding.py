@@ -65,22 +65,25 @@ def follow(mesh: Mesh, make: Callable[[Any], Any], base: Any, base_shardings: An
     only slow: XLA has given wrong sums for a vector split over the axis that its matrix was reduced over.
     """
     tree, lengths = jax.eval_shape(make, base), itertools.count(100_003)
-    axis_of: dict[int, Any] = {}
+    axis_of: dict[int, Any] = {}  # a length in the probe -> (how that axis is split, its length in the base)
     probe = {}
     for path, leaf in named(base).items():
         stacked = is_stacked(path)
         shape = tuple(n if stacked and i == 0 else next(lengths) for i, n in enumerate(leaf.shape))
         spec = tuple(named(base_shardings)[path].spec) + (None,) * leaf.ndim
-        axis_of |= dict(zip(shape[stacked:], spec[stacked:], strict=False))
+        axis_of |= {p: (s, n) for p, s, n in zip(shape[stacked:], spec[stacked:], leaf.shape[stacked:], strict=False)}
         probe[path] = jax.ShapeDtypeStruct(shape, leaf.dtype)
+    probed = dict(paths(jax.eval_shape(make, nested(probe))))
 
     def one(path: str, leaf: Any) -> NamedSharding:
-        axes = [axis_of.get(n) for n in leaf.shape]
-        flat = leaf.ndim - is_stacked(path) < 2
-        return NamedSharding(mesh, P() if flat else P(*(a if a not in axes[:i] else None for i, a in enumerate(axes))))
+        shape = probed[path].shape if path in probed else ()  # a method may do otherwise at other lengths
+        if leaf.ndim - is_stacked(path) < 2 or len(shape) != leaf.ndim:
+            return NamedSharding(mesh, P())
+        found = [axis_of.get(p, (None, n)) for p, n in zip(shape, leaf.shape, strict=True)]
+        axes = [spec if real == n else None for (spec, real), n in zip(found, leaf.shape, strict=True)]
+        return NamedSharding(mesh, P(*(a if a not in axes[:i] else None for i, a in enumerate(axes))))
 
-    probed = paths(jax.eval_shape(make, nested(probe)))
-    return jax.tree.unflatten(jax.tree.structure(tree), [one(path, leaf) for path, leaf in probed])
+    return jax.tree.unflatten(jax.tree.structure(tree), [one(path, leaf) for path, leaf in paths(tree)])
 
 
 def constrain(x: Array, *axes: Any) -> Array:

@@ -24,11 +24,14 @@ class LoRAWeight(Weight):
     dropout: float = static(default=0.0)
 
     def __rmatmul__(self, x: Array) -> Array:
-        z = x
-        if self.seed is not None:
-            kept = jax.random.bernoulli(jax.random.wrap_key_data(self.seed), 1 - self.dropout, x.shape)
-            z = jnp.where(kept, x / (1 - self.dropout), 0)
-        return x @ self.w + (z @ self.a) @ self.b
+        return x @ self.w + (self.dropped(x) @ self.a) @ self.b
+
+    def dropped(self, x: Array) -> Array:
+        """x, or what dropout leaves of it."""
+        if self.seed is None:
+            return x
+        kept = jax.random.bernoulli(jax.random.wrap_key_data(self.seed), 1 - self.dropout, x.shape)
+        return jnp.where(kept, x / (1 - self.dropout), 0)
 
     def __getitem__(self, ids: Array) -> Array:
         return self.w[ids] + self.a[ids] @ self.b

@@ -8,7 +8,24 @@ import pytest
 from graftax import InputError, peft
 from graftax.model import presets
 from graftax.model.tree import named
-from graftax.peft import IA3, DoRA, Houlsby, LoRA, LoRAPlus, Prefix, Prompt, RsLoRA, Subset, chain
+from graftax.peft import (
+    HRA,
+    IA3,
+    DoRA,
+    HiRA,
+    Houlsby,
+    LoHa,
+    LoKr,
+    LoRA,
+    LoRAPlus,
+    MiSS,
+    Prefix,
+    Prompt,
+    RsLoRA,
+    Subset,
+    chain,
+)  # fmt: skip
+from graftax.peft.lokr import split
 from graftax.peft.lora import LoRAWeight
 from graftax.train.config import Optim
 from graftax.train.step import make_loss
@@ -201,3 +218,46 @@ def test_chains_keep_draws_penalties_and_transforms(base):
     assert losses[0] == losses[1]  # B is 0, so nothing is drawn from yet
     losses = [alone(after.trainable, frozen, make_batch(), jax.random.key(i))[0] for i in (1, 2)]
     assert losses[0] != losses[1]
+
+
+def kron(t, m):
+    k2 = t["k2"] if "k2" in t else t["a2"] @ t["b2"]
+    return m.alpha / m.rank * jnp.kron(t["k1"], k2)
+
+
+def reflections(t):
+    H = jnp.eye(len(t["u"]))
+    for u in t["u"].T:
+        H = H @ (jnp.eye(len(u)) - 2 * jnp.outer(u, u) / (u @ u))
+    return H
+
+
+# What each linear method makes of one matrix w [D, F], from its arrays t: the formula, with everything written out.
+AT = {"where": "layers/mlp/(up|down)"}
+FORMULAS = {
+    LoHa(rank=3, alpha=6.0, **AT): lambda w, t, m: w + 2 * (t["a1"] @ t["b1"]) * (t["a2"] @ t["b2"]),
+    LoKr(rank=2, alpha=4.0, **AT): lambda w, t, m: w + kron(t, m),
+    LoKr(rank=8, alpha=4.0, factor=4, **AT): lambda w, t, m: w + kron(t, m),
+    HiRA(rank=3, **AT): lambda w, t, m: w * (1 + t["a"] @ t["b"]),
+    HRA(rank=3, **AT): lambda w, t, m: reflections(t).T @ w,
+    MiSS(rank=5, **AT): lambda w, t, m: w + jnp.tile(t["s"], (-(-len(w) // 5), 1))[: len(w)],
+    IA3(where="layers/mlp/up", inner="layers/mlp/down"): lambda w, t, m: (
+        w * t["after"] if "after" in t else w * t["before"][:, None]
+    ),
+}
+
+
+@pytest.mark.parametrize("method", FORMULAS, ids=lambda m: type(m).__name__)
+def test_linear_methods_are_their_formulas(base, method):
+    trainable = shaken(method.init(jax.random.key(0), base.params), 0.2)
+    merged = named(peft.merge(method, base.params, trainable))
+    for path, arrays in trainable.items():
+        expected = [FORMULAS[method](w, jax.tree.map(lambda x, i=i: x[i], arrays), method)
+                    for i, w in enumerate(named(base.params)[path])]  # fmt: skip
+        close(merged[path], jnp.stack(expected))
+
+
+def test_factors_of_lokr():
+    assert [split(n, f) for n, f in ((12, -1), (7, -1), (48, 4), (48, 5), (36, -1), (10, 20))] == [
+        (3, 4), (1, 7), (4, 12), (4, 12), (6, 6), (2, 5),
+    ]  # fmt: skip

@@ -19,7 +19,7 @@ def losses(method, shape):
     mesh = make_mesh(shape, jax.devices()[: int(np.prod(shape))])
     with jax.set_mesh(mesh):
         split = shardings(mesh, BASE.params)
-        tx = make_optimizer(OPTIM, jax.eval_shape(method.init, jax.random.key(1), BASE.params), 20)
+        tx = make_optimizer(OPTIM, jax.eval_shape(method.init, jax.random.key(1), BASE.params), 20, method)
 
         def begin(params):
             frozen, trainable = peft.partition(method, params, jax.random.key(1))

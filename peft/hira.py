@@ -1,0 +1,28 @@
+"""HiRA: a low-rank factor on each entry of the matrix (ICLR 2025, openreview TwJrTz9cRS)."""
+
+from typing import Any, ClassVar
+
+from jax import Array
+
+from ..model import Weight
+from .lora import LoRA, LoRAWeight
+
+
+class HiRAWeight(LoRAWeight):
+    """x @ (w + w * (a b)): the update may have the rank of w."""
+
+    def __rmatmul__(self, x: Array) -> Array:
+        w = self.w.dense() if isinstance(self.w, Weight) else self.w
+        return x @ w + self.dropped(x) @ (w * (self.a @ self.b))
+
+
+class HiRA(LoRA):
+    """W * (1 + A B), with B = 0 at first (openreview TwJrTz9cRS). There is no alpha."""
+
+    weight: ClassVar[type[LoRAWeight]] = HiRAWeight
+    demo = False
+
+    rank: int = 32
+
+    def scale(self, rank: int, alpha: Any) -> Any:
+        return 1.0

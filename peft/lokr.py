@@ -1,0 +1,67 @@
+"""LoKr: a Kronecker product as the update (LyCORIS, arXiv:2309.14859)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ..model import Weight, static
+from .base import Method
+from .targets import each_matrix, wrap
+
+
+class LoKrWeight(Weight):
+    """x @ w + scale x @ kron(k1, k2), which never exists: x as [M, N] goes through k1 and k2 in turn."""
+
+    w: Any  # [D, F] frozen, D = M N, F = P Q
+    k1: Array  # [M, P]
+    k2: Any = None  # [N, Q], or
+    a2: Any = None  # [N, R] and
+    b2: Any = None  # [R, Q]
+    scale: float = static(default=1.0)
+
+    def __rmatmul__(self, x: Array) -> Array:
+        k2 = self.a2 @ self.b2 if self.k2 is None else self.k2
+        y = x.reshape(*x.shape[:-1], self.k1.shape[0], k2.shape[0]) @ k2
+        y = jnp.moveaxis(jnp.moveaxis(y, -2, -1) @ self.k1, -1, -2)
+        return x @ self.w + self.scale * y.reshape(*x.shape[:-1], -1)
+
+
+def split(n: int, factor: int) -> tuple[int, int]:
+    """n as two factors: `factor` and the rest if it divides, else the nearest to each other with one of at most it."""
+    if factor > 0 and n % factor == 0:
+        return factor, n // factor
+    most = n if factor == -1 else factor
+    best = 1, n
+    for m in range(2, n + 1):
+        if n % m == 0 and best[0] < best[1] and m <= most and m + n // m <= sum(best):
+            best = m, n // m
+    return min(best), max(best)
+
+
+class LoKr(Method):
+    """W + (alpha / rank) kron(K1, K2), K1 = 0 at first; a large K2 is a product of rank `rank` (arXiv:2309.14859)."""
+
+    demo = False
+
+    rank: int = 8
+    alpha: float = 8.0
+    factor: int = -1  # of both sides of W, for K1; -1: about the root
+    where: str = "linear"
+
+    def init(self, key: Array, params: Any) -> dict[str, Any]:
+        def one(key: Array, D: int, F: int) -> dict[str, Array]:
+            (M, N), (P, Q), R = split(D, self.factor), split(F, self.factor), self.rank
+            draw = lambda i, shape, fan: jax.random.uniform(  # noqa: E731
+                jax.random.fold_in(key, i), shape, minval=-(fan**-0.5), maxval=fan**-0.5
+            )
+            k1 = {"k1": jnp.zeros((M, P))}
+            if max(N, Q) / 2 <= R:
+                return k1 | {"k2": draw(0, (N, Q), N)}
+            return k1 | {"a2": draw(0, (N, R), N), "b2": draw(1, (R, Q), R)}
+
+        return each_matrix(key, params, self.where, one, "lokr")
+
+    def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
+        return wrap(params, trainable, lambda w, **t: LoKrWeight(w, **t, scale=self.alpha / self.rank))
