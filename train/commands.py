@@ -129,17 +129,18 @@ class Methods:
     preset: str = "llama-2-7b"
 
     def run(self) -> dict[str, Any]:
-        """Print the table; returns {method: count}."""
+        """Print the table; returns {method: count} of those that find something to train."""
         shapes = shapes_and_config(self.preset)
         total = sum(x.size for x in jax.tree.leaves(shapes))
         table = Table("name", "what it computes", f"trains on {self.preset}", "identity at init", box=None)
-        counts = {}
+        counts: dict[str, int] = {}
         for name, cls in sorted(peft.methods.items()):
-            counts[name] = peft.count(cls(), shapes)
-            about = (cls.__doc__ or "").splitlines()[0]
-            table.add_row(
-                name, about, f"{counts[name]:,} ({counts[name] / total:.3%})", "yes" if cls.identity else "no"
-            )
+            try:
+                counts[name] = peft.count(cls(), shapes)
+                said = f"{counts[name]:,} ({counts[name] / total:.3%})"
+            except InputError:  # BitFit of a base without biases
+                said = "nothing that this base has"
+            table.add_row(name, (cls.__doc__ or "").splitlines()[0], said, "yes" if cls.identity else "no")
         console.print(table)
         return counts
 
