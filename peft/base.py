@@ -90,6 +90,7 @@ def fold(bound: Any, dtype: Any = None) -> dict[str, Any]:
     """
 
     def dense(path: str, w: Any) -> Any:
+        """What stands at a path, as an array."""
         if not isinstance(w, Weight):
             return w
         if not w.linear:

@@ -8,7 +8,7 @@ from jax import Array
 
 from ..model import Weight
 from .base import Method
-from .targets import each_matrix, wrap
+from .targets import each_matrix, uniform, wrap
 
 
 class HRAWeight(Weight):
@@ -35,8 +35,7 @@ class HRA(Method):
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         def one(key: Array, D: int, F: int) -> dict[str, Array]:
             half = (self.rank + 1) // 2
-            u = jax.random.uniform(key, (D, half), minval=-(half**-0.5), maxval=half**-0.5)
-            return {"u": jnp.repeat(u, 2, axis=1)[:, : self.rank]}
+            return {"u": jnp.repeat(uniform(key, (D, half), half), 2, axis=1)[:, : self.rank]}
 
         return each_matrix(key, params, self.where, one, "hra")
 

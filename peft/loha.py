@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from ..model import Weight, static
 from .base import Method
-from .targets import each_matrix, wrap
+from .targets import each_matrix, uniform, wrap
 
 
 class LoHaWeight(Weight):
@@ -36,16 +35,9 @@ class LoHa(Method):
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         def one(key: Array, D: int, F: int) -> dict[str, Array]:
-            draw = lambda i, shape, fan: jax.random.uniform(  # noqa: E731
-                jax.random.fold_in(key, i), shape, minval=-(fan**-0.5), maxval=fan**-0.5
-            )
-            R = self.rank
-            return {
-                "a1": draw(0, (D, R), D),
-                "b1": draw(1, (R, F), R),
-                "a2": jnp.zeros((D, R)),
-                "b2": draw(2, (R, F), R),
-            }
+            k, R = jax.random.split(key, 3), self.rank
+            first = {"a1": uniform(k[0], (D, R), D), "b1": uniform(k[1], (R, F), R)}
+            return first | {"a2": jnp.zeros((D, R)), "b2": uniform(k[2], (R, F), R)}
 
         return each_matrix(key, params, self.where, one, "loha")
 

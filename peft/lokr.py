@@ -8,7 +8,7 @@ from jax import Array
 
 from ..model import Weight, static
 from .base import Method
-from .targets import each_matrix, wrap
+from .targets import each_matrix, uniform, wrap
 
 
 class LoKrWeight(Weight):
@@ -53,13 +53,11 @@ class LoKr(Method):
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         def one(key: Array, D: int, F: int) -> dict[str, Array]:
             (M, N), (P, Q), R = split(D, self.factor), split(F, self.factor), self.rank
-            draw = lambda i, shape, fan: jax.random.uniform(  # noqa: E731
-                jax.random.fold_in(key, i), shape, minval=-(fan**-0.5), maxval=fan**-0.5
-            )
+            k = jax.random.split(key, 2)
             k1 = {"k1": jnp.zeros((M, P))}
             if max(N, Q) / 2 <= R:
-                return k1 | {"k2": draw(0, (N, Q), N)}
-            return k1 | {"a2": draw(0, (N, R), N), "b2": draw(1, (R, Q), R)}
+                return k1 | {"k2": uniform(k[0], (N, Q), N)}
+            return k1 | {"a2": uniform(k[0], (N, R), N), "b2": uniform(k[1], (R, Q), R)}
 
         return each_matrix(key, params, self.where, one, "lokr")
 

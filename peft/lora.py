@@ -11,7 +11,7 @@ from jax import Array
 from ..model import Weight, static
 from ..model.tree import cut_key, named, replace
 from .base import Method
-from .targets import by_value, each_layer, layer_keys, layer_seeds, layer_values, targets, wrap
+from .targets import Target, by_value, each_layer, layer_keys, layer_seeds, layer_values, targets, uniform, wrap
 
 
 class LoRAWeight(Weight):
@@ -54,18 +54,16 @@ class LoRA(Method):
     alphas: tuple[tuple[str, float], ...] = ()  # rules -> alpha
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
-        def make(key: Array, D: int, F: int, rank: int, table: bool) -> dict[str, Array]:
-            if table:  # as torch's Embedding: the update begins at 0 by A
-                return {"a": jnp.zeros((D, rank)), "b": jax.random.normal(key, (rank, F))}
-            a = jax.random.uniform(key, (D, rank), minval=-(D**-0.5), maxval=D**-0.5)
-            return {"a": a, "b": jnp.zeros((rank, F))}
+        """A and B of every target; layers of one stack are apart where their ranks differ."""
 
-        found = targets(self.where, params, ndim=2, what="lora")
-        return {
-            t.key: each_layer(t, partial(make, D=t.shape[0], F=t.shape[1], rank=rank, table=t.path == "embed/table"),
-                              layer_keys(key, t, "a"))
-            for t, rank in by_value(self.ranks, self.rank, found, params, "rank rule")
-        }  # fmt: skip
+        def one(key: Array, t: Target, rank: int) -> dict[str, Array]:
+            D, F = t.shape
+            if t.path == "embed/table":  # as torch's Embedding: the update begins at 0 by A
+                return {"a": jnp.zeros((D, rank)), "b": jax.random.normal(key, (rank, F))}
+            return {"a": uniform(key, (D, rank), D), "b": jnp.zeros((rank, F))}
+
+        found = by_value(self.ranks, self.rank, targets(self.where, params, 2, "lora"), params, "rank rule")
+        return {t.key: each_layer(t, partial(one, t=t, rank=r), layer_keys(key, t, "a")) for t, r in found}
 
     def scale(self, rank: int, alpha: Any) -> Any:
         """What A B is multiplied by."""

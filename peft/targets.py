@@ -59,6 +59,11 @@ def layer_seeds(key: Array, path: str, weight: Any) -> Array:
     return jax.random.key_data(jax.random.split(key, depth) if is_stacked(path) else key)
 
 
+def uniform(key: Array, shape: tuple[int, ...], fan: int) -> Array:
+    """Numbers uniform in +-fan^-1/2: how torch begins the matrices of a Linear, and most methods theirs."""
+    return jax.random.uniform(key, shape, minval=-(fan**-0.5), maxval=fan**-0.5)
+
+
 def each_layer(target: Target, fn: Any, *args: Any) -> Array:
     """fn(*args), mapped over the layer axis where the target is stacked."""
     return jax.vmap(fn)(*args) if target.stacked else fn(*args)

@@ -134,9 +134,12 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], Any]]] = {
         "train a base on domains of text: graftax pretrain five_domains --data.root FOLDER",
         _train("pretrain"),
     ),
-    "finetune": ("tune a base on a task: graftax finetune sft --base RUN --data FILE.jsonl", _train("finetune")),
+    "finetune": (
+        "tune a base on a task: graftax finetune sft --base RUN_OR_MODEL --data FILE.jsonl",
+        _train("finetune"),
+    ),
     "eval": ("held-out loss and a task's score of a run: graftax eval RUN", _lazy("Eval")),
-    "generate": ("text from a run: graftax generate RUN --prompt TEXT", _lazy("Generate")),
+    "generate": ("text from a run or a Hugging Face model: graftax generate RUN --prompt TEXT", _lazy("Generate")),
     "merge": ("fold an adapter into its base, and check: graftax merge RUN --out FOLDER", _lazy("Merge", "export")),
     "import": (
         "a run directory from a Hugging Face model: graftax import FOLDER_OR_HUB_ID --out RUN",

@@ -54,7 +54,10 @@ def five_domains() -> Run:
 
 @recipe
 def sft() -> Run:
-    """Tune a base on your own examples: --base RUN --data FILE.jsonl; full fine-tuning unless --method says else."""
+    """Tune a base (a run, or a Hugging Face model) on your own examples: --base BASE --data FILE.jsonl.
+
+    Full fine-tuning, unless --method says else.
+    """
     return Run(
         phase="finetune",
         out="runs/sft",
