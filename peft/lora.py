@@ -11,7 +11,18 @@ from jax import Array
 from ..model import Weight, static
 from ..model.tree import cut_key, named, replace
 from .base import Method
-from .targets import Target, by_value, each_layer, layer_keys, layer_seeds, layer_values, targets, uniform, wrap
+from .targets import (
+    Target,
+    by_value,
+    dropout,
+    each_layer,
+    layer_keys,
+    layer_seeds,
+    layer_values,
+    targets,
+    uniform,
+    wrap,
+)
 
 
 class LoRAWeight(Weight):
@@ -28,10 +39,7 @@ class LoRAWeight(Weight):
 
     def dropped(self, x: Array) -> Array:
         """x, or what dropout leaves of it."""
-        if self.seed is None:
-            return x
-        kept = jax.random.bernoulli(jax.random.wrap_key_data(self.seed), 1 - self.dropout, x.shape)
-        return jnp.where(kept, x / (1 - self.dropout), 0)
+        return x if self.seed is None else dropout(x, self.seed, self.dropout)
 
     def __getitem__(self, ids: Array) -> Array:
         return self.w[ids] + self.a[ids] @ self.b

@@ -64,6 +64,12 @@ def uniform(key: Array, shape: tuple[int, ...], fan: int) -> Array:
     return jax.random.uniform(key, shape, minval=-(fan**-0.5), maxval=fan**-0.5)
 
 
+def dropout(x: Array, seed: Array, rate: float) -> Array:
+    """x with a part of `rate` set to 0 and the rest scaled, so that its mean stays; `seed` is a layer's key data."""
+    kept = jax.random.bernoulli(jax.random.wrap_key_data(seed), 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0)
+
+
 def each_layer(target: Target, fn: Any, *args: Any) -> Array:
     """fn(*args), mapped over the layer axis where the target is stacked."""
     return jax.vmap(fn)(*args) if target.stacked else fn(*args)
