@@ -12,8 +12,17 @@ from ..model import Weight, static
 from ..model.tree import cut_key, named, replace
 from .base import Method
 from .targets import (
-    Target, by_value, dropout, each_layer, layer_keys, layer_seeds, layer_values, targets, uniform, wrap,
-)  # fmt: skip
+    Target,
+    by_value,
+    dropout,
+    each_layer,
+    layer_keys,
+    layer_seeds,
+    layer_values,
+    targets,
+    uniform,
+    wrap,
+)
 
 
 class LoRAWeight(Weight):
