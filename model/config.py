@@ -38,6 +38,7 @@ class Config:
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
     gated: bool = True  # act(x @ gate) * (x @ up); plain MLP: act(x @ up)
     tied: bool = True  # logits = x @ table.T
+    fused_qkv: bool = False  # one matrix makes queries, keys and values: an adapter of it has one input side
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False

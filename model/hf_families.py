@@ -109,7 +109,7 @@ _GPT2_NAMES = {
 } | {
     f"transformer.{theirs}.{kind}": " ".join(path + ours for path in paths.split())
     for theirs, paths, parts in (
-        ("h.{}.attn.c_attn", "layers/attn/q layers/attn/k layers/attn/v", ("", "_bias")),
+        ("h.{}.attn.c_attn", "layers/attn/qkv", ("", "_bias")),
         ("h.{}.attn.c_proj", "layers/attn/o", ("", "_bias")),
         ("h.{}.mlp.c_fc", "layers/mlp/up", ("", "_bias")),
         ("h.{}.mlp.c_proj", "layers/mlp/down", ("", "_bias")),
@@ -154,8 +154,8 @@ families: dict[str, Family] = {
     "gpt2": Family(
         "GPT2LMHeadModel", _GPT2_SIZES, {"n_inner": None, "n_positions": 1024, "layer_norm_epsilon": 1e-5,
         "activation_function": "gelu_new", "tie_word_embeddings": True},
-        {"norm": "layer", "gated": False, "rope": None, "learned_positions": True, "qkv_bias": True, "o_bias": True,
-         "mlp_bias": True}, {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
+        {"norm": "layer", "gated": False, "rope": None, "learned_positions": True, "fused_qkv": True, "qkv_bias": True,
+         "o_bias": True, "mlp_bias": True}, {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
         names=_GPT2_NAMES, conv1d=True),
     "phi3": Family(
         "Phi3ForCausalLM", _SIZES, {**_LLAMA, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,

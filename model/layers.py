@@ -60,8 +60,8 @@ class Attention(Part):
     @nn.compact
     def __call__(self, x_BTD: Array, view: View, index: Array | None) -> Array:
         c, (B, T, _) = self.config, x_BTD.shape
-        q, k = self.heads(x_BTD, "q", c.N, view), self.heads(x_BTD, "k", c.K, view)
-        v = self.heads(x_BTD, "v", c.K)
+        q, k, v = self.projected(x_BTD)
+        q, k, v = self.heads(q, "q", view), self.heads(k, "k", view), self.heads(v, "v")
         if index is not None:
             k, v = self.cached("k", k, index), self.cached("v", v, index)
         if self.has_variable("past", "k"):
@@ -70,13 +70,21 @@ class Attention(Part):
         y = attend(q, k, v, view.mask_BTS, c.attention, ahead, c.query_scale, c.attn_cap).reshape(B, T, c.N * c.H)
         return self.bias(matmul(y, self.leaf("o", c.N * c.H, c.D)), "o_bias", c.o_bias)
 
-    def heads(self, x_BTD: Array, name: str, heads: int, view: View | None = None) -> Array:
-        """The projection `name` as heads [B, T, heads, H]; with a view, normed and turned as the config says."""
-        c, (B, T, _) = self.config, x_BTD.shape
-        y = self.bias(matmul(x_BTD, self.leaf(name, c.D, heads * c.H)), f"{name}_bias", c.qkv_bias)
+    def projected(self, x: Array) -> list[Array]:
+        """Queries [..., N*H], keys and values [..., K*H] of states [..., D]."""
+        c, widths = self.config, {"q": self.config.N, "k": self.config.K, "v": self.config.K}
+        if c.fused_qkv:
+            y = matmul(x, self.leaf("qkv", c.D, (c.N + 2 * c.K) * c.H))
+            return jnp.split(self.bias(y, "qkv_bias", c.qkv_bias), [c.N * c.H, (c.N + c.K) * c.H], axis=-1)
+        made = {name: matmul(x, self.leaf(name, c.D, n * c.H)) for name, n in widths.items()}
+        return [self.bias(y, f"{name}_bias", c.qkv_bias) for name, y in made.items()]
+
+    def heads(self, y: Array, name: str, view: View | None = None) -> Array:
+        """A projection [B, T, heads*H] as heads [B, T, heads, H]; with a view, normed and turned as the config says."""
+        c, (B, T, _) = self.config, y.shape
         if view and c.qk_norm == "full":
             y = Norm(c, name=f"{name}_norm")(y)
-        y = y.reshape(B, T, heads, c.H)
+        y = y.reshape(B, T, -1, c.H)
         if view and c.qk_norm == "head":
             y = Norm(c, name=f"{name}_norm")(y)
         return rotate(y, view.sin_cos) if view and view.sin_cos else y

@@ -15,8 +15,8 @@ _LLAMA3: Any = {"V": 128256, "context": 131072, "family": "llama"}
 _GEMMA: Any = {"norm_eps": 1e-6, "norm_offset": 1.0, "activation": "gelu_tanh"}
 _GEMMA2: Any = {**_GEMMA, "norm_at": "both", "query_scale": 256**-0.5}
 _GPT2: Any = {"V": 50257, "H": 64, "context": 1024, "rope": None, "learned_positions": True, "norm": "layer",
-              "activation": "gelu_tanh", "gated": False, "qkv_bias": True, "o_bias": True, "mlp_bias": True,
-              "family": "gpt2"}  # fmt: skip
+              "activation": "gelu_tanh", "gated": False, "fused_qkv": True, "qkv_bias": True, "o_bias": True,
+              "mlp_bias": True, "family": "gpt2"}  # fmt: skip
 
 presets: dict[str, Config] = {
     "tiny": Config(V=512, D=64, L=2, N=4, K=2, H=16, F=176, context=128),

@@ -21,7 +21,7 @@ BATCH = ("data", "fsdp")  # the axes a batch is split over
 rules: Rules = [
     ("embed/table", P("tensor", "fsdp")),
     ("embed/positions", P(None, "fsdp")),
-    ("layers/attn/[qkv]", P("fsdp", "tensor")),
+    ("layers/attn/(qkv|[qkv])", P("fsdp", "tensor")),
     ("layers/attn/o", P("tensor", "fsdp")),
     ("layers/mlp/(gate|up)", P("fsdp", "tensor")),
     ("layers/mlp/down", P("tensor", "fsdp")),
@@ -73,7 +73,10 @@ def follow(mesh: Mesh, make: Callable[[Any], Any], base: Any, base_shardings: An
         spec = tuple(named(base_shardings)[path].spec) + (None,) * leaf.ndim
         axis_of |= {p: (s, n) for p, s, n in zip(shape[stacked:], spec[stacked:], leaf.shape[stacked:], strict=False)}
         probe[path] = jax.ShapeDtypeStruct(shape, leaf.dtype)
-    probed = dict(paths(jax.eval_shape(make, nested(probe))))
+    try:
+        probed = dict(paths(jax.eval_shape(make, nested(probe))))
+    except InputError:  # a method that needs lengths that divide
+        probed = {}
 
     def one(path: str, leaf: Any) -> NamedSharding:
         shape = probed[path].shape if path in probed else ()  # a method may do otherwise at other lengths

@@ -17,7 +17,7 @@ named: dict[str, Rules] = {
     "biases": [(".*bias", True)],
     "attention": [("layers/attn/.*", True)],
     "mlp": [("layers/mlp/.*", True)],
-    "linear": [("layers/(attn/[qkvo]|mlp/(gate|up|down))", True)],
+    "linear": [("layers/(attn/(qkv|[qkvo])|mlp/(gate|up|down))", True)],
     "embeddings": [("embed/.*", True)],
     "head": [("(head/matrix|final_norm/.*)", True)],
     "last_1": [("layers/[-1:]/.*", True)],
@@ -26,9 +26,11 @@ named: dict[str, Rules] = {
 
 
 def rules(where: Where) -> Rules:
-    """The rules of a mask's name, of one regular expression, or the rules themselves."""
+    """The rules of a mask's name, of one rule, of several with commas between, or the rules themselves."""
     if not isinstance(where, str):
         return where
+    if len(parts := re.split(r",\s*(?![^{]*})", where)) > 1:
+        return [rule for part in parts for rule in rules(part)]
     if last := re.fullmatch(r"last_(\d+)", where):
         return [(f"layers/[-{last[1]}:]/.*", True)]
     return named.get(where) or [(where, True)]

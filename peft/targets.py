@@ -1,11 +1,13 @@
 """What a method acts on: the arrays that a rule picks, by layers, and the way back from its arrays to the base."""
 
+import hashlib
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from .. import InputError
@@ -23,6 +25,33 @@ class Target(NamedTuple):
     layers: range | None
     stacked: bool
     shape: tuple[int, ...]  # of one layer
+
+
+class Given:
+    """Arrays that a method was given and never trains (an adapter file's projections): constants of the program.
+
+    A field of a method, or a static field of a weight; two are equal if their numbers are.
+    """
+
+    def __init__(self, **arrays: Any) -> None:
+        self.arrays = {name: np.asarray(x) for name, x in arrays.items()}
+        parts = ((k, x.shape, x.dtype.str, hashlib.sha256(x.tobytes()).hexdigest()) for k, x in self.arrays.items())
+        self._key = tuple(sorted(parts))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.arrays[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.arrays
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Given) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __repr__(self) -> str:
+        return f"Given({', '.join(f'{k}{list(x.shape)}' for k, x in self.arrays.items())})"
 
 
 def targets(where: Where, params: Any, ndim: int | None = None, what: str = "method") -> Iterator[Target]:

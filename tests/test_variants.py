@@ -22,7 +22,7 @@ VARIANTS = {
     },
     "gpt2": {
         "rope": None, "learned_positions": True, "norm": "layer", "gated": False, "activation": "gelu_tanh",
-        "o_bias": True, "mlp_bias": True, "H": 7, "K": 4,
+        "o_bias": True, "mlp_bias": True, "fused_qkv": True, "H": 7, "K": 4,
     },
     "olmo2": {"norm_at": "post", "qk_norm": "full", "tied": False, "rope": Rope(width=6), "windows": (4,)},
 }  # fmt: skip
