@@ -17,11 +17,18 @@ class DoRAWeight(LoRAWeight):
     m: Any = None  # [F]; NaN where a layer does not train
 
     def __rmatmul__(self, x: Array) -> Array:
+        return super().__rmatmul__(x) * self.factor()
+
+    def __getitem__(self, ids: Array) -> Array:
+        return super().__getitem__(ids) * self.factor()
+
+    def factor(self) -> Array:
+        """m / |w + a b| of each column."""
         w = self.w.dense() if isinstance(self.w, Weight) else self.w
         # |w + a b|^2 without w + a b: |w|^2 + 2 w.(a b) + |a b|^2
         cross, square = ((self.a.T @ w) * self.b).sum(0), (((self.a.T @ self.a) @ self.b) * self.b).sum(0)
         length = jax.lax.stop_gradient(jnp.sqrt(jnp.square(w).sum(0) + 2 * cross + square))
-        return super().__rmatmul__(x) * (jnp.where(jnp.isnan(self.m), length, self.m) / length)
+        return jnp.where(jnp.isnan(self.m), length, self.m) / length
 
 
 class DoRA(LoRA):

@@ -15,6 +15,9 @@ class HiRAWeight(LoRAWeight):
         w = self.w.dense() if isinstance(self.w, Weight) else self.w
         return x @ w + self.dropped(x) @ (w * (self.a @ self.b))
 
+    def __getitem__(self, ids: Array) -> Array:
+        return self.w[ids] * (1 + self.a[ids] @ self.b)
+
 
 class HiRA(LoRA):
     """W * (1 + A B), with B = 0 at first (openreview TwJrTz9cRS). There is no alpha."""

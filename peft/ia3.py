@@ -7,7 +7,7 @@ from jax import Array
 
 from ..model import Weight
 from .base import Method
-from .targets import each_matrix, wrap
+from .targets import each_matrix, on_bias, wrap
 
 
 class ScaledWeight(Weight):
@@ -23,7 +23,7 @@ class ScaledWeight(Weight):
 
 
 class IA3(Method):
-    """l * (x W_k), l * (x W_v), and (l * h) W_down, with l = 1 at first (arXiv:2205.05638)."""
+    """l * (x W_k + b), l * (x W_v + b), and (l * h) W_down + b, with l = 1 at first (arXiv:2205.05638)."""
 
     demo = False
 
@@ -35,4 +35,8 @@ class IA3(Method):
         return outputs | each_matrix(key, params, self.inner, lambda k, D, F: {"before": jnp.ones(D)}, "ia3")
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
-        return wrap(params, trainable, ScaledWeight, before=1.0, after=1.0)
+        def scaled(bias: Array, before: Any = None, after: Any = None) -> Array:
+            return bias if after is None else bias * after
+
+        bound = wrap(params, trainable, ScaledWeight, before=1.0, after=1.0)
+        return on_bias(bound, trainable, scaled, after=1.0)

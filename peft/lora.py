@@ -1,6 +1,5 @@
 """LoRA: low-rank updates of matrices and tables (arXiv:2106.09685)."""
 
-import dataclasses
 from functools import partial
 from typing import Any, ClassVar
 
@@ -9,20 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..model import Weight, static
-from ..model.tree import cut_key, named, replace
 from .base import Method
-from .targets import (
-    Target,
-    by_value,
-    dropout,
-    each_layer,
-    layer_keys,
-    layer_seeds,
-    layer_values,
-    targets,
-    uniform,
-    wrap,
-)
+from .targets import Target, by_value, dropout, each_layer, layer_keys, layer_values, seeded, targets, uniform, wrap
 
 
 class LoRAWeight(Weight):
@@ -77,15 +64,15 @@ class LoRA(Method):
         """What A B is multiplied by."""
         return alpha / rank
 
-    def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
-        def scaled(key: str, arrays: dict[str, Array]) -> dict[str, Array]:
-            alpha = layer_values(self.alphas, self.alpha, params, key, "alpha rule")
-            return arrays | {"b": self.scale(arrays["b"].shape[-2], alpha) * arrays["b"]}
+    def factor(self, params: Any, key: str, arrays: dict[str, Array]) -> Any:
+        """What B of one key is multiplied by: a number, or [L, 1, 1] where its layers differ."""
+        alpha = layer_values(self.alphas, self.alpha, params, key, "alpha rule")
+        return self.scale(arrays["b"].shape[-2], alpha)
 
-        return wrap(params, {key: scaled(key, arrays) for key, arrays in trainable.items()}, self.weight, m=jnp.nan)
+    def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
+        scaled = {key: t | {"b": self.factor(params, key, t) * t["b"]} for key, t in trainable.items()}
+        return wrap(params, scaled, self.weight, m=jnp.nan)
 
     def noisy(self, params: Any, trainable: Any, key: Array) -> dict[str, Any]:
-        bound, touched = self.bind(params, trainable), {cut_key(k)[0] for k in trainable} if self.dropout else ()
-        seeds = {path: layer_seeds(key, path, named(bound)[path]) for path in touched}
-        noisy = {p: dataclasses.replace(named(bound)[p], seed=s, dropout=self.dropout) for p, s in seeds.items()}
-        return replace(bound, noisy)
+        bound = self.bind(params, trainable)
+        return seeded(bound, trainable, key, self.dropout) if self.dropout else bound

@@ -1,5 +1,6 @@
 """What a method acts on: the arrays that a rule picks, by layers, and the way back from its arrays to the base."""
 
+import dataclasses
 import hashlib
 import zlib
 from collections.abc import Callable, Iterator
@@ -133,6 +134,20 @@ def whole(params: Any, trainable: dict[str, Any], **fill: float) -> Iterator[tup
 def wrap(params: Any, trainable: dict[str, Any], make: Callable[..., Weight], **fill: float) -> dict[str, Any]:
     """The base with make(w, **arrays) in the place of every matrix w that the method has arrays for."""
     return replace(params, {path: make(w, **arrays) for path, w, arrays in whole(params, trainable, **fill)})
+
+
+def on_bias(params: Any, trainable: dict[str, Any], make: Callable[..., Array], **fill: float) -> dict[str, Any]:
+    """The base with make(b, **arrays) in the place of the bias b of every matrix that the method has arrays for."""
+    flat = named(params)
+    found = {f"{path}_bias": arrays for path, _, arrays in whole(params, trainable, **fill)}
+    return replace(params, {path: make(flat[path], **arrays) for path, arrays in found.items() if path in flat})
+
+
+def seeded(bound: Any, trainable: dict[str, Any], key: Array, rate: float) -> dict[str, Any]:
+    """The bound base with a seed in each weight that the method has arrays for, so that it drops a part of its x."""
+    flat, touched = named(bound), {cut_key(k)[0] for k in trainable}
+    seeds = {path: layer_seeds(key, path, flat[path]) for path in touched}
+    return replace(bound, {p: dataclasses.replace(flat[p], seed=s, dropout=rate) for p, s in seeds.items()})
 
 
 def each_matrix(
