@@ -31,6 +31,11 @@ class Part(nn.Module):
     def bias(self, y: Array, name: str, on: bool) -> Array:
         return y + self.leaf(name, y.shape[-1]).astype(y.dtype) if on else y
 
+    def beside(self, y: Array, x: Array) -> Array:
+        """The sublayer's output y for its input x, plus x @ w of a weight that a method bound beside it."""
+        w = self.get_variable("params", "beside")
+        return y if w is None else y + matmul(x, w)
+
 
 class Norm(Part):
     """RMSNorm x / rms(x) * (offset + scale) (arXiv:1910.07467) or LayerNorm (arXiv:1607.06450), in fp32."""
@@ -60,15 +65,20 @@ class Attention(Part):
     @nn.compact
     def __call__(self, x_BTD: Array, view: View, index: Array | None) -> Array:
         c, (B, T, _) = self.config, x_BTD.shape
+        norms = {name: Norm(c, name=f"{name}_norm") for name in "qk"} if c.qk_norm != "none" else {}
         q, k, v = self.projected(x_BTD)
-        q, k, v = self.heads(q, "q", view), self.heads(k, "k", view), self.heads(v, "v")
+        q, k = self.heads(q, norms.get("q"), view.sin_cos), self.heads(k, norms.get("k"), view.sin_cos)
+        v, prompt = self.heads(v), self.get_variable("params", "prompt")
         if index is not None:
             k, v = self.cached("k", k, index), self.cached("v", v, index)
         if self.has_variable("past", "k"):
             k, v = self.behind_past("k", k), self.behind_past("v", v)
         ahead = k.shape[1] - T if index is None else None
         y = attend(q, k, v, view.mask_BTS, c.attention, ahead, c.query_scale, c.attn_cap).reshape(B, T, c.N * c.H)
-        return self.bias(matmul(y, self.leaf("o", c.N * c.H, c.D)), "o_bias", c.o_bias)
+        seen = None if prompt is None else self.prompted(q, prompt, norms.get("k"))
+        y = y if seen is None or prompt.behind else y + seen
+        y = self.bias(matmul(y, self.leaf("o", c.N * c.H, c.D)), "o_bias", c.o_bias)
+        return self.beside(y if seen is None or not prompt.behind else y + seen, x_BTD)
 
     def projected(self, x: Array) -> list[Array]:
         """Queries [..., N*H], keys and values [..., K*H] of states [..., D]."""
@@ -79,15 +89,21 @@ class Attention(Part):
         made = {name: matmul(x, self.leaf(name, c.D, n * c.H)) for name, n in widths.items()}
         return [self.bias(y, f"{name}_bias", c.qkv_bias) for name, y in made.items()]
 
-    def heads(self, y: Array, name: str, view: View | None = None) -> Array:
-        """A projection [B, T, heads*H] as heads [B, T, heads, H]; with a view, normed and turned as the config says."""
+    def heads(self, y: Array, norm: Norm | None = None, turn: tuple[Array, Array] | None = None) -> Array:
+        """A projection [B, T, heads*H] as heads [B, T, heads, H], normed as the config says and turned."""
         c, (B, T, _) = self.config, y.shape
-        if view and c.qk_norm == "full":
-            y = Norm(c, name=f"{name}_norm")(y)
+        y = norm(y) if norm and c.qk_norm == "full" else y
         y = y.reshape(B, T, -1, c.H)
-        if view and c.qk_norm == "head":
-            y = Norm(c, name=f"{name}_norm")(y)
-        return rotate(y, view.sin_cos) if view and view.sin_cos else y
+        y = norm(y) if norm and c.qk_norm == "head" else y
+        return rotate(y, turn) if turn else y
+
+    def prompted(self, q_BTNH: Array, w: Any, norm: Norm | None) -> Array:
+        """w.gate softmax(q k^T) v [B, T, N*H] over the P states of w.prompt [P, D] alone, whose keys do not turn."""
+        c, (B, T, _, _) = self.config, q_BTNH.shape
+        _, k, v = self.projected(w.prompt.astype(q_BTNH.dtype)[None])
+        mask, (k, v) = jnp.ones((1, 1, 1), bool), (self.heads(k, norm), self.heads(v))
+        y = attend(q_BTNH, k, v, mask, "reference", scale=c.query_scale, cap=c.attn_cap)
+        return w.gate.astype(y.dtype) * y.reshape(B, T, c.N * c.H)
 
     def cached(self, name: str, new_BTKH: Array, index: Array) -> Array:
         """Write new keys or values at `index` of the cache [B, S, K, H] and return all of it."""
@@ -118,7 +134,7 @@ class MLP(Part):
             y = act(self.bias(matmul(x_BTD, self.leaf("gate", c.D, c.F)), "gate_bias", c.mlp_bias)) * y
         else:
             y = act(y)
-        return self.bias(matmul(y, self.leaf("down", c.F, c.D)), "down_bias", c.mlp_bias)
+        return self.beside(self.bias(matmul(y, self.leaf("down", c.F, c.D)), "down_bias", c.mlp_bias), x_BTD)
 
 
 def check_positions(config: Config, length: int) -> None:

@@ -146,12 +146,19 @@ class Context:
     """What a method puts before the text: `tokens` virtual ids V..V+P-1, or a key/value `past` of P positions."""
 
     tokens: int = 0
-    past: Any = None  # {"layers": {"attn": {"k": [L, P, K*H], "v": [L, P, K*H]}}}, unrolled layers likewise
+    past: Any = None  # {"layers": {"attn": {"k": [L, P, K*H], "v": [L, P, K*H]}}}, or as unrolled layers have it
 
     @property
     def length(self) -> int:
         """P: real positions start here."""
         return self.tokens or (jax.tree.leaves(self.past)[0].shape[-2] if self.past else 0)
+
+    def layered(self, config: Config) -> Any:
+        """The past as the layers read it: unrolled ones each have their own."""
+        if config.scan or "attn" not in self.past["layers"]:
+            return self.past
+        one = lambda i: jax.tree.map(lambda x: x[i], self.past["layers"])  # noqa: E731
+        return {"layers": {str(i): one(i) for i in range(config.L)}}
 
 
 def forward(
@@ -178,7 +185,7 @@ def forward(
         if segments_BT is not None:
             segments_BT = jnp.concatenate([jnp.full_like(before, VIRTUAL), segments_BT], axis=1)
     variables = {"params": params}
-    variables |= {} if context.past is None else {"past": context.past}
+    variables |= {} if context.past is None else {"past": context.layered(model.config)}
     if cache is None:
         out: Any = model.apply(variables, ids_BT, positions_BT, segments_BT, method=method)
         return out[:, lead:], None

@@ -4,7 +4,7 @@ import importlib
 import pkgutil
 
 from ..model import Weight, static
-from . import masks
+from . import arithmetic, hf, masks
 from .base import Chain, Method, apply, chain, count, fold, merge, partition
 from .subset import Subset
 
@@ -18,6 +18,7 @@ for _name in ("method", "chain"):  # the base, and what only `chain` makes
     del methods[_name]
 
 __all__ = [
-    "Chain", "Method", "Subset", "Weight", "apply", "chain", "count", "fold", "masks", "merge", "methods", "partition",
+    "Chain", "Method", "Subset", "Weight", "apply", "arithmetic", "chain", "count", "fold", "hf", "masks", "merge",
+    "methods", "partition",
     "static", *sorted(c.__name__ for c in methods.values() if c is not Subset),
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from jax import Array
 
 from .. import InputError
 from ..model import Config, Context, Transformer, Weight, forward, shapes_of
-from ..model.tree import is_stacked, named, nested
+from ..model.tree import cut_key, is_stacked, named, nested
 
 
 @dataclass_transform(frozen_default=True)
@@ -25,6 +25,7 @@ class Method:
     identity: ClassVar[bool] = True  # logits right after init equal the base's
     rate: ClassVar[float] = 5.0  # the learning rate to begin a search at, over full fine-tuning's
     demo: ClassVar[bool] = True  # whether `graftax demo` shows it
+    replaces: ClassVar[bool] = False  # its arrays stand where the base's were; nothing may have wrapped those before
 
     def __init_subclass__(cls) -> None:
         dataclasses.dataclass(frozen=True)(cls)
@@ -99,7 +100,7 @@ def fold(bound: Any, dtype: Any = None) -> dict[str, Any]:
         while isinstance(base, Weight):
             base = getattr(base, "w", None)
         if path == "embed/table":
-            if not any(p.startswith("head/") for p in named(bound)):
+            if not any(p.startswith("head/") for p in named(bound)) and not getattr(w, "tied", False):
                 raise InputError(f"{path}: the output projection is tied to the base's rows, so no one table does both")
             matrix = w[jnp.arange(jax.tree.leaves(base)[0].shape[0])]
         else:
@@ -127,9 +128,18 @@ class Chain(Method):
         return {n: m.init(jax.random.fold_in(key, zlib.crc32(n.encode())), params) for n, m in self.methods}
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
+        before = named(params)
         for name, method in self.methods:
+            self.check(method, trainable[name], before, named(params))
             params = method.bind(params, trainable[name])
         return params
+
+    def check(self, method: Method, trainable: Any, before: dict[str, Any], now: dict[str, Any]) -> None:
+        """InputError if a method would replace what an earlier one has changed, which then would train in vain."""
+        for path in {cut_key(key)[0] for key in trainable} if method.replaces else ():
+            if now.get(path) is not before.get(path):
+                raise InputError(f"chain: {type(method).__name__} trains {path}, which an earlier method has taken; "
+                                 "put it first, or let only one of them have it")  # fmt: skip
 
     def context(self, trainable: Any) -> Context:
         found = [c for name, m in self.methods if (c := m.context(trainable[name])).length]
@@ -143,7 +153,9 @@ class Chain(Method):
         return params
 
     def noisy(self, params: Any, trainable: Any, key: Array) -> dict[str, Any]:
+        before = named(params)
         for i, (name, method) in enumerate(self.methods):
+            self.check(method, trainable[name], before, named(params))
             params = method.noisy(params, trainable[name], jax.random.fold_in(key, i))
         return params
 

@@ -20,7 +20,7 @@ class HiRAWeight(LoRAWeight):
 
 
 class HiRA(LoRA):
-    """W * (1 + A B), with B = 0 at first (openreview TwJrTz9cRS). There is no alpha."""
+    """W * (1 + A B), with B = 0 at first; there is no alpha (openreview TwJrTz9cRS)."""
 
     weight: ClassVar[type[LoRAWeight]] = HiRAWeight
     demo = False

@@ -27,6 +27,12 @@ class AdapterWeight(Weight):
         return y + jax.nn.gelu(y @ self.down + self.down_bias) @ self.up + self.up_bias
 
 
+def bottleneck(key: Array, D: int, R: int) -> dict[str, Array]:
+    """down [D, R] ~ N(0, 1/D), up [R, D] = 0, and their biases 0: an adapter that adds nothing yet."""
+    down = D**-0.5 * jax.random.normal(key, (D, R))
+    return {"down": down, "down_bias": jnp.zeros(R), "up": jnp.zeros((R, D)), "up_bias": jnp.zeros(D)}
+
+
 class Houlsby(Method):
     """y + gelu(y W_down + b_down) W_up + b_up behind both sublayers, W_up = 0 at init (arXiv:1902.00751)."""
 
@@ -34,15 +40,7 @@ class Houlsby(Method):
     where: str = "layers/(attn/o|mlp/down)"
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
-        def one(key: Array, _: int, F: int) -> dict[str, Array]:
-            down = F**-0.5 * jax.random.normal(key, (F, self.rank))
-            return {
-                "down": down,
-                "down_bias": jnp.zeros(self.rank),
-                "up": jnp.zeros((self.rank, F)),
-                "up_bias": jnp.zeros(F),
-            }
-
+        one = lambda key, _, F: bottleneck(key, F, self.rank)  # noqa: E731
         return each_matrix(key, params, self.where, one, "houlsby", "down")
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:

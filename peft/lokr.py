@@ -15,16 +15,19 @@ class LoKrWeight(Weight):
     """x @ w + scale x @ kron(k1, k2), which never exists: x as [M, N] goes through k1 and k2 in turn."""
 
     w: Any  # [D, F] frozen, D = M N, F = P Q
-    k1: Array  # [M, P]
+    k1: Any = None  # [M, P], or
+    a1: Any = None  # [M, R] and
+    b1: Any = None  # [R, P]
     k2: Any = None  # [N, Q], or
     a2: Any = None  # [N, R] and
     b2: Any = None  # [R, Q]
     scale: float = static(default=1.0)
 
     def __rmatmul__(self, x: Array) -> Array:
+        k1 = self.a1 @ self.b1 if self.k1 is None else self.k1
         k2 = self.a2 @ self.b2 if self.k2 is None else self.k2
-        y = x.reshape(*x.shape[:-1], self.k1.shape[0], k2.shape[0]) @ k2
-        y = jnp.moveaxis(jnp.moveaxis(y, -2, -1) @ self.k1, -1, -2)
+        y = x.reshape(*x.shape[:-1], k1.shape[0], k2.shape[0]) @ k2
+        y = jnp.moveaxis(jnp.moveaxis(y, -2, -1) @ k1, -1, -2)
         return x @ self.w + self.scale * y.reshape(*x.shape[:-1], -1)
 
 
@@ -49,12 +52,14 @@ class LoKr(Method):
     alpha: float = 8.0
     factor: int = -1  # of both sides of W, for K1; -1: about the root
     where: str = "linear"
+    both: bool = False  # a large K1 is a product too
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         def one(key: Array, D: int, F: int) -> dict[str, Array]:
             (M, N), (P, Q), R = split(D, self.factor), split(F, self.factor), self.rank
-            k = jax.random.split(key, 2)
-            k1 = {"k1": jnp.zeros((M, P))}
+            k, k1 = jax.random.split(key, 3), {"k1": jnp.zeros((M, P))}
+            if self.both and max(M, P) / 2 > R:
+                k1 = {"a1": uniform(k[2], (M, R), M), "b1": jnp.zeros((R, P))}
             if max(N, Q) / 2 <= R:
                 return k1 | {"k2": uniform(k[0], (N, Q), N)}
             return k1 | {"a2": uniform(k[0], (N, R), N), "b2": uniform(k[1], (R, Q), R)}

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .. import InputError
 from ..model import Weight
 from ..model.tree import is_stacked, named, nested
 from .base import Method
@@ -24,6 +23,7 @@ class Subset(Method):
     """W = trainable where the mask picks, the base's elsewhere; fp32. `where`: a mask's name or a rule over paths."""
 
     rate = 1.0
+    replaces = True
 
     where: str = "all"
 
@@ -36,10 +36,7 @@ class Subset(Method):
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
         flat = dict(named(params))
         for path, parts in group(trainable).items():
-            held = flat.get(path)
-            if isinstance(held, Weight) and not isinstance(held, Gaps):
-                raise InputError(f"chain: Subset trains {path}, which an earlier method has wrapped; put Subset first")
-            flat[path] = parts[None] if None in parts else weave(held, parts)
+            flat[path] = parts[None] if None in parts else weave(flat.get(path), parts)
         return nested(flat)
 
     def freeze(self, params: Any) -> Any:

@@ -1,6 +1,7 @@
 """The smaller commands: each a frozen dataclass of its flags with `run`."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -124,25 +125,40 @@ class Masks:
 
 @dataclasses.dataclass(frozen=True)
 class Methods:
-    """The methods, and how many numbers each trains on a preset. Example: graftax methods --preset llama-2-7b"""
+    """The methods: formula, what each trains of a preset, what it can do. Example: graftax methods --preset gpt2"""
 
-    preset: str = "llama-2-7b"
+    preset: str = "llama-3.1-8b"
 
     def run(self) -> dict[str, Any]:
-        """Print the table; returns {method: count} of those that find something to train."""
-        shapes = shapes_and_config(self.preset)
+        """Print the table; returns {method: its row, "trainable" null where the base has nothing for it}."""
+        shapes, rows = shapes_and_config(self.preset), {}
         total = sum(x.size for x in jax.tree.leaves(shapes))
-        table = Table("name", "what it computes", f"trains on {self.preset}", "identity at init", box=None)
-        counts: dict[str, int] = {}
+        table = Table("name", "formula", f"trains of {self.preset}", "start", "fold", "HF PEFT", "paper", box=None)
         for name, cls in sorted(peft.methods.items()):
+            about: Any = re.match(r"(.*?)(?: \(([^()]*)\))?\.?$", (cls.__doc__ or "").splitlines()[0])
+            method, (formula, paper), said = cls(), about.groups(""), "nothing it has"
+            row: dict[str, Any] = {"formula": formula, "paper": paper, "identity": cls.identity, "trainable": None,
+                   "folds": foldable(method), "hf_peft": peft.hf.type_of(method)}  # fmt: skip
             try:
-                counts[name] = peft.count(cls(), shapes)
-                said = f"{counts[name]:,} ({counts[name] / total:.3%})"
+                row["trainable"] = peft.count(method, shapes)
+                said = f"{row['trainable']:,} ({row['trainable'] / total:.3%})"
             except InputError:  # BitFit of a base without biases
-                said = "nothing that this base has"
-            table.add_row(name, (cls.__doc__ or "").splitlines()[0], said, "yes" if cls.identity else "no")
+                pass
+            start, folds = "base" if cls.identity else "other", "yes" if row["folds"] else "no"
+            table.add_row(name, Text(formula), said, start, folds, row["hf_peft"] or "-", row["paper"])
+            rows[name] = row
         console.print(table)
-        return counts
+        return rows
+
+
+def foldable(method: peft.Method) -> bool:
+    """Whether a base alone can compute what a base with the method does."""
+    small = shapes_of(dataclasses.replace(presets["tiny"], qkv_bias=True))
+    try:
+        jax.eval_shape(lambda p: peft.merge(method, p, method.init(jax.random.key(0), p)), small)
+    except InputError:
+        return False
+    return True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,8 @@ from ..model import forward, hf, resize
 from ..model.hf_files import CARRIED, empty, fetch
 from ..model.tree import named
 from ..peft import Subset, merge
+from . import adapters
+from .adapters import Target
 from .checkpoint import Checkpoints, fingerprint
 from .config import to_json
 from .inputs import save_held_out
@@ -149,11 +151,15 @@ class Merge:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """A run as transformers and vLLM read it, its adapter merged. Example: graftax export runs/lora --out hf"""
+    """A run as transformers, HF PEFT and vLLM read it. Example: graftax export runs/lora --out hf
+
+    hf: base and adapter merged, with config.json, safetensors and tokenizer files. hf-peft: the adapter alone.
+    """
 
     folder: Arg
     out: str
-    format: Literal["hf"] = "hf"  # config.json, safetensors, tokenizer files
+    format: Literal["hf", "hf-peft"] = "hf"
+    target: Annotated[Target, tyro.conf.arg(name="for")] = ""  # who reads the adapter: vllm wants LoRA of one rank
     base: str = ""  # where its base is now, if it moved
     dtype: DType = ""  # of the written parameters; empty: as the base's
     shard_gb: float = 5.0  # size of a file
@@ -174,9 +180,19 @@ class Export:
             return {}
 
         got = load_run(self.folder, base=self.base)
+        if self.format == "hf-peft":
+            return adapters.write(got, out, self.target, self.same)
+        if self.target:
+            raise InputError("--for vllm is of --format hf-peft; vLLM reads a merged model as it is")
         found = checked(out, got, self.dtype, self.bound, write)
         console.print(f"wrote {out}/: {', '.join(sorted(p.name for p in out.iterdir()))}", soft_wrap=True)
         return found
+
+    def same(self, got: Loaded, method: Any, trainable: Any) -> dict[str, float]:
+        """Compare a run with what was read back of its adapter."""
+        ids, again = probe_ids(got), dataclasses.replace(got, method=method, trainable=trainable)
+        what = f"{self.out} read back against {self.folder}"
+        return compare(logits_of(got, ids), logits_of(again, ids), self.bound or BOUNDS["float32"], what)
 
 
 def origin(got: Loaded) -> Path | None:

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from ..model.tree import is_stacked, match, paths
+from ..model.tree import Rules, is_stacked, match, paths, uniform
 from ..peft import Method
 from .config import Optim
 
@@ -63,6 +63,13 @@ def make_optimizer(
         optax.scale_by_learning_rate(schedule(optim, steps)),
         method.transform(steps) if method else optax.identity(),
     )
+
+
+def labels(rules: Rules, trainable: Any) -> Any:
+    """The label that rules give each leaf of a trainable tree: `optax.partition({label: tx}, labels(rules, trainable))`
+    gives groups an optimizer each, where `Optim.groups` gives them a rate each."""
+    found = uniform(match(rules, trainable, what="label"), "label")
+    return _by_path(trainable, lambda path, leaf: found[path])
 
 
 def rms(tree: Any) -> Array:

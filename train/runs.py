@@ -17,7 +17,7 @@ from ..model.hf_files import HUB_ID, fetch
 from ..model.sharding import follow, shardings
 from ..model.tree import nested
 from ..peft import Method, Subset, merge
-from . import report
+from . import adapters, report
 from .checkpoint import Checkpoints, fingerprint
 from .config import Data, Run, from_json
 from .inputs import load_held_out
@@ -116,9 +116,12 @@ def load_hugging_face(name: str | Path, mesh: Any = None, dtype: Any = None, che
 def load_run(folder: str | Path, mesh: Any = None, step: int | None = None, base: str = "") -> Loaded:
     """Load a run at its newest checkpoint, or at `step`; `base` says where its base is now, if it moved.
 
-    A Hugging Face folder or hub id is a base too. Raises InputError for what is neither, for a run without a
-    checkpoint, and for a base with another fingerprint.
+    A Hugging Face folder or hub id is a base too, and an HF PEFT folder an adapter. Raises InputError for what is none
+    of them, for a run without a checkpoint, and for a base with another fingerprint.
     """
+    if adapters.is_adapter(folder):
+        name = adapters.base_of(Path(folder), base)
+        return adapters.read(Path(folder), load_run(name, mesh), name)
     if is_hugging_face(folder):
         return load_hugging_face(folder, mesh)
     folder = check_run(folder)

@@ -1,0 +1,73 @@
+"""FourierFT: a few coefficients of the update's Fourier transform (arXiv:2405.03003)."""
+
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from ..model import Weight, static
+from .base import Method
+from .fixed import recomputed, waves
+from .targets import Target, by_value, each_layer, layer_keys, targets, wrap
+
+
+class FourierFTWeight(Weight):
+    """x @ w + scale x @ Re(ifft2(spectrum at its places)): n waves of the input become n waves of the output."""
+
+    w: Any  # [D, F] frozen
+    spectrum: Array  # [n]
+    scale: float = static()
+    seed: int = static()
+
+    def __rmatmul__(self, x: Array) -> Array:
+        y = x @ self.w
+        D, F = x.shape[-1], y.shape[-1]
+        row, column = np.divmod(places(self.seed, D * F, self.spectrum.shape[0]), D)  # of W [out, in]
+
+        def update(x: Array, s: Array) -> Array:
+            both = jnp.concatenate([s, -s]) * (self.scale / (D * F))
+            a, b = waves(D, column).astype(x.dtype) * both, waves(F, row).astype(x.dtype).T
+            return x @ a @ b if len(both) < min(D, F) else x @ (a @ b)  # more waves than a side has: no short cut
+
+        return y + recomputed(update)(x, self.spectrum)
+
+
+class FourierFT(Method):
+    """W + scale Re(ifft2(S)), S with n entries that are not 0, normal at first: no identity (arXiv:2405.03003)."""
+
+    demo = False
+    identity = False
+    rate = 50.0
+
+    n: int = 1000  # at most the entries of the matrix
+    scale: float = 150.0
+    where: str = "linear"
+    seed: int = 777  # of the places, which matrices of one shape share
+    ns: tuple[tuple[str, int], ...] = ()  # rules -> n, for some matrices or layers
+
+    def init(self, key: Array, params: Any) -> dict[str, Any]:
+        def one(key: Array, t: Target, n: int) -> dict[str, Array]:
+            D, F = t.shape
+            n = min(n, D * F)
+            std = min(1.0, D * F / (2 * self.scale * (n * D) ** 0.5))  # on sides below 400 the update would drown w
+            return {"spectrum": std * jax.random.normal(key, (n,))}
+
+        found = by_value(self.ns, self.n, targets(self.where, params, 2, "fourierft"), params, "n rule")
+        return {t.key: each_layer(t, partial(one, t=t, n=n), layer_keys(key, t)) for t, n in found}
+
+    def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
+        return wrap(params, trainable, lambda w, **t: FourierFTWeight(w, **t, scale=self.scale, seed=self.seed))
+
+
+@lru_cache
+def places(seed: int, size: int, n: int) -> np.ndarray:
+    """The first n entries of torch's randperm(size) by manual_seed(seed): places row by row in W [out, in]."""
+    draws, moved, found = np.random.RandomState(seed).randint(0, 2**32, n, np.uint32), {}, np.empty(n, np.int64)
+    for i in range(n):  # Fisher and Yates' shuffle: entry i is final after step i
+        j = i + int(draws[i]) % (size - i)
+        found[i] = moved.get(j, j)
+        moved[j] = moved.get(i, i)
+    return found

@@ -1,0 +1,132 @@
+"""A method from an HF PEFT config: modules with the same settings together, what trains beside them in a chain."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from .. import InputError
+from ..model import Config
+from ..model.tree import nearest
+from .base import Method, chain
+from .hf_names import Module, family_of, modules, resolve, rules_of, where_of
+from .hf_types import Kind, kinds
+
+PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "TRAINABLE_TOKENS")
+_FEEDFORWARD = {"gpt2": ["mlp.c_proj"]}
+
+
+def build(c: dict[str, Any], config: Config, where: str) -> Method:
+    """The Method of a completed config; a chain where biases, whole modules or tokens train beside it."""
+    kind = kinds[c["peft_type"]]
+    if c["peft_type"] in PROMPTS:
+        return _before_the_text(kind, c, config, where)
+    picked = resolve(c, config, where)
+    if c["peft_type"] == "LN_TUNING":
+        return _class("LNTuning")(where=where_of(_places(picked.values()), config.L))
+    _refuse(c, picked, config, where)
+    mains = [_ia3(c, picked, config)] if c["peft_type"] == "IA3" else list(_groups(kind, c, picked, config))
+    first, last = _beside(c, picked, config, where)
+    every = [*first, *mains, *last]
+    return every[0] if len(every) == 1 else chain(*every)
+
+
+def _class(name: str) -> Any:
+    from . import methods
+
+    return methods[name.lower()]
+
+
+def _before_the_text(kind: Kind, c: dict[str, Any], config: Config, where: str) -> Method:
+    fields = {ours: c[theirs] for theirs, ours in kind.fields.items()} | kind.read(c, "")
+    if c["peft_type"] == "PROMPT_TUNING":
+        fields["init_from"] = "vocab" if c["prompt_tuning_init"] == "SAMPLE_VOCAB" else "random"
+    if c["peft_type"] == "ADAPTION_PROMPT":
+        fields["behind"] = family_of(config) == "gpt2"
+    if c["peft_type"] == "TRAINABLE_TOKENS":
+        table = next(m for m, at in modules(config).items() if at.path == "embed/table")
+        wanted = [c["target_modules"]] if isinstance(c["target_modules"], str) else c["target_modules"] or ()
+        if not all(table == w or table.endswith(f".{w}") for w in wanted):
+            raise InputError(f"{where}: target_modules {wanted}: trainable tokens are rows of {table} here")
+    if c.get("encoder_reparameterization_type", "MLP") != "MLP":
+        raise InputError(f"{where}: the LSTM encoder of P-tuning is not here; MLP is")
+    return _class(fields.pop("class", kind.classes[0]))(**fields)
+
+
+def _refuse(c: dict[str, Any], picked: Mapping[str, Module], config: Config, where: str) -> None:
+    """InputError for targets that a method cannot act on."""
+    tables = ("LORA", "HIRA")
+    for module, at in picked.items():
+        if at.kind == "norm" or (at.kind == "table" and (c["peft_type"] not in tables or at.path != "embed/table")):
+            raise InputError(f"{where}: {c['peft_type']} of {module}, a {at.kind}, is not known here; leave it out")
+
+
+def _places(found: Iterable[Module]) -> list[tuple[str, int | None]]:
+    """(path, layer) of weights and biases of modules."""
+    return [(path, at.layer) for at in found for path in (at.path, at.bias) if path]
+
+
+def _groups(kind: Kind, c: dict[str, Any], picked: Mapping[str, Module], config: Config) -> Iterator[Method]:
+    """A method for each set of modules with the same settings; fields that have rules do not part them."""
+
+    def fields(module: str) -> dict[str, Any]:
+        found = {ours: c[theirs] for theirs, ours in kind.fields.items()}
+        found |= {f: find(c[key], module, found[f]) for f, (key, find) in kind.patterns.items()}
+        return found | kind.read(c, module)
+
+    groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for module in picked:
+        own = fields(module)
+        groups.setdefault(tuple((k, v) for k, v in own.items() if k not in kind.varies), {})[module] = own
+    for same, members in groups.items():
+        args, rules = dict(same), {}
+        for field, ruled in kind.varies.items():
+            values = [own[field] for own in members.values()]
+            usual = max(values, key=values.count)
+            args[field] = usual = c["init_r"] if field == "kept" else usual
+            other = {(picked[m].path, picked[m].layer): own[field] for m, own in members.items() if own[field] != usual}
+            rules[ruled] = tuple(rules_of(other, config.L))
+        args.pop("kept", None)
+        where = where_of([(picked[m].path, picked[m].layer) for m in members], config.L)
+        yield _class(args.pop("class", kind.classes[0]))(where=where, **args, **rules)
+
+
+def _ia3(c: dict[str, Any], picked: Mapping[str, Module], config: Config) -> Method:
+    inner = c["feedforward_modules"]
+    if inner is None:
+        inner = _FEEDFORWARD.get(family_of(config), ["down_proj"]) if c["target_modules"] is None else []
+    before = {m for m in picked if (m == inner if isinstance(inner, str) else any(m.endswith(f) for f in inner))}
+    at = lambda names: where_of([(picked[m].path, picked[m].layer) for m in names], config.L)  # noqa: E731
+    return _class("IA3")(where=at([m for m in picked if m not in before]), inner=at([m for m in picked if m in before]))
+
+
+def _beside(
+    c: dict[str, Any], picked: Mapping[str, Module], config: Config, where: str
+) -> tuple[list[Method], list[Method]]:
+    """What trains before and behind the method itself: biases, modules_to_save, trainable tokens."""
+    every, first, last = modules(config), [], []
+    bias = c.get("bias", "none")
+    if bias != "none":
+        whose = every if bias == "all" else picked
+        places = [(at.bias, at.layer) for at in whose.values() if at.bias]
+        if places:
+            first.append(_class("Subset")(where=where_of(places, config.L)))
+    for name in c.get("modules_to_save") or []:
+        found = {m: at for m, at in every.items() if m.endswith(name)}  # from a dot on or not, as in peft
+        if name == "lm_head" and config.tied:
+            first.append(_class("Head")())
+        elif not found:
+            raise InputError(f"{where}: modules_to_save {name!r} is no module of this base{nearest(name, every)}")
+        elif config.tied and any(at.path == "embed/table" for at in found.values()):
+            raise InputError(
+                f"{where}: modules_to_save {name!r}: the output projection of this base is the same table, and HF PEFT "
+                "trains a copy for the lookup alone; that is not here"
+            )
+        else:
+            first.append(_class("Subset")(where=where_of(_places(found.values()), config.L)))
+    if ids := c.get("trainable_token_indices"):
+        table = next(m for m, at in every.items() if at.path == "embed/table")
+        if isinstance(ids, dict):
+            if len(ids) != 1 or not (table == (name := next(iter(ids))) or table.endswith(f".{name}")):
+                raise InputError(f"{where}: trainable_token_indices of {', '.join(ids)}: rows of {table} are, here")
+            ids = next(iter(ids.values()))
+        last.append(_class("Tokens")(ids=tuple(ids)))
+    return first, last

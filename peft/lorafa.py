@@ -1,0 +1,33 @@
+"""LoRA-FA: LoRA whose A stays as it was drawn (arXiv:2308.03303)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ..model.tree import canonical, cut_key
+from .lora import LoRA
+from .targets import Target, each_layer, layer_keys, uniform, whole
+
+
+class LoRAFA(LoRA):
+    """W + (alpha / rank) A B: B = 0 at first and trains, A [D, R] in +-D^-1/2 does not (arXiv:2308.03303)."""
+
+    demo = False
+
+    seed: int = 0  # of A, which is drawn anew wherever it is needed and never stored
+
+    def init(self, key: Array, params: Any) -> dict[str, Any]:
+        return {name: {"b": jnp.zeros_like(t["b"])} for name, t in super().init(key, params).items()}
+
+    def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
+        inputs = {path: jax.tree.leaves(w)[0].shape[-2] for path, w, _ in whole(params, trainable)}
+
+        def drawn(key: str, b: Array) -> Array:
+            (path, cut), (name, layers), stacked = cut_key(key), canonical(key), b.ndim == 3
+            (R, F), D = b.shape[-2:], inputs[path]
+            t = Target(key, path, name, range(len(b)) if stacked and not cut else layers, stacked, (D, F))
+            return each_layer(t, lambda k: uniform(k, (D, R), D), layer_keys(jax.random.key(self.seed), t, "a"))
+
+        return super().bind(params, {key: t | {"a": drawn(key, t["b"])} for key, t in trainable.items()})

@@ -1,0 +1,34 @@
+"""PiSSA: LoRA that begins as the principal part of each matrix, which the base then lacks (arXiv:2404.02948)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from .lora import LoRA
+from .residual import begin, lessen
+
+
+def principal(w: Array, scale: Any, rank: int) -> tuple[Array, Array]:
+    """(U, V) (S / scale)^1/2 of the `rank` largest singular values."""
+    u, s, v = jnp.linalg.svd(w, full_matrices=False)
+    root = jnp.sqrt(s[:rank] / scale)
+    return u[:, :rank] * root, root[:, None] * v[:rank]
+
+
+class PiSSA(LoRA):
+    """W - U S V + s A B with s A B = U S V, the `rank` largest singular values of W, at first (arXiv:2404.02948)."""
+
+    demo = False
+
+    alpha: float = 8.0
+
+    def init(self, key: Array, params: Any) -> dict[str, Any]:
+        return begin(self, principal, key, params)
+
+    def freeze(self, params: Any) -> Any:
+        return lessen(self, principal, params, jax.eval_shape(self.init, jax.random.key(0), params))
+
+    def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
+        return super().bind(lessen(self, principal, params, trainable), trainable)
