@@ -28,12 +28,13 @@ def correlate(x: Array, kernel: Array) -> Array:
     """y[m, p] = sum over n, q of kernel[m, n, (q - p) mod b] x[n, q] / D for x [..., D] in blocks of b."""
     (M, N, b), lead = kernel.shape, x.shape[:-1]
     half = jnp.arange(b // 2 + 1)  # the other frequencies are their conjugates
-    wave = waves(b, half).astype(x.dtype)  # [b, 2 K]
-    c, s = jnp.moveaxis((kernel / x.shape[-1] @ wave).reshape(M, N, 2, -1), 2, 0)
-    turn = jnp.stack([jnp.stack([c, s], 2), jnp.stack([-s, c], 2)], 1)  # times the conjugate of the kernel's transform
-    y = jnp.einsum("...nik,mjnik->...mjk", (x.reshape(*lead, N, b) @ wave).reshape(*lead, N, 2, -1), turn)
-    twice = jnp.tile(jnp.where((half == 0) | (2 * half == b), 1, 2) / b, 2).astype(x.dtype)
-    return (y.reshape(*lead, M, -1) @ (wave * twice).T).reshape(*lead, M * b)
+    cos, sin = (wave.astype(x.dtype) for wave in waves(b, half))
+    blocks, kernel = x.reshape(*lead, N, b), kernel / x.shape[-1]
+    x_re, x_im, k_re, k_im = blocks @ cos, blocks @ sin, kernel @ cos, kernel @ sin
+    times = partial(jnp.einsum, "...nk,mnk->...mk")
+    once = jnp.where((half == 0) | (2 * half == b), 1 / b, 2 / b).astype(x.dtype)
+    re, im = times(x_re, k_re) + times(x_im, k_im), times(x_im, k_re) - times(x_re, k_im)
+    return ((re * once) @ cos.T + (im * once) @ sin.T).reshape(*lead, M * b)
 
 
 class C3A(Method):

@@ -44,11 +44,11 @@ def noise(seed: int, name: str, shape: tuple[int, ...]) -> Array:
     return jax.lax.bitcast_convert_type(bits >> 9 | 0x40000000, jnp.float32) - 3  # the fraction of a number in [2, 4)
 
 
-def waves(size: int, at: Any) -> Array:
-    """[cos, sin] of 2 pi i at / size, [size, 2 len(at)]: products with it are a Fourier transform that a mesh can split
-    (XLA gathers a whole batch for its own)."""
+def waves(size: int, at: Any) -> tuple[Array, Array]:
+    """cos and sin of 2 pi i at / size, [size, len(at)] each: products with them are a Fourier transform that a mesh can
+    split (XLA gathers a whole batch for its own)."""
     i, at, n = jnp.arange(size, dtype=jnp.uint32)[:, None], jnp.asarray(at, jnp.uint32), jnp.uint32(size)
     turns = (i // 256 * at % n * 256 + i % 256 * at) % n  # i at mod n in 32 bits, for sizes up to a million
     turns = turns.astype(jnp.int32) - jnp.where(2 * turns > n, size, 0)  # an angle near 0 is more exact
     angle = (2 * jnp.pi / size) * turns.astype(jnp.float32)
-    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=1)
+    return jnp.cos(angle), jnp.sin(angle)  # never as one array: XLA's partitioner gets their concatenation wrong

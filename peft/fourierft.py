@@ -4,7 +4,6 @@ from functools import lru_cache, partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -28,9 +27,12 @@ class FourierFTWeight(Weight):
         row, column = np.divmod(places(self.seed, D * F, self.spectrum.shape[0]), D)  # of W [out, in]
 
         def update(x: Array, s: Array) -> Array:
-            both = jnp.concatenate([s, -s]) * (self.scale / (D * F))
-            a, b = waves(D, column).astype(x.dtype) * both, waves(F, row).astype(x.dtype).T
-            return x @ a @ b if len(both) < min(D, F) else x @ (a @ b)  # more waves than a side has: no short cut
+            def wave(a: Array, b: Array) -> Array:
+                a, b = (a * (self.scale / (D * F))).astype(x.dtype) * s, b.astype(x.dtype).T
+                return x @ a @ b if 2 * len(s) < min(D, F) else x @ (a @ b)  # more waves than a side: no short cut
+
+            (cos_in, sin_in), (cos_out, sin_out) = waves(D, column), waves(F, row)
+            return wave(cos_in, cos_out) - wave(sin_in, sin_out)
 
         return y + recomputed(update)(x, self.spectrum)
 

@@ -109,7 +109,11 @@ def _names(
         if leaf not in known:
             raise InputError(f"{type(part).__name__} of {key}: HF PEFT has no {leaf} there; merge it: --format hf")
         suffix, form = known[leaf]
-        yield leaf, suffix if kind == "PROMPT_TUNING" else f"{PREFIX}{module}.{suffix}", form
+        if kind == "PROMPT_TUNING":  # put behind the scale of Gemma's embeddings there, before it here
+            times = config.embed_scale
+            yield leaf, suffix, SAME if times == 1 else Form(lambda x: x / times, lambda x: x * times)
+        else:
+            yield leaf, f"{PREFIX}{module}.{suffix}", form
 
 
 def _absolute(

@@ -40,7 +40,7 @@ class Parallel(Method):
 
     rank: int = 16
     scale: float = 4.0
-    where: str = "layers/mlp/down"  # and layers/attn/o
+    where: str = "layers/mlp/down"  # or layers/attn/o, or both
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         one = lambda key, _, D: bottleneck(key, D, self.rank)  # noqa: E731

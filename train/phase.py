@@ -11,7 +11,7 @@ from .. import InputError
 from ..data.sft import sft_rows
 from ..model import Config, Transformer, init, shapes_of
 from ..model.sharding import follow, shardings
-from ..peft import Method, partition
+from ..peft import Chain, Method, partition
 from . import report
 from .checkpoint import fingerprint
 from .config import Run
@@ -71,7 +71,8 @@ def _tuning(run: Run, mesh: Any, work: Path) -> Phase:
     task = task_of(run.data, run.seed)
     sft = sft_rows(task.pairs(), base.tokenizer, run.data.T, run.seed, run.data.pack)
     steps = run.steps or max(round(run.epochs * len(sft.rows) / run.data.batch), 1)
-    run = dataclasses.replace(run, steps=steps, base=place(run.base))
+    method = with_ids(run.method, base.tokenizer)
+    run = dataclasses.replace(run, steps=steps, base=place(run.base), method=method)
     share = sft.tokens / (len(sft.rows) * run.data.T)
     rows = f"{sft.examples:,} examples in {len(sft.rows):,} rows of {run.data.T} ({share:.0%} filled)"
     console.print(f"{task.name}: {rows}, {sft.target_tokens:,} target tokens; {steps} steps", soft_wrap=True)
@@ -79,6 +80,14 @@ def _tuning(run: Run, mesh: Any, work: Path) -> Phase:
     phase = _assemble(run, mesh, config, params, sft.train, sft.digest, base.tokenizer, base.held_out)
     phase.task, phase.base = task, mark
     return phase
+
+
+def with_ids(method: Any, tokenizer: Any) -> Any:
+    """The method with the tokens of its text, if it has one: methods know ids alone."""
+    if isinstance(method, Chain):
+        return Chain(tuple((name, with_ids(link, tokenizer)) for name, link in method.methods))
+    text = getattr(method, "text", "")
+    return dataclasses.replace(method, ids=tuple(tokenizer.prompt(text))) if text else method
 
 
 def _assemble(
