@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from .. import InputError
 from ..model import Weight, static
 from .base import Method
 from .fixed import noise, recomputed, widest
@@ -54,6 +55,8 @@ class RandLoRA(Method):
         return each_matrix(key, params, self.where, one, "randlora")
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
+        if self.sparse not in ("", "sparse", "very_sparse"):
+            raise InputError(f"randlora: sparse is {self.sparse!r}, wanted '', 'sparse' or 'very_sparse'")
         least = min(widest(params, trainable))
         return wrap(params, trainable, lambda w, **t: RandLoRAWeight(w, **t, method=self, least=least))
 

@@ -38,6 +38,8 @@ def rows(method: Method, params: Any, trainable: Any, tx: Any) -> list[dict[str,
         row = found.setdefault(canonical(path)[0], {"base": 0, "bytes": 0})
         row["base"] += leaf.size
         row["bytes"] += leaf.size * leaf.dtype.itemsize
+    for name in added:  # of no parameter of the base: a prefix that one MLP makes for all layers
+        found.setdefault(name, {"base": 0, "bytes": 0})
     picked = _picked(method, params)
     for name, row in found.items():
         own = added.get(name, [])
@@ -67,7 +69,7 @@ def show(console: Console, title: str, method: Method, params: Any, trainable: A
         table.add_column(column, justify="left" if column in ("parameter", "rule") else "right")
     for r in lines:
         if r["trains"]:
-            table.add_row(r["name"], f"{r['base']:,}", f"{r['trains']:,}", size(r["optimizer"]), r["rule"])
+            table.add_row(r["name"], f"{r['base']:,}" if r["base"] else "-", f"{r['trains']:,}", size(r["optimizer"]), r["rule"])
     frozen = [r for r in lines if not r["trains"]]
     if frozen:
         names = ", ".join(r["name"] for r in frozen[:3]) + (f" and {len(frozen) - 3} more" if len(frozen) > 3 else "")
