@@ -110,10 +110,14 @@ def _names(
             raise InputError(f"{type(part).__name__} of {key}: HF PEFT has no {leaf} there; merge it: --format hf")
         suffix, form = known[leaf]
         if kind == "PROMPT_TUNING":  # put behind the scale of Gemma's embeddings there, before it here
-            times = config.embed_scale
-            yield leaf, suffix, SAME if times == 1 else Form(lambda x: x / times, lambda x: x * times)
+            yield leaf, suffix, _times(config.embed_scale)
         else:
             yield leaf, f"{PREFIX}{module}.{suffix}", form
+
+
+def _times(by: float) -> Form:
+    """Theirs is `by` times ours."""
+    return SAME if by == 1 else Form(lambda x: x / by, lambda x: x * by)
 
 
 def _absolute(

@@ -7,6 +7,7 @@ import jax
 
 from .. import InputError
 from ..model import Config, shapes_of
+from ..model.hf_families import families
 from ..model.tree import canonical, is_stacked, match
 from .base import Method
 from .hf_entries import is_main, kind_of, parts
@@ -19,6 +20,7 @@ from .prompt import Prompt
 from .ptuning import PTuning, encode
 from .subset import Subset
 
+_LINEAR = ("LOHA", "LOKR", "OFT", "BOFT", "HRA", "MISS", "SHIRA", "C3A", "ROAD")
 _ONLY = {"LORA": "lora", "ADALORA": "lora", "FOURIERFT": "fourier"}  # bias: "<this>_only"; of others their own name
 
 
@@ -34,6 +36,17 @@ def plain(method: Method, trainable: Any) -> tuple[Method, Any]:
 
 def config_of(method: Method, trainable: Any, config: Config, base: str) -> dict[str, Any]:
     """The config that HF PEFT reads a method by. InputError: what it has no name for."""
+    tree = _config(method, trainable, config, base)
+    linear_only = tree["peft_type"] in _LINEAR or tree.get("init_lora_weights") == "olora"
+    if linear_only and families[family_of(config)].conv1d:
+        what = type(method).__name__
+        raise InputError(f"{what}: HF PEFT does not take the Conv1D matrices of GPT-2 for it; merge it: --format hf")
+    # Not every type knows every key, and peft warns of those it does not; null and none say nothing.
+    said = {k: v for k, v in tree.items() if (v is not None and v != "none") or k in ("revision", "target_modules")}
+    return {k: int(v) if isinstance(v, float) and v == int(v) else v for k, v in said.items()}
+
+
+def _config(method: Method, trainable: Any, config: Config, base: str) -> dict[str, Any]:
     links, every = parts(method), modules(config)
     mains = [(branch, part) for branch, part in links if is_main(part)]
     names = sorted({kind_of(part) for _, part in mains}) or [_alone([part for _, part in links], config)]
@@ -41,7 +54,7 @@ def config_of(method: Method, trainable: Any, config: Config, base: str) -> dict
         raise InputError(f"{' and '.join(names)} at once: an HF PEFT folder holds one; save each link by itself")
     kind, name = kinds[names[0]], names[0]
     tree = {**kind.defaults, "peft_type": name, "base_model_name_or_path": base, "task_type": "CAUSAL_LM",
-            "inference_mode": True, "revision": None}  # fmt: skip
+            "inference_mode": True, "revision": None, "peft_version": "0.21.2"}  # fmt: skip
     if not mains:
         return tree | _of_base(links[0][1], config, every)
     if len(links) > 1 and name in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT"):
@@ -60,9 +73,7 @@ def config_of(method: Method, trainable: Any, config: Config, base: str) -> dict
         tree[kind.patterns[field][0]] = {m: v for m, s in own.items() if (v := s[field]) != usual}
     tree |= _targets(name, first, own, config, mains, trainable)
     tree |= _beside([part for _, part in links if not is_main(part)], name, own, every, config)
-    # Not every type knows every key, and peft warns of those it does not; null and none say nothing.
-    said = {k: v for k, v in tree.items() if (v is not None and v != "none") or k in ("revision", "target_modules")}
-    return {k: int(v) if isinstance(v, float) and v == int(v) else v for k, v in said.items()}
+    return tree
 
 
 def _alone(links: list[Method], config: Config) -> str:
