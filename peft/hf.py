@@ -62,7 +62,7 @@ def save(
     """
     folder, whole = empty(folder), config_of(method, trainable, config, base)
     tensors = named_tensors(config, method, trainable)
-    method, trainable = plain(method, trainable)
+    method, trainable = plain(method, trainable, config)
     tensors |= held(method, trainable, config, entries(method, trainable, config), params)
     from safetensors.numpy import save as packed  # its save_file makes files that only their owner can read
 
@@ -79,7 +79,7 @@ def type_of(method: Method) -> str:
 
 def named_tensors(config: Config, method: Method, trainable: Any) -> dict[str, np.ndarray]:
     """{name in an adapter file: array, fp32} of a trainable tree, or of anything of its shape, such as gradients."""
-    method, trainable = plain(method, trainable)
+    method, trainable = plain(method, trainable, config)
     found = entries(method, trainable, config)
     return joined({e.name: np.asarray(e.of(trainable), np.float32) for e in found})
 

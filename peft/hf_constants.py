@@ -1,7 +1,6 @@
 """What an adapter file holds besides what trains: shared projections, places, tables of the base, one joined past."""
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,12 @@ import jax
 import numpy as np
 
 from .. import InputError
-from ..model import Config, shapes_of
+from ..model import Config
 from ..model.tree import named
 from . import hf_random, randlora, shira, vera
 from .base import Chain, Method
 from .fixed import widest
-from .hf_entries import Entry, parts
+from .hf_entries import Entry, parts, shapes_like
 from .hf_names import PREFIX, Module, modules
 from .hf_types import kinds
 from .targets import Given
@@ -138,8 +137,7 @@ def held(method: Method, trainable: Any, config: Config, found: list[Entry], par
     tensors: Tensors = {}
     for branch, part in parts(method):
         tree = trainable[branch] if branch else trainable
-        unrolled = any(re.search(r"layers/\d", key) for key in tree)
-        shapes = shapes_of(dataclasses.replace(config, scan=not unrolled))
+        shapes = shapes_like(config, tree)
         own = [e for e in found if e.branch == branch]
         if isinstance(part, shira.SHiRA):
             at = shira.places(part, shapes, tree)

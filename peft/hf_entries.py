@@ -1,5 +1,7 @@
 """Where each tensor of an adapter file goes: its name there, the place in a trainable tree here, and how it lies."""
 
+import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -7,7 +9,7 @@ import jax
 import numpy as np
 
 from .. import InputError
-from ..model import Config
+from ..model import Config, shapes_of
 from ..model.hf_families import families
 from ..model.tree import canonical, cut_key, is_stacked
 from .base import Chain, Method
@@ -37,6 +39,12 @@ class Entry(NamedTuple):
 def parts(method: Method) -> list[tuple[str, Method]]:
     """The links of a chain with their branches; a method alone has none."""
     return list(method.methods) if isinstance(method, Chain) else [("", method)]
+
+
+def shapes_like(config: Config, trainable: Any) -> Any:
+    """The shapes of a base in the layout, stacked or not, that a method's tree is of."""
+    unrolled = any(re.search(r"layers/\d", key) for key in trainable)
+    return shapes_of(dataclasses.replace(config, scan=not unrolled))
 
 
 def kind_of(method: Method) -> str:

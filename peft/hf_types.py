@@ -92,7 +92,7 @@ _BOTH = {"rank": ("rank_pattern", by_pattern), "alpha": ("alpha_pattern", by_pat
 
 kinds: dict[str, Kind] = {
     "LORA": Kind(
-        ("LoRA", "RsLoRA", "DoRA", "LoRABias", "PiSSA", "OLoRA", "LoRAPlus"),
+        ("LoRA", "RsLoRA", "DoRA", "LoRABias", "PiSSA", "OLoRA", "LoRAPlus", "LoRAFA"),
         {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}, {**_COMMON, **_LORA},
         {"a": ("lora_A.weight", TURNED), "b": ("lora_B.weight", TURNED), "c": ("lora_B.bias", SAME),
          "m": ("lora_magnitude_vector", SAME)},

@@ -1,5 +1,6 @@
 """The adapter_config.json of a method: HF PEFT's names for what it trains and how."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,9 +11,11 @@ from ..model import Config, shapes_of
 from ..model.hf_families import families
 from ..model.tree import canonical, is_stacked, match
 from .base import Method
-from .hf_entries import is_main, kind_of, parts
+from .hf_entries import is_main, kind_of, parts, shapes_like
 from .hf_names import Module, family_of, modules, spelled
 from .hf_types import Kind, kinds
+from .lora import LoRA
+from .lorafa import LoRAFA
 from .masks import select
 from .prefix import Prefix
 from .prefixmlp import PrefixMLP
@@ -24,8 +27,11 @@ _LINEAR = ("LOHA", "LOKR", "OFT", "BOFT", "HRA", "MISS", "SHIRA", "C3A", "ROAD")
 _ONLY = {"LORA": "lora", "ADALORA": "lora", "FOURIERFT": "fourier"}  # bias: "<this>_only"; of others their own name
 
 
-def plain(method: Method, trainable: Any) -> tuple[Method, Any]:
-    """A prompt or prefix that an MLP makes, as what it makes: files hold no more."""
+def plain(method: Method, trainable: Any, config: Config) -> tuple[Method, Any]:
+    """A method as its file has it: what an MLP makes of a prompt or prefix, and the A that LoRA-FA draws."""
+    if isinstance(method, LoRAFA):
+        own = {f.name: getattr(method, f.name) for f in dataclasses.fields(LoRA)}  # type: ignore[arg-type]
+        return LoRA(**own), method.drawn(shapes_like(config, trainable), trainable)
     if isinstance(method, PTuning):
         return Prompt(method.tokens), {"embed/table": {"prompt": encode(trainable["embed/table"], jax.nn.relu)}}
     if isinstance(method, PrefixMLP):

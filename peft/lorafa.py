@@ -21,13 +21,17 @@ class LoRAFA(LoRA):
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         return {name: {"b": jnp.zeros_like(t["b"])} for name, t in super().init(key, params).items()}
 
-    def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
+    def drawn(self, params: Any, trainable: Any) -> dict[str, Any]:
+        """The tree of a LoRA, with the A of every target in it."""
         inputs = {path: jax.tree.leaves(w)[0].shape[-2] for path, w, _ in whole(params, trainable)}
 
-        def drawn(key: str, b: Array) -> Array:
+        def one(key: str, b: Array) -> Array:
             (path, cut), (name, layers), stacked = cut_key(key), canonical(key), b.ndim == 3
             (R, F), D = b.shape[-2:], inputs[path]
             t = Target(key, path, name, range(len(b)) if stacked and not cut else layers, stacked, (D, F))
             return each_layer(t, lambda k: uniform(k, (D, R), D), layer_keys(jax.random.key(self.seed), t, "a"))
 
-        return super().bind(params, {key: t | {"a": drawn(key, t["b"])} for key, t in trainable.items()})
+        return {key: t | {"a": one(key, t["b"])} for key, t in trainable.items()}
+
+    def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
+        return super().bind(params, self.drawn(params, trainable))

@@ -22,11 +22,12 @@ Target = Literal["", "vllm"]
 CONFIG = "adapter_config.json"
 
 
-def uniform(method: Method, params: Any, trainable: Any) -> tuple[Method, Any]:
+def uniform(method: Method, config: Any, params: Any, trainable: Any) -> tuple[Method, Any]:
     """A LoRA whose every matrix has one rank R and one scale, alpha / R = 1: vLLM reads no patterns.
 
     Ranks are filled up with zeros. InputError, with the reason, for what vLLM does not load.
     """
+    method, trainable = peft.hf.plain(method, trainable, config)
     kind = peft.hf.type_of(method)
     name = type(method).__name__
     if not isinstance(method, LoRA) or kind != "LORA" or name in ("DoRA", "LoRABias", "PiSSA", "OLoRA"):
@@ -52,7 +53,7 @@ def write(got: Any, out: Path, target: Target, compare: Any) -> dict[str, Any]:
     if target == "vllm":
         if family_of(got.config) == "gpt2":
             raise InputError("--for vllm: vLLM's GPT-2 takes no LoRA; merge it: --format hf")
-        method, trainable = uniform(method, got.params, trainable)
+        method, trainable = uniform(method, got.config, got.params, trainable)
     base, made = got.manifest.get("imported", ""), out.with_name(out.name + ".unchecked")
     shutil.rmtree(made, ignore_errors=True)
     try:

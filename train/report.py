@@ -69,7 +69,9 @@ def show(console: Console, title: str, method: Method, params: Any, trainable: A
         table.add_column(column, justify="left" if column in ("parameter", "rule") else "right")
     for r in lines:
         if r["trains"]:
-            table.add_row(r["name"], f"{r['base']:,}" if r["base"] else "-", f"{r['trains']:,}", size(r["optimizer"]), r["rule"])
+            table.add_row(
+                r["name"], f"{r['base']:,}" if r["base"] else "-", f"{r['trains']:,}", size(r["optimizer"]), r["rule"]
+            )
     frozen = [r for r in lines if not r["trains"]]
     if frozen:
         names = ", ".join(r["name"] for r in frozen[:3]) + (f" and {len(frozen) - 3} more" if len(frozen) > 3 else "")

@@ -1,0 +1,91 @@
+"""Adapters by the command line: a run's adapter for HF PEFT and vLLM, and a folder of HF PEFT's as a run."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from graftax import InputError, peft
+from graftax.train.adapters import uniform
+from graftax.train.cli import main
+from graftax.train.phase import with_ids
+from graftax.train.runs import load_run
+from safetensors.numpy import load_file
+from test_hf_runs import SMALL, adapter, command, hf_base, refused, rows  # noqa: F401
+from tiny import close, make_base, make_batch, shaken
+
+
+def test_out_and_in_again(adapter, hf_base, tmp_path, capsys):  # noqa: F811
+    out = tmp_path / "peft"
+    said = command(capsys, "export", adapter, "--out", out, "--format", "hf-peft")
+    assert said["max_difference"] < 1e-5
+    assert said["base"] == str(hf_base)
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 8, 16)
+    assert config["base_model_name_or_path"] == str(hf_base)
+    before, after = load_run(adapter), load_run(out)
+    close(after.trainable, before.trainable, 0)
+    asked = ["--prompt", "red 3", "--chat", "--new", "4"]
+    assert command(capsys, "generate", out, *asked) == command(capsys, "generate", adapter, *asked)
+    merged = tmp_path / "merged"
+    command(capsys, "merge", out, "--out", merged)
+    assert load_run(merged).run.phase == "pretrain"
+    base_alone = ["export", hf_base, "--out", tmp_path / "x", "--format", "hf-peft"]
+    assert "is a base, not an adapter" in refused(capsys, *base_alone)
+    assert "--for vllm is of --format hf-peft" in refused(
+        capsys, "export", adapter, "--out", tmp_path / "x", "--for", "vllm"
+    )
+    (out / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": ""}))
+    assert "names no base; give one with --base" in refused(capsys, "eval", out)
+    assert not (tmp_path / "x").exists()
+
+
+def test_for_vllm_ranks_are_one(adapter, tmp_path, capsys):  # noqa: F811
+    command(capsys, "export", adapter, "--out", tmp_path / "v", "--format", "hf-peft", "--for", "vllm")
+    config = json.loads((tmp_path / "v" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 8
+    assert not config["rank_pattern"]
+    assert not config["alpha_pattern"]
+    assert {
+        x.shape[0] for n, x in load_file(tmp_path / "v" / "adapter_model.safetensors").items() if "lora_A" in n
+    } == {8}
+
+
+def test_uniform_ranks_compute_the_same():
+    base, batch = make_base(), make_batch()
+    rules = {"ranks": (("layers/[1:]/attn/q", 5), (".*/[kv]", 1)), "alphas": ((".*/down", 7.0),)}
+    for method in (peft.LoRA(rank=2, **rules), peft.RsLoRA(rank=4), peft.LoRAPlus(rank=2), peft.LoRAFA(rank=3)):
+        trainable = shaken(method.init(jax.random.key(0), base.params))
+        one, t = uniform(method, base.config, base.params, trainable)
+        assert len({x["a"].shape[-1] for x in t.values()}) == 1
+        logits = lambda m, x: peft.apply(base.model, base.params, m, x, batch["ids"])  # noqa: E731
+        a, b = jax.jit(lambda x, y, m=method, o=one: (logits(m, x), logits(o, y)))(trainable, t)
+        close(a, b, 2e-5)
+
+
+@pytest.mark.parametrize("method", [peft.DoRA(), peft.LoRABias(), peft.PiSSA(), peft.Houlsby(), peft.LoRA(rank=600),
+                                    peft.chain(peft.Subset("norms"), peft.LoRA())])  # fmt: skip
+def test_vllm_is_told_why_not(method):
+    base = make_base()
+    trainable = jax.eval_shape(method.init, jax.random.key(0), base.params)
+    with pytest.raises(InputError, match=r"--for vllm: .*(merge it|make it smaller)"):
+        uniform(method, base.config, base.params, trainable)
+
+
+def test_a_prompt_from_a_text(hf_base, rows, tmp_path, capsys):  # noqa: F811
+    out, text = tmp_path / "prompt", "Say the color"
+    main(["finetune", "sft", "--base", str(hf_base), "--data", str(rows), "--method", "prompt", "--method.text", text,
+          "--method.tokens", "6", "--steps", "2", "--no-tensorboard", "--out", str(out), *SMALL])  # fmt: skip
+    capsys.readouterr()
+    got = load_run(out)
+    ids = got.tokenizer.prompt(text)
+    assert list(got.method.ids) == ids
+    start = got.method.init(jax.random.key(0), got.params)["embed/table"]["prompt"]
+    table = np.asarray(got.params["embed"]["table"], np.float32)
+    np.testing.assert_array_equal(start, table[[ids[i % len(ids)] for i in range(6)]])
+    chained = with_ids(peft.chain(peft.LoRA(), peft.Prompt(text=text)), got.tokenizer)
+    assert list(chained.methods[1][1].ids) == ids
+    assert jnp.isfinite(jax.tree.leaves(got.trainable)[0]).all()
+    assert dataclasses.replace(got.method, ids=()).text == text
