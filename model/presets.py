@@ -28,6 +28,8 @@ presets: dict[str, Config] = {
                              family="llama"),
     "llama-3.1-8b": _published(**_LLAMA3, D=4096, L=32, N=32, K=8, H=128, F=14336, tied=False,
                                rope=Rope(5e5, kind="llama3", factor=8, original=8192)),
+    "llama-3.1-70b": _published(**_LLAMA3, D=8192, L=80, N=64, K=8, H=128, F=28672, tied=False,
+                                rope=Rope(5e5, kind="llama3", factor=8, original=8192)),
     "llama-3.2-1b": _published(**_LLAMA3, D=2048, L=16, N=32, K=8, H=64, F=8192,
                                rope=Rope(5e5, kind="llama3", factor=32, original=8192)),
     "llama-3.2-3b": _published(**_LLAMA3, D=3072, L=28, N=24, K=8, H=128, F=8192,

@@ -53,16 +53,18 @@ def test_for_vllm_ranks_are_one(adapter, tmp_path, capsys):  # noqa: F811
     } == {8}
 
 
-def test_uniform_ranks_compute_the_same():
+@pytest.mark.parametrize("method", [
+    peft.LoRA(rank=2, ranks=(("layers/[1:]/attn/q", 5), (".*/[kv]", 1)), alphas=((".*/down", 7.0),)),
+    peft.RsLoRA(rank=4), peft.LoRAPlus(rank=2), peft.LoRAFA(rank=3),
+], ids=lambda m: type(m).__name__)  # fmt: skip
+def test_uniform_ranks_compute_the_same(method):
     base, batch = make_base(), make_batch()
-    rules = {"ranks": (("layers/[1:]/attn/q", 5), (".*/[kv]", 1)), "alphas": ((".*/down", 7.0),)}
-    for method in (peft.LoRA(rank=2, **rules), peft.RsLoRA(rank=4), peft.LoRAPlus(rank=2), peft.LoRAFA(rank=3)):
-        trainable = shaken(method.init(jax.random.key(0), base.params))
-        one, t = uniform(method, base.config, base.params, trainable)
-        assert len({x["a"].shape[-1] for x in t.values()}) == 1
-        logits = lambda m, x: peft.apply(base.model, base.params, m, x, batch["ids"])  # noqa: E731
-        a, b = jax.jit(lambda x, y, m=method, o=one: (logits(m, x), logits(o, y)))(trainable, t)
-        close(a, b, 2e-5)
+    trainable = shaken(method.init(jax.random.key(0), base.params))
+    one, t = uniform(method, base.config, base.params, trainable)
+    assert len({x["a"].shape[-1] for x in t.values()}) == 1
+    logits = lambda m, x: peft.apply(base.model, base.params, m, x, batch["ids"])  # noqa: E731
+    a, b = jax.jit(lambda x, y: (logits(method, x), logits(one, y)))(trainable, t)
+    close(a, b, 2e-5)
 
 
 @pytest.mark.parametrize("method", [peft.DoRA(), peft.LoRABias(), peft.PiSSA(), peft.Houlsby(), peft.LoRA(rank=600),
