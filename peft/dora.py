@@ -40,7 +40,6 @@ class DoRA(LoRA):
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         def lengths(key: str) -> Array:
             path, layers = cut_key(key)
-            w = named(params)[path].astype(jnp.float32)
-            return jnp.sqrt(jnp.square(w[slice(*layers)] if layers else w).sum(-2))
+            return jnp.linalg.norm(named(params)[path][slice(*layers) if layers else ...].astype(jnp.float32), axis=-2)
 
         return {k: t | {"m": lengths(k)} for k, t in super().init(key, params).items()}

@@ -72,7 +72,12 @@ def _oft(c: Config, module: str) -> dict[str, Any]:
 
 
 def _miss(c: Config, module: str) -> dict[str, Any]:
-    return {"mode": c["init_weights"] if isinstance(c["init_weights"], str) else "plain"}
+    return {"bat": {"class": "MiSSBat"}, "mini": {"mini": c["mini_r"]}}.get(str(c["init_weights"]), {})
+
+
+def _write_miss(method: Any) -> Config:
+    mini = getattr(method, "mini", 0)
+    return {"mini_r": mini or 1, "init_weights": "bat" if not hasattr(method, "mini") else "mini" if mini else True}
 
 
 def _randlora(c: Config, module: str) -> dict[str, Any]:
@@ -145,9 +150,8 @@ kinds: dict[str, Kind] = {
         ("IA3",), {}, {**_MODULES, "modules_to_save": None, "feedforward_modules": None, "init_ia3_weights": True},
         {"after": ("ia3_l", COLUMN), "before": ("ia3_l", ROW)}),
     "MISS": Kind(
-        ("MiSS",), {"r": "rank", "mini_r": "mini"}, {**_COMMON, "r": 64, "mini_r": 1, "init_weights": True},
-        {"s": ("miss_block", SAME)}, read=_miss,
-        write=lambda m: {"init_weights": True if m.mode == "plain" else m.mode}),
+        ("MiSS", "MiSSBat"), {"r": "rank"}, {**_COMMON, "r": 64, "mini_r": 1, "init_weights": True},
+        {"s": ("miss_block", SAME)}, read=_miss, write=_write_miss),
     "FOURIERFT": Kind(
         ("FourierFT",), {"n_frequency": "n", "scaling": "scale", "random_loc_seed": "seed"},
         {**_COMMON, "n_frequency": 1000, "scaling": 150.0, "random_loc_seed": 777, "n_frequency_pattern": {}},

@@ -11,6 +11,7 @@ from ..model import Config, shapes_of
 from ..model.hf_families import families
 from ..model.tree import canonical, is_stacked, match
 from .base import Method
+from .encoder import encode
 from .hf_entries import is_main, kind_of, parts, shapes_like
 from .hf_names import Module, family_of, modules, spelled
 from .hf_types import Kind, kinds
@@ -20,7 +21,7 @@ from .masks import select
 from .prefix import Prefix
 from .prefixmlp import PrefixMLP
 from .prompt import Prompt
-from .ptuning import PTuning, encode
+from .ptuning import PTuning
 from .subset import Subset
 
 _LINEAR = ("LOHA", "LOKR", "OFT", "BOFT", "HRA", "MISS", "SHIRA", "C3A", "ROAD")

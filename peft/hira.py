@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 from jax import Array
 
 from ..model import Weight
+from .fixed import recomputed
 from .lora import LoRA, LoRAWeight
 
 
@@ -13,7 +14,8 @@ class HiRAWeight(LoRAWeight):
 
     def __rmatmul__(self, x: Array) -> Array:
         w = self.w.dense() if isinstance(self.w, Weight) else self.w
-        return x @ w + self.dropped(x) @ (w * (self.a @ self.b))
+        update = recomputed(lambda x, w, a, b: x @ (w * (a @ b)))  # not one matrix a layer for the way back
+        return x @ w + update(self.dropped(x), w, self.a, self.b)
 
     def __getitem__(self, ids: Array) -> Array:
         return self.w[ids] * (1 + self.a[ids] @ self.b)

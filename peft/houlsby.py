@@ -3,12 +3,11 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from ..model import Weight
 from .base import Method
-from .targets import each_matrix, wrap
+from .targets import bottleneck, each_matrix, wrap
 
 
 class AdapterWeight(Weight):
@@ -25,12 +24,6 @@ class AdapterWeight(Weight):
     def __rmatmul__(self, x: Array) -> Array:
         y = x @ self.w
         return y + jax.nn.gelu(y @ self.down + self.down_bias) @ self.up + self.up_bias
-
-
-def bottleneck(key: Array, D: int, R: int) -> dict[str, Array]:
-    """down [D, R] ~ N(0, 1/D), up [R, D] = 0, and their biases 0: an adapter that adds nothing yet."""
-    down = D**-0.5 * jax.random.normal(key, (D, R))
-    return {"down": down, "down_bias": jnp.zeros(R), "up": jnp.zeros((R, D)), "up_bias": jnp.zeros(D)}
 
 
 class Houlsby(Method):

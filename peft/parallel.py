@@ -9,8 +9,7 @@ from .. import InputError
 from ..model import Weight, static
 from ..model.tree import named, nested
 from .base import Method
-from .houlsby import bottleneck
-from .targets import each_matrix, whole
+from .targets import bottleneck, each_matrix, whole
 
 
 class BesideWeight(Weight):

@@ -7,8 +7,8 @@ from jax import Array
 
 from ..model import Context
 from .base import Method
+from .encoder import encode, encoder
 from .prefix import past
-from .ptuning import encode, encoder
 
 
 class PrefixMLP(Method):

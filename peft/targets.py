@@ -94,6 +94,12 @@ def uniform(key: Array, shape: tuple[int, ...], fan: int) -> Array:
     return jax.random.uniform(key, shape, minval=-(fan**-0.5), maxval=fan**-0.5)
 
 
+def bottleneck(key: Array, D: int, R: int) -> dict[str, Array]:
+    """down [D, R] ~ N(0, 1/D), up [R, D] = 0, and their biases 0: an adapter that adds nothing yet."""
+    down = D**-0.5 * jax.random.normal(key, (D, R))
+    return {"down": down, "down_bias": jnp.zeros(R), "up": jnp.zeros((R, D)), "up_bias": jnp.zeros(D)}
+
+
 def dropout(x: Array, seed: Array, rate: float) -> Array:
     """x with a part of `rate` set to 0 and the rest scaled, so that its mean stays; `seed` is a layer's key data."""
     kept = jax.random.bernoulli(jax.random.wrap_key_data(seed), 1 - rate, x.shape)

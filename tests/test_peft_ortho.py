@@ -13,7 +13,7 @@ import pytest
 from graftax import InputError, peft
 from graftax.model import Transformer, hf, presets
 from graftax.model.tree import named
-from graftax.peft import BOFT, HRA, OFT, AdaLoRA, LoKr, LoRA, LoRAFA, MiSS, OLoRA, PiSSA, RoAd, chain
+from graftax.peft import BOFT, HRA, OFT, AdaLoRA, LoKr, LoRA, LoRAFA, MiSS, MiSSBat, OLoRA, PiSSA, RoAd, chain
 from graftax.peft.boft import cayley
 from graftax.peft.oft import nearest_divisor
 from graftax.train.config import Optim
@@ -52,8 +52,8 @@ CASES = {
     "llama_hra_gs": ("hra", HRA(rank=3, gram_schmidt=True)),
     "llama_miss": ("miss", MiSS(rank=4)),
     "llama_miss_rest": ("miss", MiSS(rank=5)),
-    "llama_miss_bat": ("miss", MiSS(rank=4, mode="bat")),
-    "llama_miss_mini": ("miss", MiSS(rank=4, mode="mini", mini=2)),
+    "llama_miss_bat": ("miss", MiSSBat(rank=4)),
+    "llama_miss_mini": ("miss", MiSS(rank=4, mini=2)),
     "llama_lokr_both": ("lokr", LoKr(rank=1, alpha=3.0, both=True, factor=5)),
     "llama_road_1": ("road", RoAd(group=4)),
     "llama_road_2": ("road", RoAd(variant=2, group=4)),
@@ -120,8 +120,8 @@ def test_a_file_of_hf_peft_means_what_it_means_there(case):
 VARIANTS = {
     "oft": OFT(block=8), "oft_exact": OFT(block=0, blocks=4, terms=0), "oft_share": OFT(block=8, share=True),
     "coft": OFT(block=8, coft=True, eps=0.2), "boft": BOFT(block=8), "butterfly": BOFT(block=2, factors=3),
-    "hra": HRA(rank=4), "hra_gs": HRA(rank=3, gram_schmidt=True), "bat": MiSS(rank=16, mode="bat"),
-    "mini": MiSS(rank=7, mode="mini", mini=4), "lokr": LoKr(rank=1, both=True), "road_1": RoAd(),
+    "hra": HRA(rank=4), "hra_gs": HRA(rank=3, gram_schmidt=True), "bat": MiSSBat(rank=16),
+    "mini": MiSS(rank=7, mini=4), "lokr": LoKr(rank=1, both=True), "road_1": RoAd(),
     "road_2": RoAd(variant=2, group=10), "road_4": RoAd(variant=4, group=8), "pissa": PiSSA(rank=3),
     "olora": OLoRA(rank=3), "lorafa": LoRAFA(rank=3), "adalora": AdaLoRA(),
 }  # fmt: skip
@@ -160,7 +160,7 @@ def test_counts_are_those_of_hf_peft(model):
     methods = {
         "oft b32 all-linear": OFT(), "oft b32 block_share all-linear": OFT(share=True), "boft b4 q,v": BOFT(where=two),
         "boft b4 all-linear": BOFT(), "lokr r8 decompose_both all-linear": LoKr(both=True),
-        "miss r64 bat q,v": MiSS(mode="bat", where=two), "road_1 g64 q,v": RoAd(where=two),
+        "miss r64 bat q,v": MiSSBat(rank=64, where=two), "road_1 g64 q,v": RoAd(where=two),
         "adalora init_r12 all-linear": AdaLoRA(),
     }  # fmt: skip
     assert {name: peft.count(m, presets[model]) for name, m in methods.items()} == {n: counts[n] for n in methods}
@@ -339,9 +339,8 @@ def test_the_penalty_of_adalora(base):
         (OFT(block=8, blocks=2), "give one of the two"),
         (BOFT(block=5), "layers/attn/k has 32 inputs, wanted a multiple of block"),
         (BOFT(block=3, factors=2), "no halves to exchange"),
-        (MiSS(mode="bone"), "no mode 'bone'"),
-        (MiSS(mode="bat"), r"layers/attn/k is \[32, 16\], wanted multiples of rank=64"),
-        (MiSS(mode="mini", mini=7), "layers/attn/k has 16 outputs, wanted a multiple of mini=7"),
+        (MiSSBat(rank=64), r"layers/attn/k is \[32, 16\], wanted multiples of rank=64"),
+        (MiSS(mini=7), "layers/attn/k has 16 outputs, wanted a multiple of mini=7"),
         (RoAd(variant=3), "no variant 3"),
         (RoAd(group=1), "layers/attn/k has 16 outputs, wanted an even divisor of at most group=1"),
     ],

@@ -36,7 +36,7 @@ def make(out: Path) -> None:
         "lora_tokens": peft.chain(lora, peft.Tokens(ids=(3, 17))),
         "lora_table": dataclasses.replace(lora, where="embed/table, linear"),
         "lora_head": peft.chain(peft.Head(), lora),
-        "miss_bat": peft.MiSS(rank=4, mode="bat"),
+        "miss_bat": peft.MiSSBat(rank=4),
         "oft_exact": peft.OFT(block=4, terms=0),
         "boft_8": peft.BOFT(block=2),
         "lokr_both": peft.LoKr(rank=1, both=True, factor=4),
