@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint bench bench-methods
 demo: .venv/.ready
 	$(BIN)/graftax demo
 
@@ -16,6 +16,9 @@ lint: .venv/.ready
 
 bench: .venv/.ready
 	$(BIN)/python -m graftax.train.bench $(ARGS)
+
+bench-methods: .venv/.ready
+	$(BIN)/python -m graftax.train.bench.methods $(ARGS)
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
