@@ -26,6 +26,7 @@ class IA3(Method):
     """l * (x W_k + b), l * (x W_v + b), and (l * h) W_down + b, with l = 1 at first (arXiv:2205.05638)."""
 
     demo = False
+    rate = 50.0
 
     where: str = "layers/attn/[kv]"  # what comes out is scaled
     inner: str = "layers/mlp/down"  # what goes in is scaled

@@ -109,7 +109,7 @@ def test_methods_are_ranked_as_far_as_the_seeds_allow():
     assert len({len(row) for row in rows}) == 1
     assert [row[:2] for row in rows[2:]] == [["a", "a"], ["b", "a"], ["c", "b"], ["d", "c"]]
     assert [row[5] for row in rows[2:]] == ["1.0e-01", "1.0e-01 ↓", "1.0e-01", "1.0e-01"]
-    assert "over the 3 methods above that, is s = 0.0141 (3 degrees of freedom)" in text  # d is at the floor: no spread
+    assert "the 3 methods clearly above that: s = 0.0141 (3 degrees of freedom)" in text  # d is at the floor: no spread
     assert "= 0.045 apart, any two of 4 if" in text  # t 0.975 of 3 degrees: 3.182
     assert "Not told apart as best: a, b." in text
 

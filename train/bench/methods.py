@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from scipy import stats
+from scipy.stats import studentized_range, t
 
 from ... import InputError, peft
 from ...model import Context, Transformer
@@ -33,7 +33,8 @@ NAMES = "full,last_2,lntuning,bitfit,lora,rslora,dora,loraplus,pissa,adalora,ver
 NAMES += "houlsby,pfeiffer,prompt,prefix"
 BATCH, T, NEW, EVERY = 3, 160, 12, 5  # rows in a step, tokens in a row; tokens generated; of choices each 5th is used
 RATE, FACTORS = 2e-3, (1 / 3, 1.0, 3.0)  # of full; those tried are factor x Method.rate x RATE
-SEEDS, HELD, ROWS = 2, 6, {"train": None, "valid": 300, "test": 400}  # held-out rows a domain; rows used, None: all
+SEEDS, HELD, TEST = 2, 6, 400  # scored; held-out rows of each of the base's domains; test rows
+PARTS = {"train": None, "valid": 300, "test": TEST}  # how many rows; None: all
 Lines, Tuned = list[dict[str, Any]], tuple[Transformer, Any, Context]  # of a file of results; bound
 
 
@@ -71,8 +72,8 @@ class Arena:
 
     def _rows(self, task: Any, score: str) -> dict[str, Any]:
         draw, few = np.random.default_rng(0).permutation, sorted(task.choices or [])[::EVERY]
-        rows = {k: [row for row in getattr(task, k) if not few or row["completion"] in few] for k in ROWS}
-        parts = {k: [*draw(rows[k])[:n]] for k, n in ROWS.items()}
+        rows = {k: [row for row in getattr(task, k) if not few or row["completion"] in few] for k in PARTS}
+        parts = {k: [*draw(rows[k])[:n]] for k, n in PARTS.items()}
         packed = {k: self.pack([(k, row) for row in rows], self.tokenizer, T, 0).rows for k, rows in parts.items()}
         most = statistics.mode(row["completion"].split(" | ")[0] for row in parts["train"])
         marks = lambda answers: task.score(parts["test"], answers)[score]  # noqa: E731
@@ -106,10 +107,10 @@ class Arena:
 
     def score(self, tuned: Tuned, task: str) -> dict[str, float]:
         """What is measured once the rate is chosen."""
-        t = self.tasks[task]
-        answers = self.evaluate.outputs(*tuned, self.tokenizer, t["asked"], NEW, batch=100)
+        rows = self.tasks[task]
+        answers = self.evaluate.outputs(*tuned, self.tokenizer, rows["asked"], NEW, batch=100)
         forgot = self.loss(tuned, self.held) - self.before
-        return {"score": t["score"](answers), "loss": self.loss(tuned, t["test"]), "forgot": forgot}
+        return {"score": rows["score"](answers), "loss": self.loss(tuned, rows["test"]), "forgot": forgot}
 
     def costs(self, methods: dict[str, Method]) -> Iterator[dict[str, Any]]:
         """What each method trains, the peak bytes of its step, and its time over full's: they take turns."""
@@ -120,11 +121,11 @@ class Arena:
             start = time.perf_counter()
             live[name] = step, frozen, jax.block_until_ready(step(state, frozen, batch))[0]
             took[name].append(time.perf_counter() - start)
-        best = {k: np.reshape(t, (-1, 4))[:, 1:].min(1) for k, t in took.items()}  # the first of 4 finds its memory
+        best = {k: np.reshape(x, (-1, 4))[:, 1:].min(1) for k, x in took.items()}  # the first of 4 finds its memory
         for name, (step, _, state) in live.items():
             m = step.memory_analysis()
             peak = m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
-            trains, total = (sum(x.size for x in jax.tree.leaves(t)) for t in (state.trainable, self.params))
+            trains, total = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.trainable, self.params))
             yield {"kind": "cost", "method": name, "trainable": trains, "share": trains / total, "peak": peak,
                    "ms": 1e3 * min(best[name]), "ratio": float(np.median(best[name] / best["full"]))}  # fmt: skip
 
@@ -174,7 +175,7 @@ def run(args: argparse.Namespace, lines: Lines) -> None:
         for line in arena.costs({"full": Subset()} | missing):
             add(line)
     ms = {line["method"]: line["ms"] for line in find(lines, kind="cost")}
-    left = sum(ms[k] * (3 + SEEDS - len(find(lines, method=k, task=t))) for k in methods for t in TASKS)
+    left = sum(ms[k] * (3 + SEEDS - len(find(lines, method=k, task=task))) for k in methods for task in TASKS)
     began, done = time.perf_counter(), 0.0
     for name, task in itertools.product(methods, TASKS):
         for line in compete(arena, lines, name, methods[name], task):
@@ -204,18 +205,17 @@ def section(lines: Lines, task: str) -> str:
                 f"{cost['trainable']:,}", f"{cost['share']:.2%}", f"{cost['peak'] / 1e6:.0f}", f"{cost['ratio']:.2f}",
             )))  # fmt: skip
     rows.sort(key=lambda row: -row[0])
-    spreads = [row[1] for row in rows if row[0] > floor] or [0.0]
+    spreads = [row[1] for row in rows if row[0] > floor + 2 * (floor * (1 - floor) / TEST) ** 0.5] or [0.0]
     df, s = len(spreads) * (n - 1), statistics.mean(spreads) ** 0.5
-    two = stats.t.ppf(0.975, df) * s * (2 / n) ** 0.5
-    most = stats.studentized_range.ppf(0.95, len(rows), df) * s / n**0.5
+    two, most = t.ppf(0.975, df) * s * (2 / n) ** 0.5, studentized_range.ppf(0.95, len(rows), df) * s / n**0.5
     rows = [(mark, *row) for mark, row in zip(letters([row[0] for row in rows], most), rows, strict=True)]
     heads = f"method,group,{TASKS[task]},by seed,test loss,rate,forgetting,trainable,of the base,peak MB,step / full"
     table = [f"| {name} | {mark} | {mean:.3f} | {' | '.join(cells)} |" for mark, mean, _, name, cells in rows]
     return "\n".join([f"## {task}\n\n| {heads.replace(',', ' | ')} |\n|---|---|{'--:|' * 9}", *table]) + (
-        f"\n\nThe most frequent answer: {floor:.3f}. The standard deviation between seeds, pooled over the "
-        f"{len(spreads)} methods above that, is s = {s:.4f} ({df} degrees of freedom). Two methods named beforehand "
-        f"differ (5 %) if they are t s √(2/{n}) = {two:.3f} apart, any two of {len(rows)} if q s / √{n} = {most:.3f} "
-        f"(Tukey). **Not told apart as best: {', '.join(row[3] for row in rows if 'a' in row[0])}.**\n"
+        f"\n\nThe most frequent answer: {floor:.3f}. Standard deviation between seeds, pooled over the {len(spreads)} "
+        f"methods clearly above that: s = {s:.4f} ({df} degrees of freedom). Two methods named beforehand differ (5 %) "
+        f"if they are t s √(2/{n}) = {two:.3f} apart, any two of {len(rows)} if q s / √{n} = {most:.3f} (Tukey). "
+        f"**Not told apart as best: {', '.join(row[3] for row in rows if 'a' in row[0])}.**\n"
     )
 
 
