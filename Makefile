@@ -1,4 +1,4 @@
-# Each target sets itself up: `make demo`, `make test`. PYTHON chooses the interpreter (3.11 to 3.13).
+# Each target sets itself up: `make demo`, `make test`, `make test ARGS="-k lora"`. PYTHON is the interpreter, 3.11-3.13.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -7,7 +7,7 @@ demo: .venv/.ready
 	$(BIN)/graftax demo
 
 test: .venv/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

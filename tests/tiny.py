@@ -1,13 +1,16 @@
 """The tiny base, batch and methods that the laws are held against."""
 
 import dataclasses
+from collections.abc import Callable
+from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from graftax import peft
-from graftax.model import Config, Transformer, init
+from graftax.model import Config, Transformer, init, token_losses
 from graftax.peft import Method, Subset, chain
 from graftax.train.config import Optim
 from graftax.train.optim import make_optimizer
@@ -20,7 +23,9 @@ CASES: dict[str, Method] = {name: cls() for name, cls in peft.methods.items()} |
     "norms": Subset("norms"),
     "layer_range": Subset("layers/[1:]/mlp/.*"),
     "lora_range": peft.methods["lora"](where="layers/[:1]/attn/[qkvo]"),
-    "chain": chain(Subset("norms"), peft.methods["lora"](rank=2), peft.methods["prompt"](tokens=3)),
+    "norms_and_lora": chain(Subset("norms"), peft.methods["lora"](rank=2)),
+    "lora_and_prompt": chain(peft.methods["lora"](rank=2), peft.methods["prompt"](tokens=3)),
+    "ia3_and_prefix": chain(peft.methods["ia3"](), peft.methods["prefix"](tokens=3)),
 }
 
 
@@ -29,8 +34,12 @@ class Base(NamedTuple):
     model: Transformer
     params: Any
 
+    __hash__, __eq__ = object.__hash__, object.__eq__  # what is computed of a base can be cached
 
+
+@cache
 def make_base(**changes: Any) -> Base:
+    """The tiny base with some fields of its config changed."""
     config = dataclasses.replace(CONFIG, **changes)
     return Base(config, Transformer(config), init(config, jax.random.key(0)))
 
@@ -60,11 +69,36 @@ def shaken(tree: Any, size: float = 0.05) -> Any:
 OPTIM = Optim(lr=3e-2, warmup=2, weight_decay=0.1, clip=1.0)
 
 
+@cache
+def train_step(model: Transformer, method: Method, optim: Optim, **kwargs: Any) -> Callable[..., Any]:
+    """step(state, frozen, batch, lr=, eps=), compiled once for all laws: those two are arguments."""
+
+    def step(state: Any, frozen: Any, batch: Any, lr: Any, eps: Any) -> Any:
+        unchecked: Any = SimpleNamespace(**vars(optim) | {"lr": lr, "eps": eps})  # Optim refuses what is no number yet
+        tx = make_optimizer(unchecked, state.trainable, 20, method)
+        return make_train_step(model, method, tx, **kwargs)(state, frozen, batch)
+
+    return jax.jit(step)
+
+
 def stepper(base: Base, method: Method, optim: Optim = OPTIM, **kwargs: Any) -> tuple[Any, Any, Any]:
     """(frozen, state, jitted step) of a method on a base."""
     frozen, trainable = peft.partition(method, base.params, jax.random.key(1))
-    tx = make_optimizer(optim, trainable, 20, method)
-    return frozen, init_state(trainable, tx), jax.jit(make_train_step(base.model, method, tx, **kwargs))
+    state = init_state(trainable, make_optimizer(optim, trainable, 20, method))
+    shared = train_step(base.model, method, dataclasses.replace(optim, lr=0.0, eps=0.0), **kwargs)  # for any of the two
+    return frozen, state, partial(shared, lr=optim.lr, eps=optim.eps)
+
+
+@cache
+def evaluator(model: Transformer, method: Method) -> Callable[..., Any]:
+    """evaluate(params, trainable, batch) -> (logits, losses of the targets), one program for all laws."""
+
+    def evaluate(params: Any, trainable: Any, batch: Any) -> Any:
+        where = batch["ids"], batch.get("positions"), batch.get("segments")
+        logits = peft.apply(model, params, method, trainable, *where)
+        return logits, token_losses(model, method.bind(params, trainable), batch, method.context(trainable))
+
+    return jax.jit(evaluate)
 
 
 def close(a: Any, b: Any, tol: float = 1e-5) -> None:
