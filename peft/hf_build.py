@@ -1,11 +1,13 @@
 """A method from an HF PEFT config: modules with the same settings together, what trains beside them in a chain."""
 
+import dataclasses
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from .. import InputError
-from ..model import Config
-from ..model.tree import nearest
+from ..model import Config, shapes_of
+from ..model.tree import named, nearest
 from .base import Method, chain
 from .hf_names import Module, family_of, modules, resolve, rules_of, where_of
 from .hf_types import Kind, kinds
@@ -67,9 +69,13 @@ def _places(found: Iterable[Module]) -> list[tuple[str, int | None]]:
 def _groups(kind: Kind, c: dict[str, Any], picked: Mapping[str, Module], config: Config) -> Iterator[Method]:
     """A method for each set of modules with the same settings; fields that have rules do not part them."""
 
+    shapes = named(shapes_of(dataclasses.replace(config, scan=True)))
+
     def fields(module: str) -> dict[str, Any]:
         found = {ours: c[theirs] for theirs, ours in kind.fields.items()}
         found |= {f: find(c[key], module, found[f]) for f, (key, find) in kind.patterns.items()}
+        if c.get("boft_block_num") and not c["boft_block_size"]:  # so many blocks, of what width that makes
+            found["block"] = shapes[picked[module].path].shape[-2] // c["boft_block_num"]
         return found | kind.read(c, module)
 
     groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
@@ -92,10 +98,17 @@ def _groups(kind: Kind, c: dict[str, Any], picked: Mapping[str, Module], config:
 def _ia3(c: dict[str, Any], picked: Mapping[str, Module], config: Config) -> Method:
     inner = c["feedforward_modules"]
     if inner is None:
-        inner = _FEEDFORWARD.get(family_of(config), ["down_proj"]) if c["target_modules"] is None else []
-    before = {m for m in picked if (m == inner if isinstance(inner, str) else any(m.endswith(f) for f in inner))}
+        inner = _FEEDFORWARD.get(family_of(config), ["down_proj"])
+    pattern = isinstance(inner, str)
+    before = {m for m in picked if (re.fullmatch(inner, m) if pattern else any(m.endswith(f) for f in inner))}
     at = lambda names: where_of([(picked[m].path, picked[m].layer) for m in names], config.L)  # noqa: E731
     return _class("IA3")(where=at([m for m in picked if m not in before]), inner=at([m for m in picked if m in before]))
+
+
+def _below(module: str, name: str) -> bool:
+    """Whether modules_to_save means a module, or one that it is in: their ends count, from a dot on or not."""
+    parts = module.split(".")
+    return any(".".join(parts[: i + 1]).endswith(name) for i in range(len(parts)))
 
 
 def _beside(
@@ -104,13 +117,10 @@ def _beside(
     """What trains before and behind the method itself: biases, modules_to_save, trainable tokens."""
     every, first, last = modules(config), [], []
     bias = c.get("bias", "none")
-    if bias != "none":
-        whose = every if bias == "all" else picked
-        places = [(at.bias, at.layer) for at in whose.values() if at.bias]
-        if places:
-            first.append(_class("Subset")(where=where_of(places, config.L)))
+    whose = {} if bias == "none" else every if bias == "all" else picked
+    places = [(at.bias, at.layer) for at in whose.values() if at.bias]
     for name in c.get("modules_to_save") or []:
-        found = {m: at for m, at in every.items() if m.endswith(name)}  # from a dot on or not, as in peft
+        found = {m: at for m, at in every.items() if _below(m, name)}
         if name == "lm_head" and config.tied:
             first.append(_class("Head")())
         elif not found:
@@ -121,7 +131,10 @@ def _beside(
                 "trains a copy for the lookup alone; that is not here"
             )
         else:
-            first.append(_class("Subset")(where=where_of(_places(found.values()), config.L)))
+            places += _places(found.values())
+    if places:  # one Subset: two could not both have an array
+        order = [(path, at.layer) for at in every.values() for path in (at.path, at.bias)]
+        first.append(_class("Subset")(where=where_of(sorted(set(places), key=order.index), config.L)))
     if ids := c.get("trainable_token_indices"):
         table = next(m for m, at in every.items() if at.path == "embed/table")
         if isinstance(ids, dict):

@@ -32,6 +32,10 @@ def ask(c: dict[str, Any], tensors: Tensors) -> dict[str, Any]:
         return {**kinds[kind].defaults, "peft_type": kind, "num_virtual_tokens": c["num_virtual_tokens"]}
     if c["peft_type"] == "PREFIX_TUNING":
         return c | {"prefix_projection": False}
+    if c["peft_type"] == "HIRA":  # whatever its patterns say, peft makes ranks that only the file tells
+        start, end = PREFIX, ".hira_A"
+        ranks = {n.removeprefix(start).removesuffix(end): x.shape[0] for n, x in tensors.items() if n.endswith(end)}
+        return c | {"rank_pattern": ranks}
     factors = {x.shape[0] for name, x in tensors.items() if name.endswith(".boft_R") and x.ndim == 4}
     return c | {"boft_n_butterfly_factor": factors.pop()} if len(factors) == 1 else c
 
@@ -73,6 +77,8 @@ def constants(
         elif isinstance(part, shira.SHiRA):
             part = _places(part, tensors, [e for e in found if e.branch == branch], tree, where)
         made.append((branch, part))
+    if c.get("init_lora_weights") in ("pissa", "olora"):  # what is left of the head; it is computed here
+        tensors.pop(f"{PREFIX}lm_head.base_layer.weight", None)
     _tables(tensors, found, params, where)
     return (Chain(tuple(made)) if isinstance(method, Chain) else made[0][1]), tensors
 
@@ -151,14 +157,20 @@ def held(method: Method, trainable: Any, config: Config, found: list[Entry], par
                 tensors[ROOT + name] = np.asarray(x, np.float32)
                 copies = {e.name.rsplit(".", 1)[0] for e in own} if module is randlora else ()
                 tensors |= {f"{copy}.{name}": tensors[ROOT + name] for copy in copies}
-    return tensors if params is None else tensors | _untouched(found, config, params)
+    lessened = any(type(part).__name__ in ("PiSSA", "OLoRA") for _, part in parts(method))  # HF has the residual there
+    return tensors if params is None or lessened else tensors | _untouched(found, config, params)
 
 
 def _untouched(found: list[Entry], config: Config, params: Any) -> Tensors:
     """The tables below an adapted `embed_tokens` or `lm_head`, and beside it, which HF PEFT saves as they are."""
     mods: dict[str, Module] = modules(config)
     named_so = {m: at for m, at in mods.items() if m.split(".")[-1] in ("embed_tokens", "lm_head")}
-    touched = [m for m in named_so if any(e.name.startswith(f"{PREFIX}{m}.lora_") for e in found)]
+    own = {
+        m: [e.name.removeprefix(f"{PREFIX}{m}.") for e in found if e.name.startswith(f"{PREFIX}{m}.")] for m in named_so
+    }
+    touched = [m for m, names in own.items() if set(names) - {"weight", "bias"}]
+    if any(e.name.endswith("trainable_tokens_delta") for e in found):
+        return {}
     flat = named(params)
     arrays = {m: np.asarray(flat[named_so[m].path], np.float32) for m in touched}
     return {f"{PREFIX}{m}.base_layer.weight": x.T if m == "lm_head" else x for m, x in arrays.items()}

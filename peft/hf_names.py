@@ -76,10 +76,11 @@ def resolve(c: Mapping[str, Any], config: Config, where: str) -> dict[str, Modul
         picked = [m for m, at in found.items() if at.kind == "matrix" and at.path != "head/matrix"]
     else:
         picked = [m for m in found if _matches(m, wanted) and _layer(m, wanted, c)]
-    kept, left_out = tuple(_listed(c.get("modules_to_save"))), _listed(c.get("exclude_modules"))
+    kept, left_out = _listed(c.get("modules_to_save")), _listed(c.get("exclude_modules"))
     if isinstance(c.get("exclude_modules"), str):
         picked = [m for m in picked if not re.fullmatch(c["exclude_modules"], m)]
-    picked = [m for m in picked if not _matches(m, left_out) and not m.endswith(kept)]
+    picked = [m for m in picked if not _matches(m, left_out)]
+    picked = [m for m in picked if not any(re.match(rf"(^|.*\.){k}($|\..*)", m) for k in kept)]
     if not picked:
         names = {m.split(".")[-1] for m in found}
         wanted = wanted if isinstance(wanted, str) else ", ".join(sorted(wanted))

@@ -67,6 +67,11 @@ def _write_lora(method: Any) -> Config:
             "init_lora_weights": start}  # fmt: skip
 
 
+def _adalora(c: Config, module: str) -> dict[str, Any]:
+    kept = (c["rank_pattern"] or {}).get(f"{module}.lora_E", [True] * c["init_r"])
+    return {"kept": sum(kept), "alpha": c["lora_alpha"] if c["lora_alpha"] > 0 else c["init_r"]}
+
+
 def _oft(c: Config, module: str) -> dict[str, Any]:
     return {"terms": c["num_cayley_neumann_terms"] if c["use_cayley_neumann"] else 0}
 
@@ -111,7 +116,7 @@ kinds: dict[str, Kind] = {
          "beta2": 0.85, "orth_reg_weight": 0.5, "rank_pattern": None, "r": 8, "total_step": None,
          "init_lora_weights": True},
         {"a": ("lora_A", TURNED), "e": ("lora_E", COLUMN), "b": ("lora_B", TURNED)}, varies={"kept": "ranks"},
-        read=lambda c, m: {"kept": sum((c["rank_pattern"] or {}).get(f"{m}.lora_E", [True] * c["init_r"]))}),
+        read=_adalora),
     "VERA": Kind(
         ("VeRA",), {"r": "rank", "d_initial": "d_initial", "projection_prng_key": "seed"},
         {**_COMMON, "r": 256, "d_initial": 0.1, "projection_prng_key": 0, "save_projection": True},

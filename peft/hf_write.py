@@ -159,6 +159,9 @@ def _targets(
         ends, outer = spelled(inner, config), spelled([m for m in own if m not in inner], config)
         return {"target_modules": sorted({*ends, *outer}), "feedforward_modules": ends}
     tree: dict[str, Any] = {"target_modules": spelled(own, config)}
+    if name == "BOFT" and len({part.block for _, part in mains}) > 1:  # type: ignore[attr-defined]
+        number = next(iter(_leaves(m, trainable, mains, config)["r"].shape[-3] for m in own))
+        tree |= {"boft_block_size": 0, "boft_block_num": number}
     if name == "ADALORA":
         tree |= {"total_step": int(first.tinit + first.tfinal) + 1} | _ranks(first, own, mains, trainable, config)
     return tree
@@ -204,17 +207,19 @@ def _beside(
         if not isinstance(part, Subset):
             raise InputError(f"{type(part).__name__} beside {name}: HF PEFT has no file for it; merge it: --format hf")
         places = _picked(part, config)
-        biases = {scope: {(at.bias, at.layer) for m, at in every.items() if at.bias and (scope == "all" or m in own)}
-                  for scope in ("all", "only")}  # fmt: skip
-        if scope := next((scope for scope, found in biases.items() if found == places), ""):
-            tree["bias"] = "all" if scope == "all" else f"{_ONLY.get(name, name.lower())}_only"
-            continue
-        chosen = [m for m, at in every.items() if (at.path, at.layer) in places]
-        covered = {(p, every[m].layer) for m in chosen for p in (every[m].path, every[m].bias) if p}
-        if covered != places:
-            odd = sorted(places ^ covered, key=str)[0][0]
+        whose = {"none": {}, "all": every, f"{_ONLY.get(name, name.lower())}_only": own}
+        for scope, owners in whose.items():
+            biases = {(every[m].bias, every[m].layer) for m in owners if every[m].bias}
+            rest = places - biases
+            chosen = [m for m, at in every.items() if (at.path, at.layer) in rest]
+            covered = {(p, every[m].layer) for m in chosen for p in (every[m].path, every[m].bias) if p}
+            if biases <= places and rest <= covered <= places:
+                tree |= {"bias": scope}
+                whole += sorted(chosen)  # whole paths: peft takes every module whose path ends so, from a dot on or not
+                break
+        else:
+            odd = sorted(places, key=str)[0][0]
             raise InputError(
                 f"{odd} beside {name}: HF PEFT saves whole modules, or all biases, or those of its targets"
             )
-        whole += sorted(chosen)  # by whole paths: peft takes every module whose path ends so, from a dot on or not
     return tree | ({"modules_to_save": whole} if whole else {})

@@ -32,8 +32,9 @@ class IA3(Method):
     inner: str = "layers/mlp/down"  # what goes in is scaled
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
-        outputs = each_matrix(key, params, self.where, lambda k, D, F: {"after": jnp.ones(F)}, "ia3")
-        return outputs | each_matrix(key, params, self.inner, lambda k, D, F: {"before": jnp.ones(D)}, "ia3")
+        after, before = (lambda k, D, F: {"after": jnp.ones(F)}), (lambda k, D, F: {"before": jnp.ones(D)})
+        outputs = each_matrix(key, params, self.where, after, "ia3") if self.where else {}
+        return outputs | (each_matrix(key, params, self.inner, before, "ia3") if self.inner else {})
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
         def scaled(bias: Array, before: Any = None, after: Any = None) -> Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .lora import LoRA
-from .residual import begin, lessen
+from .residual import asked, begin, lessen
 
 
 def orthonormal(w: Array, scale: Any, rank: int) -> tuple[Array, Array]:
@@ -22,6 +22,9 @@ class OLoRA(LoRA):
     demo = False
 
     alpha: float = 8.0
+
+    def factor(self, params: Any, key: str, arrays: dict[str, Array]) -> Any:
+        return asked(self, params, key)
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         return begin(self, orthonormal, key, params)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .lora import LoRA
-from .residual import begin, lessen
+from .residual import asked, begin, lessen
 
 
 def principal(w: Array, scale: Any, rank: int) -> tuple[Array, Array]:
@@ -23,6 +23,9 @@ class PiSSA(LoRA):
     demo = False
 
     alpha: float = 8.0
+
+    def factor(self, params: Any, key: str, arrays: dict[str, Array]) -> Any:
+        return asked(self, params, key)
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         return begin(self, principal, key, params)

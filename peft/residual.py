@@ -12,7 +12,7 @@ from .. import InputError
 from ..model import Weight
 from ..model.tree import cut_key, named, replace
 from .lora import LoRA
-from .targets import group
+from .targets import group, layer_values
 
 
 class Residual(Weight):
@@ -35,6 +35,12 @@ def parts(w: Array, scale: Any, split: Any, rank: int, rest: bool) -> Any:
     scale = jnp.broadcast_to(jnp.ravel(scale), w.shape[0] if w.ndim == 3 else 1)
     with jax.default_matmul_precision("highest"):
         return jax.lax.map(lambda at: one(*at), (w, scale)) if w.ndim == 3 else one(w, scale[0])
+
+
+def asked(method: LoRA, params: Any, key: str) -> Any:
+    """alpha / rank with the rank that was asked for, also where a matrix is narrower and has less."""
+    alpha = layer_values(method.alphas, method.alpha, params, key, "alpha rule")
+    return alpha / layer_values(method.ranks, method.rank, params, key, "rank rule")
 
 
 def begin(method: LoRA, split: Any, key: Array, params: Any) -> dict[str, Any]:

@@ -137,14 +137,14 @@ class Methods:
         for name, cls in sorted(peft.methods.items()):
             about: Any = re.match(r"(.*?)(?: \(([^()]*)\))?\.?$", (cls.__doc__ or "").splitlines()[0])
             method, (formula, paper), said = cls(), about.groups(""), "nothing it has"
-            row: dict[str, Any] = {"formula": formula, "paper": paper, "identity": cls.identity, "trainable": None,
+            row: dict[str, Any] = {"formula": formula, "paper": paper, "identity": method.identity, "trainable": None,
                    "folds": foldable(method), "hf_peft": peft.hf.type_of(method)}  # fmt: skip
             try:
                 row["trainable"] = peft.count(method, shapes)
                 said = f"{row['trainable']:,} ({row['trainable'] / total:.3%})"
             except InputError:  # BitFit of a base without biases
                 pass
-            start, folds = "base" if cls.identity else "other", "yes" if row["folds"] else "no"
+            start, folds = "base" if method.identity else "other", "yes" if row["folds"] else "no"
             table.add_row(name, Text(formula), said, start, folds, row["hf_peft"] or "-", row["paper"])
             rows[name] = row
         console.print(table)
