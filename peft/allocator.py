@@ -59,6 +59,7 @@ def allocate(plan: Budget, b1: float, b2: float) -> optax.GradientTransformation
         return Scores(jnp.int32(0), *(jax.tree.map(jnp.zeros_like, trainable) for _ in range(2)))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Scores]:
+        """Score the ranks as they are after this step, and end those that are over the budget."""
         shapes = [t["e"].shape for t in params.values()]
         gone = jnp.asarray(plan.gone(sum(map(math.prod, shapes)), sum(math.prod(s[:-1]) for s in shapes)))
         size = jax.tree.map(lambda p, u, g: jnp.abs((p + u) * g), params, updates, extra["grads"])

@@ -60,6 +60,7 @@ class BOFT(Method):
     where: str = "linear"
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
+        """R = 0 and s = 1 of every target; InputError for a matrix whose inputs the butterfly does not divide."""
         m, b = self.factors, self.block
         if m > 1 and b % 2:
             raise InputError(f"boft: block={b} has no halves to exchange; take an even one, or factors=1")

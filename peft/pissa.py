@@ -1,6 +1,6 @@
 """PiSSA: LoRA that begins as the principal part of each matrix, which the base then lacks (arXiv:2404.02948)."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ class PiSSA(LoRA):
     """W - U S V + s A B with s A B = U S V, the `rank` largest singular values of W, at first (arXiv:2404.02948)."""
 
     demo = False
+    split: ClassVar[Any] = staticmethod(principal)  # (w, scale, rank) -> (a, b) that the base then lacks
 
     alpha: float = 8.0
 
@@ -28,10 +29,10 @@ class PiSSA(LoRA):
         return asked(self, params, key)
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
-        return begin(self, principal, key, params)
+        return begin(self, self.split, key, params)
 
     def freeze(self, params: Any) -> Any:
-        return lessen(self, principal, params, jax.eval_shape(self.init, jax.random.key(0), params))
+        return lessen(self, self.split, params, jax.eval_shape(self.init, jax.random.key(0), params))
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
-        return super().bind(lessen(self, principal, params, trainable), trainable)
+        return super().bind(lessen(self, self.split, params, trainable), trainable)

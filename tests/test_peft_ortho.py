@@ -211,7 +211,7 @@ def test_what_begins_as_a_part_of_the_base(base, kind):
     }  # fmt: skip
     merged = named(peft.merge(method, base.params, moved))
     close(named(peft.fold(method.bind(frozen, moved))), merged)
-    for key, layer, scale in (("q[0:1]", 0, 6 / 4), ("q[1:2]", 1, 3 / 2), ("k", 1, 3 / 16), ("v", 0, 6 / 4)):
+    for key, layer, scale in (("q[0:1]", 0, 6 / 4), ("q[1:2]", 1, 3 / 2), ("k", 1, 3 / 40), ("v", 0, 6 / 4)):
         path, t = f"layers/attn/{key[0]}", jax.tree.map(lambda x, i=layer: x[i % len(x)], moved[f"layers/attn/{key}"])
         R = t["a"].shape[1]
         config = {"init_lora_weights": kind.__name__.lower(), "r": R, "lora_alpha": scale * R, "use_rslora": False}

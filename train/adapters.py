@@ -1,7 +1,6 @@
 """Adapters out and in: a run's adapter as an HF PEFT folder, compared with what it was, and such a folder as a run."""
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 
 from .. import InputError, peft
 from ..data.tokenizer import load_tokenizer
-from ..model.hf_files import read_json
+from ..model.hf_files import read_json, unchecked
 from ..model.tree import cut_key
 from ..peft import Method
 from ..peft.hf_names import family_of
@@ -54,17 +53,10 @@ def write(got: Any, out: Path, target: Target, compare: Any) -> dict[str, Any]:
         if family_of(got.config) == "gpt2":
             raise InputError("--for vllm: vLLM's GPT-2 takes no LoRA; merge it: --format hf")
         method, trainable = uniform(method, got.config, got.params, trainable)
-    base, made = got.manifest.get("imported", ""), out.with_name(out.name + ".unchecked")
-    shutil.rmtree(made, ignore_errors=True)
-    try:
+    base = got.manifest.get("imported", "")
+    with unchecked(out) as made:
         peft.hf.save(made, got.config, method, trainable, base, got.params)
         found = compare(got, *peft.hf.load(made, got.config, got.params))
-        if out.exists():
-            out.rmdir()
-        made.rename(out)
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise
     console.print(f"wrote {out}/: {', '.join(sorted(p.name for p in out.iterdir()))}", soft_wrap=True)
     if not base:
         console.print(f"its base: graftax export {got.run.base} --out BASE", soft_wrap=True)

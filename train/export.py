@@ -1,7 +1,6 @@
 """Bases in and out: import, export, merge. What is written is read back and compared before it counts."""
 
 import dataclasses
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,7 +14,7 @@ from .. import InputError
 from ..data.hf_sentencepiece import for_transformers
 from ..data.hf_tokenizer import add_special
 from ..model import forward, hf, resize
-from ..model.hf_files import CARRIED, empty, fetch
+from ..model.hf_files import CARRIED, empty, fetch, unchecked
 from ..model.tree import named
 from ..peft import Subset, merge
 from . import adapters
@@ -109,19 +108,12 @@ def checked(out: Path, got: Loaded, dtype: str, bound: float, write: Callable[[P
 
     One of the two models is in memory at a time. Raises InputError, and leaves nothing, if they differ too much.
     """
-    made, ids = out.with_name(out.name + ".unchecked"), probe_ids(got)
-    shutil.rmtree(made, ignore_errors=True)
+    ids = probe_ids(got)
     before, merged = logits_of(got, ids), folded(got, dtype)
-    try:
+    with unchecked(out) as made:
         said, bound = write(made, merged), bound or BOUNDS[widest(merged)]
         del merged, got
         found = compare(before, logits_of(load_run(made), ids), bound, f"{out} read back against what it was made of")
-        if out.exists():
-            out.rmdir()
-        made.rename(out)
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise
     return {"out": str(out), **said, **found}
 
 
