@@ -77,6 +77,7 @@ def parse(path: Path, files: dict[str, bytes], name: str) -> dict[str, Any]:
     """A JSON object, {} where there is no such file."""
     try:
         value = json.loads(files.get(name, b"{}").decode("utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()  # "\ud800" is valid JSON, and no text
     except (ValueError, RecursionError) as e:
         reason = "nested too deep" if isinstance(e, RecursionError) else e
         raise InputError(f"{path / name}: not valid JSON ({reason})") from None
@@ -121,7 +122,7 @@ def _added(path: Path, files: dict[str, bytes], given: dict[str, Any], named: se
     source = CONFIG if isinstance(listed, dict) else "added_tokens.json"
     if not isinstance(listed, dict):
         more = given.get("additional_special_tokens") or given.get("extra_special_tokens") or []
-        special = named | {_text(token) for token in more if isinstance(more, list)}
+        special = named | {_text(token) for token in (more if isinstance(more, list) else [])}
         old = parse(path, files, "added_tokens.json")
         listed = {i: {"content": token, "special": token in special} for token, i in old.items()}
     try:
@@ -146,9 +147,9 @@ def _template(path: Path, files: dict[str, bytes], config: dict[str, Any]) -> tu
     if found is None:
         name, found = CONFIG, config.get("chat_template")
     if isinstance(found, list):
-        by_name = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        by_name = {str(one.get("name")): one.get("template") for one in found if isinstance(one, dict)}
         if "default" not in by_name:
-            raise InputError(f"{path / name}: chat templates {sorted(map(str, by_name))}; one named default is wanted")
+            raise InputError(f"{path / name}: chat templates {sorted(by_name)}; one named default is wanted")
         found = by_name["default"]
     if found is None or found == "":
         return "", ""

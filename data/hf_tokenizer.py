@@ -27,12 +27,7 @@ def from_files(path: Path, main: str, data: bytes, files: dict[str, bytes]) -> T
     """
     folder = _folder(path, main, data, files)
     build = functools.partial(_build, folder, main, data)
-    plain = build()
-    plain.encode_special_tokens = True  # "</s>" in a text is text
-    added = plain.get_added_tokens_decoder()
-    special = {token.content: i for i, token in added.items() if token.special}
-    unknown = folder.names.get("unk_token", "<unk>")  # which any text may give
-    _check_plain(plain, {token: i for token, i in special.items() if token != unknown}, path / main)
+    plain, special, added = _plain(build, folder.names.get("unk_token", "<unk>"), path / main)
     # No bos (Qwen) or no pad is common: eos then separates documents, and a padded position never counts.
     eos = wanted(special.get(folder.names.get("eos_token", "")), "eos", path / main)
     bos, pad = (special.get(folder.names.get(f"{k}_token", ""), eos) for k in ("bos", "pad"))
@@ -43,7 +38,8 @@ def from_files(path: Path, main: str, data: bytes, files: dict[str, bytes]) -> T
     return Tokenizer(
         file=main,
         data=data,
-        vocab_size=max(plain.get_vocab_size(with_added_tokens=True), 1 + max(added)),
+        # Not the number of tokens: ids may have gaps, and one that is too large would be a wrong row of the table.
+        vocab_size=1 + max(*plain.get_vocab(with_added_tokens=True).values(), *added),
         bos=bos,
         eos=eos,
         pad=pad,
@@ -57,6 +53,24 @@ def from_files(path: Path, main: str, data: bytes, files: dict[str, bytes]) -> T
         files=files,
         encode_marked=_marked(build),
     )
+
+
+def _plain(build: Callable[[], Any], unknown: str, path: Path) -> tuple[Any, dict[str, int], list[int]]:
+    """(the model, to which "</s>" in a text is text; its special tokens; the ids of all added ones). Any text may give
+    the token `unknown`.
+    """
+    try:
+        model = build()
+        model.encode_special_tokens = True
+        added = model.get_added_tokens_decoder()
+        special = {token.content: i for i, token in added.items() if token.special}
+        _check_plain(model, {token: i for token, i in special.items() if token != unknown}, path)
+    except (InputError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # the Rust side raises bare Exception, and panics; Python what a strange file gives
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise InputError(f"{path}: not a tokenizer that works ({reason}); fetch it again") from None
+    return model, special, list(added)
 
 
 def _marked(build: Callable[[], Any]) -> Callable[[Sequence[str], bool], list[Any]]:
@@ -124,6 +138,7 @@ def _without_special(data: bytes, special: set[str]) -> str:
 
 def _check_plain(model: Any, special: dict[str, int], path: Path) -> None:
     """InputError if the text of a special token gives it all the same."""
+    model.encode_batch(["\U000f0000 \x00"], add_special_tokens=False)  # one without <unk> may fail at such a text alone
     for form in ("{}", "a{}a", " {} "):
         found = model.encode_batch([form.format(token) for token in special], add_special_tokens=False)
         bad = next((token for (token, i), one in zip(special.items(), found, strict=True) if i in one.ids), None)

@@ -21,6 +21,8 @@ def stack(rows: Sequence[Row]) -> Batch:
 class Loader:
     """An iterator of batches from row `start` on. `put` (numpy batch -> device batch) runs on the prefetch threads.
 
+    `held`: the rows of each batch that this process needs; no other row is read. The stream, and what is the n-th batch
+    of it, are the same for any number of processes.
     `state()` after n batches is {"next_row": start + n * batch_size}: give it as `start` to go on, with any batch size.
     A stream that ends gives no partial batch. InputError for a batch size below 1, or a start outside the stream.
     """
@@ -31,13 +33,16 @@ class Loader:
         batch_size: int,
         put: Callable[[Batch], Batch] | None = None,
         start: int = 0,
+        held: Any = None,
     ):
         if batch_size < 1:
             raise InputError(f"batch size {batch_size}: at least 1 is wanted")
         if not 0 <= start < len(rows):
             raise InputError(f"start row {start}: outside the stream of {len(rows)} rows; was it written by this run?")
         self._next, self._size = start, batch_size
-        stream = rows[start:].batch(batch_size, drop_remainder=True, batch_fn=stack)
+        taken = range(batch_size) if held is None else [int(i) for i in held]
+        stream: Any = grain.MapDataset.range((len(rows) - start) // batch_size)
+        stream = stream.map(lambda n: stack([rows[start + n * batch_size + i] for i in taken]))
         stream = stream.map(put) if put else stream
         self._batches = iter(stream.to_iter_dataset(grain.ReadOptions(_THREADS, _AHEAD)))
 
@@ -45,7 +50,15 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        batch = next(self._batches)
+        try:
+            batch = next(self._batches)
+        except (StopIteration, InputError):
+            raise
+        except Exception as error:  # of a prefetch thread
+            where = f"rows {self._next} to {self._next + self._size - 1} of the stream"
+            raise InputError(
+                f"{where} could not be read ({type(error).__name__}: {error}); put the data back, then go on with --resume"
+            ) from error
         self._next += self._size
         return batch
 

@@ -5,6 +5,7 @@ The template is the tokenizer's own (chat.py) where a Hugging Face tokenizer has
 """
 
 import hashlib
+import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,10 @@ import grain
 import numpy as np
 
 from .. import InputError
+from .bad import STRICT, Bad
 from .chat import encode_chats, encode_prompts
 from .pack import Row, empty_row
-from .sources import check_text
+from .sources import text_of
 from .tokenizer import ROLES, Tokenizer
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
@@ -38,34 +40,26 @@ class Sft:
     digest: str  # the same digest is the same stream of rows
 
 
-def messages(row: dict[str, Any], where: str) -> list[Message]:
+def messages(row: dict[str, Any], where: str, bad: Bad = STRICT) -> list[Message]:
     """One row, of any known shape, as messages. InputError names `where` and what was wanted."""
     shape = _FIELDS & set(row)
     if shape == {"messages"}:
-        return _turns(row["messages"], where)
+        return _turns(row["messages"], where, bad)
     if shape == {"prompt", "completion"}:
         if isinstance(row["prompt"], list):  # earlier turns
             reply = {"role": "assistant", "content": row["completion"]}
-            return _turns([*row["prompt"], reply], where)
-        pair = _content(row, "prompt", where), _content(row, "completion", where)
+            return _turns([*row["prompt"], reply], where, bad)
+        pair = text_of(row, "prompt", where, bad), text_of(row, "completion", where, bad)
     elif shape in ({"instruction", "output"}, {"instruction", "input", "output"}):
-        given = _content(row, "input", where) if row.get("input") is not None else ""
-        asked = _content(row, "instruction", where)
-        pair = f"{asked}\n\n{given}" if given else asked, _content(row, "output", where)
+        given = text_of(row, "input", where, bad) if row.get("input") is not None else ""
+        asked = text_of(row, "instruction", where, bad)
+        pair = f"{asked}\n\n{given}" if given else asked, text_of(row, "output", where, bad)
     else:
-        raise InputError(f"{where}: fields {sorted(map(str, row))}; {_SHAPES} is wanted")
-    return _turns([{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}], where)
+        raise InputError(f"{where}: fields {reprlib.repr(sorted(row))}; {_SHAPES} is wanted")
+    return _turns([{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}], where, bad)
 
 
-def _content(row: dict[str, Any], field: str, where: str) -> str:
-    text = row.get(field)
-    if not isinstance(text, str):
-        kind = "null" if text is None else f"a {type(text).__name__}"
-        raise InputError(f"{where}: {field!r} is {kind}; text is wanted")
-    return check_text(text, where)
-
-
-def _turns(turns: Any, where: str) -> list[Message]:
+def _turns(turns: Any, where: str, bad: Bad) -> list[Message]:
     if not isinstance(turns, (list, tuple)) or not turns:
         raise InputError(f"{where}: 'messages' is {_kind(turns)}; a list of {{role, content}} is wanted")
     checked = []
@@ -73,10 +67,11 @@ def _turns(turns: Any, where: str) -> list[Message]:
         if not isinstance(turn, dict) or not {"role", "content"} <= set(turn):
             raise InputError(f"{where}: message {n} is {_kind(turn)}; {{role, content}} is wanted")
         if turn["role"] not in ROLES:
-            raise InputError(f"{where}: message {n} has role {turn['role']!r}; one of {', '.join(ROLES)} is wanted")
+            said = f"message {n} has role {reprlib.repr(turn['role'])}"
+            raise InputError(f"{where}: {said}; one of {', '.join(ROLES)} is wanted")
         if turn["role"] == "system" and n:
             raise InputError(f"{where}: message {n} is from system; only the first may be")
-        checked.append({"role": turn["role"], "content": _content(turn, "content", f"{where}: message {n}")})
+        checked.append({"role": turn["role"], "content": text_of(turn, "content", f"{where}: message {n}", bad)})
     if not any(turn["role"] == "assistant" and turn["content"] for turn in checked):
         raise InputError(f"{where}: no words by the assistant, so nothing to learn; drop the row or fill it in")
     return checked
@@ -84,7 +79,7 @@ def _turns(turns: Any, where: str) -> list[Message]:
 
 def _kind(value: Any) -> str:
     if isinstance(value, dict):
-        return f"an object with {sorted(map(str, value))}"
+        return f"an object with {reprlib.repr(sorted(value))}"
     return "empty" if value == [] else "null" if value is None else f"a {type(value).__name__}"
 
 
@@ -132,24 +127,30 @@ def render_prompts(rows: Sequence[tuple[str, list[Message]]], tokenizer: Tokeniz
     return [ids + _marker("assistant", tokenizer) for ids, _ in encode_examples(asked, tokenizer)]
 
 
-def sft_rows(rows: Iterable[tuple[str, dict]], tokenizer: Tokenizer, T: int, seed: int, pack: bool = True) -> Sft:
+def sft_rows(
+    rows: Iterable[tuple[str, dict]], tokenizer: Tokenizer, T: int, seed: int, pack: bool = True, bad: Bad = STRICT
+) -> Sft:
     """Encode (where, row) pairs and put several in a row of T (pack=False: one). Same row format as pretraining.
 
-    n tokens take n - 1 positions, because the last is only ever a target. InputError: a bad row, one that does not
-    fit T, or no rows.
+    n tokens take n - 1 positions, because the last is only ever a target. InputError, unless `bad` says otherwise: a
+    bad row, one that does not fit T, one without a target. InputError too for no rows.
     """
     if not 0 <= seed < 2**32:
         raise InputError(f"seed {seed}: an integer in [0, 2**32) is wanted")
     sha = hashlib.sha256(f"{tokenizer.digest} {T} {seed} {pack}".encode())
-    checked = [(where, messages(row, where)) for where, row in rows]
+    checked = []
+    for where, row in rows:
+        with bad:
+            checked.append((where, messages(row, where, bad)))
+    bad.rows = max(bad.rows, len(checked))  # tasks that no reader has counted
     examples = []
     for (where, _), pair in zip(checked, encode_examples(checked, tokenizer), strict=True):
-        ids, weights = (np.array(x, np.int32) for x in pair)
-        if len(ids) - 1 > T:
-            raise InputError(f"{where}: {len(ids) - 1} tokens, but a row holds T={T}; raise T, or shorten the row")
-        sha.update(ids.tobytes() + b"|" + weights.tobytes())
-        examples.append({"ids": ids[:-1], "targets": ids[1:], "weights": weights[1:].astype(np.float32)})
+        with bad:
+            ids, weights = _fitting(pair, T, where, bad)
+            sha.update(ids.tobytes() + b"|" + weights.tobytes())
+            examples.append({"ids": ids[:-1], "targets": ids[1:], "weights": weights[1:].astype(np.float32)})
     if not examples:
+        bad.settle()
         raise InputError("tuning data: no rows; at least one is wanted")
     packed = _pack(examples, T, seed) if pack else [_one(example, T) for example in examples]
     packed = [row | {"row": np.int64(i)} for i, row in enumerate(packed)]
@@ -161,6 +162,18 @@ def sft_rows(rows: Iterable[tuple[str, dict]], tokenizer: Tokenizer, T: int, see
         target_tokens=int(sum(example["weights"].sum() for example in examples)),
         digest=sha.hexdigest(),
     )
+
+
+def _fitting(pair: tuple[list[int], list[int]], T: int, where: str, bad: Bad) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, weights) that a row of T holds, and of which something is learnt. InputError for any other."""
+    ids, weights = np.array(pair[0], np.int32), np.array(pair[1], np.int32)
+    if (n := len(ids) - 1) > T:
+        bad.repair(InputError(f"{where}: {n} tokens, but a row holds T={T}; raise T, or shorten the row"))
+        ids, weights = ids[: T + 1], weights[: T + 1]
+    if not weights[1:].any():
+        rest = f" in the first {T} tokens" if n > T else ""
+        raise InputError(f"{where}: no target tokens{rest}, so nothing to learn; drop the row or shorten its prompt")
+    return ids, weights
 
 
 def _one(example: Row, T: int) -> Row:

@@ -5,17 +5,21 @@ text; `hub:owner/name[:config][@split]` (split `train` unless it is named).
 """
 
 import hashlib
+import json
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from .. import InputError
 from . import clean
+from .bad import STRICT, Bad
 from .files import READERS, expand, read_text
 
 MAX_BYTES = 8192  # a plain text longer than this is cut into documents, so that one book can be split by document
 _HUB = re.compile(r"hub:(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[^@:]+))?(?:@(?P<split>.+))?")
+_SURROGATE = "[\ud800-\udfff]"
 _WHOLE = {".md", ".rst", ".py"}  # one file is one article or module
 
 
@@ -26,53 +30,59 @@ class Document(NamedTuple):
     text: str
 
 
-def documents(spec: str, field: str = "text") -> Iterator[Document]:
+def documents(spec: str, field: str = "text", bad: Bad = STRICT) -> Iterator[Document]:
     """Yield the documents of `spec`; `field` names the text of structured rows. Blank ones are left out.
 
-    InputError for an unknown spec, a missing or empty source, text that is not UTF-8, a row without text in `field`.
+    InputError for an unknown spec, a missing or empty source; `bad` says what becomes of text that is not UTF-8 and of
+    a row without text in `field`.
     """
     if spec.startswith("embedded:"):
         found = _embedded(spec)
     elif spec.startswith("hub:"):
-        found = (Document(where, _text(row, field, where)) for where, row in _hub_rows(spec))
+        found = _row_documents(((where, where, row) for where, row in _hub_rows(spec, bad)), field, bad)
     else:
-        found = _file_documents(spec, field)
+        found = _file_documents(spec, field, bad)
     empty = True
     for document in found:
         if document.text.strip():
             empty = False
             yield document
     if empty:
+        bad.settle()
         raise InputError(f"{spec}: no text in it; at least one document that is not blank is wanted")
 
 
-def rows(spec: str) -> Iterator[tuple[str, dict]]:
+def rows(spec: str, bad: Bad = STRICT) -> Iterator[tuple[str, dict]]:
     """Yield ("path:row", row) of a structured source. InputError for plain text, or what cannot be read."""
     if spec.startswith("hub:"):
-        yield from _hub_rows(spec)
+        yield from _hub_rows(spec, bad)
         return
     files = [] if spec.startswith("embedded:") else [path for _, path in expand(spec)]
     plain = next((path for path in files if path.suffix not in READERS), None)
     if plain or not files:
         raise InputError(f"{plain or spec}: has no rows; .jsonl, .json, .csv, .parquet or hub:owner/name is wanted")
     for path in files:
-        yield from READERS[path.suffix](path)
+        yield from READERS[path.suffix](path, bad)
 
 
-def _text(row: dict, field: str, where: str) -> str:
+def text_of(row: dict, field: str, where: str, bad: Bad = STRICT) -> str:
+    """The text of a field. InputError: it is not there, no text, or holds a lone surrogate (JSON allows "\\ud800"),
+    which no UTF-8 can carry.
+    """
     if field not in row:
-        raise InputError(f"{where}: no field {field!r}, only {sorted(row)}; name the text field with --data.field")
+        raise InputError(f"{where}: no field {field!r}, only {reprlib.repr(sorted(row))}; rename one, or drop the row")
     text = row[field]
     if not isinstance(text, str):
-        kind = "null" if text is None else type(text).__name__
-        raise InputError(f"{where}: field {field!r} is {kind}; text is wanted")
-    return check_text(text, where)
-
-
-def check_text(text: str, where: str) -> str:
-    """`text`, or InputError when it holds a lone surrogate (JSON allows "\\ud800"), which no UTF-8 can carry."""
-    if not text.isascii() and (bad := re.search("[\ud800-\udfff]", text)):
-        raise InputError(f"{where}: lone surrogate {bad.group()!r} at character {bad.start()}; Unicode text is wanted")
+        kind = "null" if text is None else f"a {type(text).__name__}"
+        error = InputError(f"{where}: {field!r} is {kind}; text is wanted, write it in quotes or drop the row")
+        if not isinstance(text, (int, float)):
+            raise error
+        bad.repair(error)
+        text = json.dumps(text)
+    if not text.isascii() and (found := re.search(_SURROGATE, text)):
+        said = f"lone surrogate {found.group()!r} at character {found.start()}"
+        bad.repair(InputError(f"{where}: {said}; Unicode text is wanted, write the whole character or drop the row"))
+        text = re.sub(_SURROGATE, "\ufffd", text)
     return text
 
 
@@ -85,7 +95,7 @@ def _embedded(spec: str) -> Iterator[Document]:
     return makers[spec]()
 
 
-def _hub_rows(spec: str) -> Iterator[tuple[str, dict]]:
+def _hub_rows(spec: str, bad: Bad = STRICT) -> Iterator[tuple[str, dict]]:
     match = _HUB.fullmatch(spec)
     if match is None:
         raise InputError(f"{spec}: not a hub spec; hub:owner/name[:config][@split] is wanted")
@@ -99,18 +109,29 @@ def _hub_rows(spec: str) -> Iterator[tuple[str, dict]]:
         raise InputError(f"{spec}: the hub gave no data ({reason}); check name, config, split and network") from None
     n = 0
     for n, row in enumerate(table, 1):
-        yield f"{match['name']}@{split}:{n}", dict(row)
+        bad.rows += 1
+        with bad:
+            yield f"{match['name']}@{split}:{n}", dict(row)
     if n == 0:
         raise InputError(f"{spec}: no rows; at least one is wanted")
 
 
-def _file_documents(spec: str, field: str) -> Iterator[Document]:
+def _file_documents(spec: str, field: str, bad: Bad) -> Iterator[Document]:
     for name, path in expand(spec):
         if path.suffix in READERS:
-            for where, row in READERS[path.suffix](path):
-                yield Document(f"{name}:{where.rpartition(':')[2]}", _text(row, field, where))
+            found = ((f"{name}:{where.rpartition(':')[2]}", where, r) for where, r in READERS[path.suffix](path, bad))
+            yield from _row_documents(found, field, bad)
         else:
-            yield from _pieces(name, read_text(path), path.suffix not in _WHOLE)
+            bad.rows += 1
+            with bad:
+                yield from _pieces(name, read_text(path, bad), path.suffix not in _WHOLE)
+
+
+def _row_documents(found: Iterable[tuple[str, str, dict]], field: str, bad: Bad) -> Iterator[Document]:
+    """The documents of (id, where, row)."""
+    for name, where, row in found:
+        with bad:
+            yield Document(name, text_of(row, field, where, bad))
 
 
 def _pieces(name: str, text: str, cut: bool = True) -> Iterator[Document]:
@@ -137,47 +158,49 @@ def split(docs: Iterable[Document], fraction: float) -> tuple[list[Document], li
     return [document for document in train if document.text not in seen], held
 
 
-def five_domains(root: Path | str) -> dict[str, Callable[[], Iterator[Document]]]:
+def five_domains(root: Path | str, bad: Bad = STRICT) -> dict[str, Callable[[], Iterator[Document]]]:
     """web, books, encyclopedia and forum under `root`, and code (embedded). InputError names a missing folder."""
     root = Path(root)
     readers = {"web": _web, "books": _books, "encyclopedia": _encyclopedia, "forum": _forum}
     for name in readers:
         if not (root / name).is_dir():
             raise InputError(f"{root / name}: no such folder; web, books, encyclopedia and forum are wanted in {root}")
-    domains = {name: lambda name=name, read=read: read(root, root / name) for name, read in readers.items()}
+    domains = {name: lambda name=name, read=read: read(root, root / name, bad) for name, read in readers.items()}
     return domains | {"code": lambda: documents("embedded:code")}
 
 
-def _texts(root: Path, folder: Path, pattern: str) -> Iterator[tuple[str, str]]:
+def _texts(root: Path, folder: Path, pattern: str, bad: Bad) -> Iterator[tuple[str, str]]:
     """(id relative to root, text with LF ends) of the files under `folder`; licences and readmes are left out."""
     paths = [p for p in sorted(folder.rglob(pattern)) if not p.name.startswith(("LICENSE", "README"))]
     if not paths:
         raise InputError(f"{folder}: no {pattern} in it; the layout of data/README.md is wanted")
     for path in paths:
-        yield path.relative_to(root).as_posix(), clean.lf(read_text(path))
+        bad.rows += 1
+        with bad:
+            yield path.relative_to(root).as_posix(), clean.lf(read_text(path, bad))
 
 
-def _web(root: Path, folder: Path) -> Iterator[Document]:
-    for name, text in _texts(root, folder, "*.md"):
+def _web(root: Path, folder: Path, bad: Bad) -> Iterator[Document]:
+    for name, text in _texts(root, folder, "*.md", bad):
         yield Document(name, clean.strip_front_matter(text))
 
 
-def _books(root: Path, folder: Path) -> Iterator[Document]:
-    for name, text in _texts(root, folder, "*.txt"):
+def _books(root: Path, folder: Path, bad: Bad) -> Iterator[Document]:
+    for name, text in _texts(root, folder, "*.txt", bad):
         yield from _pieces(name, clean.strip_gutenberg(text))
 
 
-def _encyclopedia(root: Path, folder: Path) -> Iterator[Document]:
-    for name, text in _texts(root, folder, "wikitext*.txt"):
+def _encyclopedia(root: Path, folder: Path, bad: Bad) -> Iterator[Document]:
+    for name, text in _texts(root, folder, "wikitext*.txt", bad):
         for n, (title, article) in enumerate(clean.wikitext_articles(text)):
             yield Document(f"{name}#{n} {title}", article)
-    yield from _web(root, folder)
+    yield from _web(root, folder, bad)
 
 
-def _forum(root: Path, folder: Path) -> Iterator[Document]:
+def _forum(root: Path, folder: Path, bad: Bad) -> Iterator[Document]:
     """One document a day: files of one day overlap, so no finer split is safe."""
     days: dict[str, list[str]] = {}
-    for name, text in _texts(root, folder, "*.txt"):
+    for name, text in _texts(root, folder, "*.txt", bad):
         day = re.search(r"\d{4}-\d\d-\d\d", name)
         lines = days.setdefault(f"{folder.name}/{day.group()}" if day else name, [])
         seen = set(lines)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import InputError
+from .bad import STRICT, Bad
 from .sft import messages
 from .sources import is_held_out
 from .sources import rows as source_rows
@@ -55,6 +56,11 @@ def drop_leaks(rows: list[Row], held: list[Row], key: Callable[[str], str] = str
     return kept, len(rows) - len(kept)
 
 
+def _words(prompt: Any) -> str:
+    """A prompt, or turns, without regard to white space: a copy with another line end is a copy."""
+    return " ".join((prompt if isinstance(prompt, str) else json.dumps(prompt)).split())
+
+
 def floors(task: Task) -> dict[str, float]:
     """Test exact match of the most frequent train completion, and of unigram naive Bayes (add one)."""
     words: dict[str, Counter] = defaultdict(Counter)
@@ -79,28 +85,32 @@ def floors(task: Task) -> dict[str, float]:
     }
 
 
-def file_task(path: Path | str, fraction: float, seed: int = 0) -> Task:
+def file_task(path: Path | str, fraction: float, seed: int = 0, bad: Bad = STRICT) -> Task:
     """A user's rows: `fraction` of the prompts, by hash, are valid; there is no test part. Score: exact match.
 
-    InputError: a bad row, or nothing left on one side.
+    InputError: a bad row, unless `bad` says otherwise, or nothing left on one side.
     """
     if not 0 < fraction < 1:
         raise InputError(f"validation fraction {fraction}: a number between 0 and 1 is wanted")
     parts: dict[bool, list[Row]] = {False: [], True: []}
-    for where, row in source_rows(str(path)):
-        turns = messages(row, where)
-        if turns[-1]["role"] != "assistant":
-            raise InputError(f"{where}: the last message is from {turns[-1]['role']}; a reply by assistant is wanted")
-        pair = len(turns) == 2 and turns[0]["role"] == "user"
-        prompt = turns[0]["content"] if pair else turns[:-1]
-        held = is_held_out(f"{seed}/{json.dumps(prompt)}", fraction)  # by prompt: its repetitions stay on one side
-        parts[held].append({"prompt": prompt, "completion": turns[-1]["content"], "where": where})
-    for held, name in ((False, "training"), (True, "validation")):
-        if not parts[held]:
-            total = len(parts[not held])
+    for where, row in source_rows(str(path), bad):
+        with bad:
+            turns = messages(row, where, bad)
+            if turns[-1]["role"] != "assistant":
+                said = f"the last message is from {turns[-1]['role']}"
+                raise InputError(f"{where}: {said}; a reply by assistant is wanted, add one or drop the row")
+            pair = len(turns) == 2 and turns[0]["role"] == "user"
+            prompt = turns[0]["content"] if pair else turns[:-1]
+            held = is_held_out(f"{seed}/{json.dumps(prompt)}", fraction)  # by prompt: its repetitions stay on one side
+            parts[held].append({"prompt": prompt, "completion": turns[-1]["content"], "where": where})
+    train, dropped = drop_leaks(parts[False], parts[True], _words)
+    for found, name in ((train, "training"), (parts[True], "validation")):
+        if not found:
+            bad.settle()
+            total = len(parts[False]) + len(parts[True])
             raise InputError(f"{path}: {total} rows leave none for {name} at fraction {fraction}; give more rows")
     score = lambda rows, outputs: {"exact_match": exact_match(rows, outputs)}  # noqa: E731
-    return Task(Path(path).stem, parts[False], parts[True], [], score)
+    return Task(Path(path).stem, train, parts[True], [], score, None, dropped)
 
 
 def _lazy(module: str, name: str) -> Callable[[Path], Task]:

@@ -214,10 +214,14 @@ def from_sentencepiece(path: Path, data: bytes) -> Tokenizer:
     import sentencepiece
 
     try:
+        if not data:  # which it takes for a model that is not loaded yet
+            raise RuntimeError
         model = sentencepiece.SentencePieceProcessor(model_proto=data)
         size = model.get_piece_size()
     except RuntimeError:
-        raise InputError(f"{path}: not a SentencePiece model; a tokenizer.model or tokenizer.json is wanted") from None
+        raise InputError(
+            f"{path}: not a whole SentencePiece model; a tokenizer.model or tokenizer.json is wanted"
+        ) from None
     special = {model.id_to_piece(i): i for i in range(size) if model.is_control(i)}
     block = [model.piece_to_id(f"<0x{byte:02X}>") for byte in _BLOCK.encode()]
 

@@ -9,6 +9,10 @@ import jax.numpy as jnp
 from .. import InputError
 from .rope import Rope
 
+# What a layer keeps for its backward pass, from all to its input alone: everything, its products, its products in the
+# hosts' memory, what attention gave, nothing. The rest is computed again.
+Remat = Literal["none", "dots", "offload", "attention", "full"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -47,7 +51,7 @@ class Config:
     dtype: str = "float32"  # what is multiplied
     logits_dtype: str = "float32"
     scan: bool = True  # stack the layers: compiles in constant time; unrolled runs faster on a CPU
-    remat: Literal["none", "full", "dots"] = "none"  # recompute in the backward pass: all, or all but products
+    remat: Remat = "none"  # what the backward pass computes again
     attention: Literal["auto", "reference", "xla", "cudnn"] = "auto"
 
     def __post_init__(self) -> None:

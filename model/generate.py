@@ -14,6 +14,7 @@ from .. import InputError
 from .attention import PAD
 from .config import Config
 from .layers import check_positions
+from .sharding import fetch
 from .transformer import Context, Transformer, forward
 
 
@@ -113,7 +114,7 @@ def generate(
             row[: len(prompt)] = prompt
         lengths = np.array([len(p) for p in prompts], np.int32)
         out = _run(model, params, context.past, ids, lengths, key, new, tuple(stop), how, context.tokens)
-        return [_cut(row, stop) for row in np.asarray(out).tolist()]
+        return [_cut(row, stop) for row in fetch(out).tolist()]
 
     edge = _turning_point(model.config) - P
     if all(len(p) > edge or len(p) + new <= edge for p in prompts):

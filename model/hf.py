@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -61,11 +61,14 @@ def sources(config: Config) -> tuple[dict[str, list[Source]], dict[str, tuple[in
     return found, tensors
 
 
-def load(folder: str | Path, dtype: Any = None, mesh: Any = None) -> tuple[Config, dict[str, Any]]:
+def load(
+    folder: str | Path, dtype: Any = None, mesh: Any = None, each: Callable[[str, Any], Any] | None = None
+) -> tuple[Config, dict[str, Any]]:
     """(Config, params) of a folder with config.json and safetensors, or of a hub id; layers stacked.
 
     dtype: of the parameters; None keeps what each has on disk. mesh: the parameters are laid out on it by
     sharding.rules, and only the slices that its devices hold are read. On a CPU no parameter exists twice.
+    each: with it each(path, array) is kept in place of a parameter as soon as that is read.
     Raises InputError for an architecture, key or dtype that is not known, and lists missing, unexpected and mis-shaped
     tensors.
     """
@@ -87,8 +90,9 @@ def load(folder: str | Path, dtype: Any = None, mesh: Any = None) -> tuple[Confi
             def block(at: Any, path: str = path, kind: np.dtype = kind, shape: Any = leaf.shape) -> np.ndarray:
                 return _block(where[path], held, is_stacked(path), shape, at, kind, pool)
 
-            params[path] = jax.make_array_from_callback(leaf.shape, split.get(path, here), block)
-    stored = max(params.values(), key=lambda x: x.nbytes).dtype.name
+            array = jax.make_array_from_callback(leaf.shape, split.get(path, here), block)
+            params[path] = each(path, array) if each else array
+    stored = max(params.values(), key=lambda x: x.size * x.dtype.itemsize).dtype.name
     return dataclasses.replace(config, param_dtype=stored, dtype=stored), nested(params)
 
 

@@ -7,11 +7,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from .. import InputError
 from .attention import attend
 from .config import Config, initial
 from .rope import rotate
+from .sharding import constrain
 from .tree import canonical
 from .weight import matmul
 
@@ -74,7 +76,8 @@ class Attention(Part):
         if self.has_variable("past", "k"):
             k, v = self.behind_past("k", k), self.behind_past("v", v)
         ahead = k.shape[1] - T if index is None else None
-        y = attend(q, k, v, view.mask_BTS, c.attention, ahead, c.query_scale, c.attn_cap).reshape(B, T, c.N * c.H)
+        y = attend(q, k, v, view.mask_BTS, c.attention, ahead, c.query_scale, c.attn_cap)
+        y = checkpoint_name(y.reshape(B, T, c.N * c.H), "attention")
         seen = None if prompt is None else self.prompted(q, prompt, norms.get("k"))
         y = y if seen is None or prompt.behind else y + seen
         y = self.bias(matmul(y, self.leaf("o", c.N * c.H, c.D)), "o_bias", c.o_bias)
@@ -153,7 +156,9 @@ class Embed(Part):
             self.positions = self.leaf("positions", c.context, c.D)
 
     def __call__(self, ids_BT: Array, positions_BT: Array) -> Array:
-        c, x_BTD = self.config, self.table[ids_BT].astype(self.config.dtype)
+        c, ids_BT = self.config, constrain(ids_BT, "data", "context")
+        x_BTD = self.table[ids_BT].astype(c.dtype)
+        x_BTD = constrain(x_BTD, "data", "context", "fsdp")  # as the table has it; then the rows are exchanged for D
         if c.embed_scale != 1:
             x_BTD = x_BTD * jnp.asarray(c.embed_scale, x_BTD.dtype)
         if c.learned_positions:

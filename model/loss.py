@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from .sharding import replicas, stretches
 from .transformer import Context, Transformer, forward
 
 
@@ -14,7 +15,7 @@ def token_losses(
 ) -> Array:
     """-log p(target | ids so far) [B, T], nats, fp32, at every position of a batch (ids, targets, positions, segments).
 
-    chunk: how many tokens' logits exist at once; the others are recomputed in the backward pass. 0 means all.
+    chunk: how many tokens' logits exist at once on a device; they are recomputed in the backward pass. 0 means all.
     """
     x_BTD, _ = forward(
         model, params, batch["ids"], batch.get("positions"), batch.get("segments"), context=context, method="hidden"
@@ -29,14 +30,16 @@ def token_losses(
     C = _width(B, T, chunk)
     if C == T:
         return losses(x_BTD, batch["targets"])
-    # Chunks run along T: the batch axis, which is split over devices, stays whole.
-    x = x_BTD.reshape(B, T // C, C, D).swapaxes(0, 1)
-    targets = batch["targets"].reshape(B, T // C, C).swapaxes(0, 1)
-    return jax.lax.map(lambda xt: jax.checkpoint(losses)(*xt), (x, targets)).swapaxes(0, 1).reshape(B, T)
+    # A chunk takes C positions from all over T: rows and stretches of T, which are split over devices, stay whole.
+    x = jnp.moveaxis(x_BTD.reshape(B, C, T // C, D), 2, 0)
+    targets = jnp.moveaxis(batch["targets"].reshape(B, C, T // C), 2, 0)
+    nll = jax.lax.map(lambda xt: jax.checkpoint(losses)(*xt), (x, targets))
+    return jnp.moveaxis(nll, 0, 2).reshape(B, T)
 
 
 def _width(B: int, T: int, chunk: int) -> int:
-    """The longest divisor of T with B x width <= chunk tokens."""
+    """The longest divisor of T with B x width <= chunk tokens on each device, as many of every stretch of T."""
+    least, chunk = stretches(T), chunk * replicas(B, T)
     if not chunk or chunk >= B * T:
         return T
-    return max(c for c in range(1, T + 1) if T % c == 0 and (c == 1 or B * c <= chunk))
+    return max(c for c in range(least, T + 1, least) if T % c == 0 and (c == least or B * c <= chunk))

@@ -1,5 +1,10 @@
-"""Mesh `data x fsdp x tensor`, and rules that give every parameter its NamedSharding."""
+"""Mesh `data x fsdp x tensor x context`, and rules that give every parameter its NamedSharding.
 
+Rows are split over data and fsdp, parameters over fsdp and tensor, the positions of a row over context: each device
+of that axis holds its own stretch of T, and attention gathers the keys and values of the others.
+"""
+
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -8,14 +13,17 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from .. import InputError
 from .tree import Rules, is_stacked, match, named, nested, paths, uniform
 
-AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")  # the axes a batch is split over
+AXES = ("data", "fsdp", "tensor", "context")
+BATCH = ("data", "fsdp")  # the axes the rows of a batch are split over
+STATES = (BATCH, "context", None)  # of activations [B, T, D]
+KEEP = P.UNCONSTRAINED
 
 # One value per matrix axis; the layer axis of a stacked array is never split.
 rules: Rules = [
@@ -31,29 +39,42 @@ rules: Rules = [
 
 
 def make_mesh(shape: Sequence[int] = (1, 1, 1), devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh of `data x fsdp x tensor` devices; -1 in one place takes what is left. All devices must be used."""
+    """A mesh of `data x fsdp x tensor (x context)` devices; -1 in one place takes what is left. All must be used."""
     devices = jax.devices() if devices is None else list(devices)
     sizes, n = [int(s) for s in shape], len(devices)
     known = math.prod(s for s in sizes if s != -1)
-    wanted = f"mesh {'x'.join(map(str, sizes))} (data x fsdp x tensor)"
-    if len(sizes) != 3 or sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
-        raise InputError(f"{wanted}: wanted three sizes of 1 or more, one of which may be -1 (what is left)")
+    wanted = f"mesh {'x'.join(map(str, sizes))} ({' x '.join(AXES[: len(sizes)])})"
+    if len(sizes) not in (3, 4) or sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+        raise InputError(f"{wanted}: wanted three or four sizes of 1 or more ({' x '.join(AXES)}), one of which may be "
+                         "-1 (what is left)")  # fmt: skip
     if -1 in sizes and n % known == 0:
         sizes[sizes.index(-1)] = n // known
     if math.prod(sizes) != n:
         raise InputError(f"{wanted} does not match the {n} device(s) here; the product must be {n}, e.g. {n},1,1")
-    return Mesh(np.array(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    sizes += [1] * (len(AXES) - len(sizes))
+    torus = devices[0].platform == "tpu" and n > 1  # where neighbours on the mesh should be neighbours on the chip
+    near: Any = mesh_utils.create_device_mesh
+    laid = near(sizes, devices, allow_split_physical_axes=True) if torus else np.array(devices).reshape(sizes)
+    return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def shardings(mesh: Mesh, params: Any, rules: Rules = rules) -> dict[str, Any]:
-    """The tree of NamedShardings of a base, from its shapes; an axis that does not divide is an error that says so."""
+    """The tree of NamedShardings of a base, from its shapes; an axis that does not divide is an error that says so.
+
+    The arrays of a quantised matrix that have its two axes are split as it is, where they divide; the others are whole.
+    """
     used = [(rule, spec) for rule, spec in rules if _matches(rule, params)]
     specs = uniform(match(used, params, what="sharding rule"), "sharding")
     flat = {}
     for path, leaf in named(params).items():
         spec = P(None, *specs[path]) if is_stacked(path) else specs[path]
         _check(path, leaf.shape, spec, mesh)
-        flat[path] = NamedSharding(mesh, spec)
+
+        def one(x: Any, spec: P = spec, ndim: int = leaf.ndim) -> NamedSharding:
+            fits = [a if n % _parts(a, mesh) == 0 else None for a, n in zip(spec, x.shape, strict=False)]
+            return NamedSharding(mesh, P(*fits) if x.ndim == ndim else P())
+
+        flat[path] = jax.tree.map(one, leaf)
     return nested(flat)
 
 
@@ -62,15 +83,18 @@ def follow(mesh: Mesh, make: Callable[[Any], Any], base: Any, base_shardings: An
 
     Which axis is which shows when every axis of the base has a length of its own: a LoRA `a` [L, D, R] follows the
     input axis of its matrix, `b` [L, R, F] the output axis. The rest, and vectors, are not split. A wrong guess is not
-    only slow: XLA has given wrong sums for a vector split over the axis that its matrix was reduced over.
+    only slow: XLA has given wrong sums for a vector split over the axis that its matrix was reduced over. What only
+    the base has, an array of a quantised matrix, stays where it is.
     """
     tree, lengths = jax.eval_shape(make, base), itertools.count(100_003)
+    places = zip(paths(base), jax.tree.leaves(base_shardings), strict=True)
+    held = {path: (leaf.shape, where) for (path, leaf), where in places}
     axis_of: dict[int, Any] = {}  # a length in the probe -> (how that axis is split, its length in the base)
     probe = {}
     for path, leaf in named(base).items():
         stacked = is_stacked(path)
         shape = tuple(n if stacked and i == 0 else next(lengths) for i, n in enumerate(leaf.shape))
-        spec = tuple(named(base_shardings)[path].spec) + (None,) * leaf.ndim
+        spec = tuple(jax.tree.leaves(named(base_shardings)[path])[0].spec) + (None,) * leaf.ndim
         axis_of |= {p: (s, n) for p, s, n in zip(shape[stacked:], spec[stacked:], leaf.shape[stacked:], strict=False)}
         probe[path] = jax.ShapeDtypeStruct(shape, leaf.dtype)
     try:
@@ -79,6 +103,10 @@ def follow(mesh: Mesh, make: Callable[[Any], Any], base: Any, base_shardings: An
         probed = {}
 
     def one(path: str, leaf: Any) -> NamedSharding:
+        parts = path.split("/")
+        ends = ["/".join(parts[i:]) for i in range(len(parts))] if path not in probed else []
+        if own := next((held[end] for end in ends if end in held and held[end][0] == leaf.shape), None):
+            return own[1]
         shape = probed[path].shape if path in probed else ()  # a method may do otherwise at other lengths
         if leaf.ndim - is_stacked(path) < 2 or len(shape) != leaf.ndim:
             return NamedSharding(mesh, P())
@@ -90,25 +118,71 @@ def follow(mesh: Mesh, make: Callable[[Any], Any], base: Any, base_shardings: An
 
 
 def constrain(x: Array, *axes: Any) -> Array:
-    """Pin an activation's layout on the mesh in use (`jax.set_mesh`); without a mesh, or on one device, x itself."""
+    """Pin an activation's layout on the mesh in use (`jax.set_mesh`); without a mesh, or on one device, x itself.
+
+    An axis whose size the mesh does not divide (one row, one token) is left whole.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, P(*axes))
+    fits = [a if a is KEEP or n % _parts(a, mesh) == 0 else None for a, n in zip(axes, x.shape, strict=True)]
+    return jax.lax.with_sharding_constraint(x, P(*fits))
+
+
+def stretches(T: int) -> int:
+    """How many stretches the mesh in use (`jax.set_mesh`) splits T positions into: its context axis, if it divides."""
+    n = jax.sharding.get_abstract_mesh().shape.get("context", 1)
+    return n if T % n == 0 else 1
+
+
+def replicas(B: int, T: int) -> int:
+    """How many parts the mesh in use (`jax.set_mesh`) splits the tokens of a batch [B, T] into."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = 1 if mesh.empty else _parts(BATCH, mesh)
+    return stretches(T) * (rows if B % rows == 0 else 1)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """A batch [B, ...] split over `data` and `fsdp`."""
-    return NamedSharding(mesh, P(BATCH))
+    """A batch [B, T] with its rows split over `data` and `fsdp`, their positions over `context`."""
+    return NamedSharding(mesh, P(BATCH, "context"))
 
 
-def put_batch(mesh: Mesh) -> Callable[[dict[str, Any]], dict[str, Array]]:
-    """A function that puts a numpy batch [B, ...] on the mesh.
+def batch_rows(mesh: Mesh, B: int) -> tuple[np.ndarray, np.ndarray]:
+    """(the rows of a batch [B, T] that this process's devices hold, those of them that no process before it holds)."""
+    mine, first = np.zeros(B, bool), np.full(B, jax.process_count())
+    for device, (rows, _) in batch_sharding(mesh).devices_indices_map((B, mesh.shape["context"])).items():
+        first[rows] = np.minimum(first[rows], device.process_index)
+        mine[rows] |= device.process_index == jax.process_index()
+    return np.flatnonzero(mine), np.flatnonzero(first == jax.process_index())
 
-    In a run of several processes each gives its own rows of the global batch.
-    """
-    sharding = batch_sharding(mesh)
-    return lambda batch: {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+def put_batch(mesh: Mesh, B: int = 0) -> Callable[[dict[str, Any]], dict[str, Array]]:
+    """A function that puts a numpy batch [B, T] on the mesh; given B, it takes the batch's `batch_rows` alone."""
+    sharding, held = batch_sharding(mesh), batch_rows(mesh, B)[0] if B else None
+
+    def put(v: np.ndarray) -> Array:
+        def part(at: Any) -> np.ndarray:
+            if held is None:
+                return v[at]
+            rows = range(B)[at[0]]
+            start = np.searchsorted(held, rows.start)
+            return v[start : start + len(rows), *at[1:]]
+
+        return jax.make_array_from_callback((B or len(v), *v.shape[1:]), sharding, part)
+
+    return lambda batch: {k: put(np.asarray(v)) for k, v in batch.items()}
+
+
+def fetch(x: Any) -> np.ndarray:
+    """An array on the host, whole in every process: all of them must ask for it."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(_everywhere(x.sharding.mesh)(x))
+
+
+@functools.cache
+def _everywhere(mesh: Mesh) -> Callable[[Array], Array]:
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))
 
 
 def _matches(rule: str, params: Any) -> bool:
@@ -121,13 +195,19 @@ def _matches(rule: str, params: Any) -> bool:
 
 def _check(path: str, shape: tuple[int, ...], spec: P, mesh: Mesh) -> None:
     for i, axes in enumerate(spec):
-        names = (axes,) if isinstance(axes, str) else axes or ()
-        parts = math.prod(mesh.shape[a] for a in names)
+        parts = _parts(axes, mesh)
         if shape[i] % parts:
+            name = axes if isinstance(axes, str) else " x ".join(axes)
+            would = ", ".join(str(n) for n in range(1, min(shape[i], mesh.size) + 1) if shape[i] % n == 0)
             raise InputError(
-                f"{path} {list(shape)}: dimension {i} of {shape[i]} does not divide over {'x'.join(names)} = {parts}; "
-                f"take a mesh size that divides {shape[i]}{_more_rows(path, shape[i], parts)}"
+                f"{path} {list(shape)}: dimension {i} of {shape[i]} does not divide over {name} = {parts}; "
+                f"of {mesh.size} device(s), {name} may have {would}{_more_rows(path, shape[i], parts)}"
             )
+
+
+def _parts(axes: Any, mesh: Any) -> int:
+    """How many parts a dimension has that is split over these axes."""
+    return math.prod(mesh.shape[a] for a in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
 def _more_rows(path: str, V: int, parts: int) -> str:

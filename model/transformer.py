@@ -13,11 +13,19 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .attention import VIRTUAL, capped, causal, visible
+from .attention import PAD, VIRTUAL, capped, causal, visible
 from .config import Config
 from .layers import MLP, Attention, Embed, Head, Norm, View, check_positions
 from .rope import rope_table
-from .sharding import constrain
+from .sharding import STATES, constrain, stretches
+
+_keep = jax.checkpoint_policies
+POLICIES: dict[str, Any] = {
+    "dots": _keep.dots_with_no_batch_dims_saveable,
+    "offload": _keep.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    "attention": _keep.save_only_these_names("attention"),
+    "full": None,
+}
 
 
 class Block(nn.Module):
@@ -37,7 +45,7 @@ class Block(nn.Module):
         y_BTD = x_BTD if c.norm_at == "post" else Norm(c, name=f"{name}_norm")(x_BTD)
         y_BTD = part(c, name=name)(y_BTD, *seen)
         y_BTD = y_BTD if c.norm_at == "pre" else Norm(c, name=f"{name}_post_norm")(y_BTD)
-        return constrain(x_BTD + y_BTD, ("data", "fsdp"), None, None)
+        return constrain(x_BTD + y_BTD, *STATES)
 
 
 class Unrolled(nn.Module):
@@ -72,8 +80,7 @@ class Transformer(nn.Module):
         c = self.config
         block: Any = Block
         if c.remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if c.remat == "dots" else None
-            block = nn.remat(Block, policy=policy, prevent_cse=not c.scan)
+            block = nn.remat(Block, policy=POLICIES[c.remat], prevent_cse=not c.scan)
         if c.scan:
             axes: Any = {"params": 0, "past": 0, "cache": 0}
             inputs: Any = (0, nn.broadcast, nn.broadcast)
@@ -95,7 +102,7 @@ class Transformer(nn.Module):
             positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
         index = self.get_variable("cache", "index") if self.has_variable("cache", "index") else None
         views = self.views(positions_BT, segments_BT, index)
-        x_BTD = constrain(self.embed(ids_BT, positions_BT), ("data", "fsdp"), None, None)
+        x_BTD = constrain(self.embed(ids_BT, positions_BT), *STATES)
         seen: Any = (views,)
         if self.config.scan:  # the layers share a program, so a layer picks its view by number
             stacked = jax.tree.map(lambda *v: jnp.stack(v), *views)
@@ -121,7 +128,7 @@ class Transformer(nn.Module):
                 return None
             P = past[0].shape[-2] if past else 0
             seen_BTS = visible(positions_BT, segments_BT, at, of, window)
-            return jnp.pad(seen_BTS, ((0, 0), (0, 0), (P, 0)), constant_values=True)
+            return constrain(jnp.pad(seen_BTS, ((0, 0), (0, 0), (P, 0)), constant_values=True), *STATES)
 
         masks = [mask(window) for window in windows]
         if any(m is not None for m in masks):
@@ -178,12 +185,15 @@ def forward(
         check_positions(model.config, ids_BT.shape[1] + P)
     if lead:
         before = jnp.broadcast_to(jnp.arange(P), (ids_BT.shape[0], P))
-        ids_BT = jnp.concatenate([before + model.config.V, ids_BT], axis=1)
-        positions_BT = jnp.concatenate([before, positions_BT], axis=1)  # type: ignore[list-item]
-        if segments_BT is None and any(model.config.windows):  # no window hides a virtual token
-            segments_BT = jnp.ones((ids_BT.shape[0], ids_BT.shape[1] - P), jnp.int32)
+        odd = -(P + ids_BT.shape[1]) % stretches(ids_BT.shape[1]) if cache is None else 0  # padding, so that T divides
+        if segments_BT is None and (odd or any(model.config.windows)):  # no window hides a virtual token
+            segments_BT = jnp.ones_like(ids_BT)
         if segments_BT is not None:
             segments_BT = jnp.concatenate([jnp.full_like(before, VIRTUAL), segments_BT], axis=1)
+            segments_BT = jnp.pad(segments_BT, ((0, 0), (odd, 0)), constant_values=PAD)
+        ids_BT = jnp.pad(jnp.concatenate([before + model.config.V, ids_BT], axis=1), ((0, 0), (odd, 0)))
+        positions_BT = jnp.pad(jnp.concatenate([before, positions_BT], axis=1), ((0, 0), (odd, 0)))  # type: ignore
+        lead += odd
     variables = {"params": params}
     variables |= {} if context.past is None else {"past": context.layered(model.config)}
     if cache is None:

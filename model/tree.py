@@ -122,7 +122,7 @@ def match(rules: Rules, tree: Any, default: Any = _NONE, what: str = "rule") -> 
     leaves = list(spread(tree))
     depth = max((layers.stop for _, _, layers in leaves if layers), default=0)
     compiled = [(*_compiled(rule, depth), value) for rule, value in rules]
-    hits, values = [0] * len(compiled), {}
+    hits, used, values = [0] * len(compiled), [False] * len(compiled), {}
     for path, name, layers in leaves:
         row: list[Any] = []
         for layer in layers if layers is not None else [None]:
@@ -131,15 +131,28 @@ def match(rules: Rules, tree: Any, default: Any = _NONE, what: str = "rule") -> 
             found = list(matching)
             for i in found:
                 hits[i] += 1
+                used[i] |= compiled[i][2] == compiled[found[0]][2]
             if not found and default is _NONE:
                 raise InputError(f"no {what} covers {path}; add one, or a last rule '.*'")
             row.append(compiled[found[0]][2] if found else default)
         values[path] = row
-    for (rule, _), count in zip(rules, hits, strict=True):
+    names = [name for _, name, _ in leaves]
+    for (rule, _), count, has_effect in zip(rules, hits, used, strict=True):
         if not count:
-            names = [name for _, name, _ in leaves]
             raise InputError(f"{what} {rule!r} matches no parameter{nearest(rule, names)}")
+        if not has_effect:
+            raise InputError(f"{what} {rule!r} is never reached: rules before it match all that it does; put it first")
+        for part in alternatives(rule):
+            regex, _ = _compiled(part, depth)
+            if not any(regex.fullmatch(name) for name in names):
+                raise InputError(f"{what} {rule!r}: its part {part!r} matches no parameter{nearest(part, names)}")
     return values
+
+
+def alternatives(rule: str) -> list[str]:
+    """The parts of `a|b|c`, for a rule that is that and whose parts can stand alone; else []."""
+    parts = rule.split("|")
+    return parts if len(parts) > 1 and all(part and not set(part) & set("()[]\\") for part in parts) else []
 
 
 def uniform(values: Mapping[str, list[Any]], what: str) -> dict[str, Any]:

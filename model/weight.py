@@ -7,6 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from .backend import backend
+from .sharding import stretches
+
 
 def static(**kwargs: Any) -> Any:
     """A dataclass field that is part of the tree's structure (compared by jit, not traced)."""
@@ -42,13 +45,22 @@ class Weight:
         raise TypeError(f"{type(self).__name__} defines no transpose, so it cannot serve a tied output projection")
 
     def astype(self, dtype: Any) -> Self:
-        """The weight with its floating leaves in `dtype`; a quantised weight overrides it."""
-        return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, self)
+        """The weight with its floating arrays in `dtype`; a quantised weight, which keeps its scales, overrides it."""
+        inner = lambda x: isinstance(x, Weight) and x is not self  # noqa: E731
+        cast = lambda x: x.astype(dtype) if inner(x) or jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
+        return jax.tree.map(cast, self, is_leaf=inner)
 
     def dense(self) -> Array:
         """The matrix [D, F] this weight multiplies by, `I @ w`; override where there is a cheaper way."""
-        rows = jax.tree.leaves(self)[0].shape[0]
+        rows = getattr(bottom(self), "shape", jax.tree.leaves(self)[0].shape)[0]
         return jnp.eye(rows) @ self
+
+
+def bottom(w: Any) -> Any:
+    """What a weight stands on, under all weights that hold another as `w`: an array, or a quantised matrix."""
+    while isinstance(w, Weight) and getattr(w, "w", None) is not None:
+        w = w.w  # type: ignore[attr-defined]
+    return w
 
 
 def matmul(x: Array, w: Any) -> Array:
@@ -57,7 +69,7 @@ def matmul(x: Array, w: Any) -> Array:
     XLA's CPU backend runs a 2-D product 1.1-1.3 times faster than the same product with batch axes; an accelerator
     does not care, and there flattening could hide a sharded sequence axis.
     """
-    if x.ndim <= 2 or jax.default_backend() != "cpu":
+    if x.ndim <= 2 or backend() != "cpu" or stretches(x.shape[-2]) > 1:
         return _product(x, w)
     y = _product(x.reshape(-1, x.shape[-1]), w)
     return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -66,7 +78,8 @@ def matmul(x: Array, w: Any) -> Array:
 def _product(x: Array, w: Any) -> Array:
     """x @ w with w cast for this product alone, and again in the backward pass: jax would keep the cast weights of all
     layers for it, a second base in the compute dtype."""
-    if all(leaf.dtype == x.dtype or not jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(w)):
+    leaves = jax.tree.leaves(w, is_leaf=lambda leaf: hasattr(leaf, "dtype"))  # a quantised matrix is one
+    if all(leaf.dtype == x.dtype or not jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves):
         return x @ w
     cast = lambda x, w: x @ w.astype(x.dtype)  # noqa: E731
     return jax.checkpoint(cast, prevent_cse=False)(x, w)

@@ -12,6 +12,7 @@ from jax import Array
 from .. import InputError
 from ..model import Config, Context, Transformer, Weight, forward, shapes_of
 from ..model.tree import cut_key, is_stacked, named, nested
+from ..model.weight import bottom
 
 
 @dataclass_transform(frozen_default=True)
@@ -96,9 +97,7 @@ def fold(bound: Any, dtype: Any = None) -> dict[str, Any]:
             return w
         if not w.linear:
             raise InputError(f"{path}: {type(w).__name__} is not linear in x, so it cannot be folded into a matrix")
-        base = w
-        while isinstance(base, Weight):
-            base = getattr(base, "w", None)
+        base = bottom(w)
         if path == "embed/table":
             if not any(p.startswith("head/") for p in named(bound)) and not getattr(w, "tied", False):
                 raise InputError(f"{path}: the output projection is tied to the base's rows, so no one table does both")

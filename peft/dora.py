@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..model import Weight
-from ..model.tree import cut_key, named
 from .lora import LoRA, LoRAWeight
+from .targets import of_layers
 
 
 class DoRAWeight(LoRAWeight):
@@ -38,8 +38,5 @@ class DoRA(LoRA):
     demo = False
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
-        def lengths(key: str) -> Array:
-            path, layers = cut_key(key)
-            return jnp.linalg.norm(named(params)[path][slice(*layers) if layers else ...].astype(jnp.float32), axis=-2)
-
-        return {k: t | {"m": lengths(k)} for k, t in super().init(key, params).items()}
+        lengths = lambda w: jnp.linalg.norm(w.astype(jnp.float32), axis=0)  # noqa: E731
+        return {k: t | {"m": of_layers(lengths, params, k)} for k, t in super().init(key, params).items()}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from .. import InputError
@@ -93,7 +94,13 @@ def read(folder: Path) -> dict[str, np.ndarray]:
     header(folder / FILE)
     from safetensors.flax import load_file
 
-    return {name: np.asarray(x) for name, x in load_file(folder / FILE).items()}
+    found = {name: np.asarray(x) for name, x in load_file(folder / FILE).items()}
+    for name, x in found.items():
+        if not jnp.issubdtype(x.dtype, jnp.floating) and not name.endswith("indices"):
+            raise InputError(f"{folder / FILE}: {name} is {x.dtype}; floats are wanted, save the adapter in float32")
+        if not np.isfinite(x).all():
+            raise InputError(f"{folder / FILE}: {name} holds NaN or infinity: its training failed; take an earlier one")
+    return found
 
 
 def agree(folder: Path, wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, np.ndarray]) -> None:
@@ -104,7 +111,10 @@ def agree(folder: Path, wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[
         "of another shape": [f"{n} {list(tensors[n].shape)} (wanted {list(shape)})" for n, shape in wanted.items()
                              if n in tensors and tensors[n].shape != shape],
     }  # fmt: skip
-    bad = [f"{len(names)} {what}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
+    bad = [f"{len(names)} {what}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
            for what, names in lists.items() if names]  # fmt: skip
     if bad:
-        raise InputError(f"{folder / FILE}: {'; '.join(bad)}. Is this the adapter of another base?")
+        raise InputError(
+            f"{folder / FILE}: {'; '.join(bad)}. Is this the adapter of another base, or were names "
+            "changed? Those that save_pretrained writes are wanted"
+        )

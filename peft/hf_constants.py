@@ -13,7 +13,7 @@ from ..model import Config
 from ..model.tree import named
 from . import hf_random, randlora, shira, vera
 from .base import Chain, Method
-from .fixed import widest
+from .fixed import sides, widest
 from .hf_entries import Entry, parts, shapes_like
 from .hf_names import PREFIX, Module, modules
 from .hf_types import kinds
@@ -75,7 +75,7 @@ def constants(
         if type(part).__name__.upper() in _PAIRS:
             part = _projections(part, c, tensors, tree, params, where)
         elif isinstance(part, shira.SHiRA):
-            part = _places(part, tensors, [e for e in found if e.branch == branch], tree, where)
+            part = _places(part, tensors, [e for e in found if e.branch == branch], tree, params, where)
         made.append((branch, part))
     if c.get("init_lora_weights") in ("pissa", "olora"):  # what is left of the head; it is computed here
         tensors.pop(f"{PREFIX}lm_head.base_layer.weight", None)
@@ -105,7 +105,7 @@ def _projections(part: Any, c: Mapping[str, Any], tensors: Tensors, tree: Any, p
     return dataclasses.replace(part, given=Given(**pair, **({"drawn": np.True_} if drawn else {})))
 
 
-def _places(part: Any, tensors: Tensors, found: list[Entry], tree: Any, where: Path) -> Any:
+def _places(part: Any, tensors: Tensors, found: list[Entry], tree: Any, params: Any, where: Path) -> Any:
     """SHiRA with the places of its file."""
     rows: dict[str, list[np.ndarray]] = {}
     for e in found:
@@ -114,6 +114,9 @@ def _places(part: Any, tensors: Tensors, found: list[Entry], tree: Any, where: P
         at = tensors.pop(name, None)
         if at is None or at.shape != wanted:
             raise InputError(f"{where}: {name} {'is missing' if at is None else list(at.shape)}, wanted {list(wanted)}")
+        D, F = sides(params, e.key)
+        if not np.issubdtype(at.dtype, np.integer) or (at < 0).any() or (at >= np.array([[F], [D]])).any():
+            raise InputError(f"{where}: {name}: places in a matrix [{F}, {D}] are wanted; is it of another base?")
         rows.setdefault(e.key, []).append(at.T)
     stacked = {e.key for e in found if e.layer is not None}
     found_at = {key: np.stack(x) if key in stacked else x[0] for key, x in rows.items()}

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import InputError
+from .hf_check import check
 from .hf_names import by_pattern, by_suffix
 
 Config = dict[str, Any]
@@ -228,6 +229,7 @@ def complete(c: Mapping[str, Any], where: str) -> Config:
         says = bool(value) and value != "none"
         if key not in kind.defaults and key not in NEUTRAL and says:
             raise InputError(f"{where}: {key} = {value!r} is not understood, and may change what the adapter computes")
+    check(c, kind.defaults, where)
     given = {k: v for k, v in c.items() if v is not None or kind.defaults.get(k) is None}
     return {**kind.defaults, **given, "peft_type": name}
 

@@ -13,9 +13,11 @@ class HiRAWeight(LoRAWeight):
     """x @ (w + w * (a b)): the update may have the rank of w."""
 
     def __rmatmul__(self, x: Array) -> Array:
-        w = self.w.dense() if isinstance(self.w, Weight) else self.w
-        update = recomputed(lambda x, w, a, b: x @ (w * (a @ b)))  # not one matrix a layer for the way back
-        return x @ w + update(self.dropped(x), w, self.a, self.b)
+        def update(x: Array, w: Any, a: Array, b: Array) -> Array:
+            return x @ ((w.dense() if isinstance(w, Weight) else w) * (a @ b))
+
+        # not one matrix a layer for the way back
+        return x @ self.w + recomputed(update)(self.dropped(x), self.w, self.a, self.b)
 
     def __getitem__(self, ids: Array) -> Array:
         return self.w[ids] * (1 + self.a[ids] @ self.b)

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..model.tree import canonical, cut_key
+from .fixed import sides
 from .lora import LoRA
-from .targets import Target, each_layer, layer_keys, uniform, whole
+from .targets import Target, each_layer, layer_keys, uniform
 
 
 class LoRAFA(LoRA):
@@ -23,11 +24,10 @@ class LoRAFA(LoRA):
 
     def drawn(self, params: Any, trainable: Any) -> dict[str, Any]:
         """The tree of a LoRA, with the A of every target in it."""
-        inputs = {path: jax.tree.leaves(w)[0].shape[-2] for path, w, _ in whole(params, trainable)}
 
         def one(key: str, b: Array) -> Array:
             (path, cut), (name, layers), stacked = cut_key(key), canonical(key), b.ndim == 3
-            (R, F), D = b.shape[-2:], inputs[path]
+            (R, F), (D, _) = b.shape[-2:], sides(params, key)
             t = Target(key, path, name, range(len(b)) if stacked and not cut else layers, stacked, (D, F))
             return each_layer(t, lambda k: uniform(k, (D, R), D), layer_keys(jax.random.key(self.seed), t, "a"))
 

@@ -19,12 +19,12 @@ class BatWeight(Weight):
     s: Array  # [F / R, R, R]
 
     def __rmatmul__(self, x: Array) -> Array:
-        def update(x: Array, w: Array, s: Array) -> Array:
+        def update(x: Array, w: Any, s: Array) -> Array:
+            w = w.dense() if isinstance(w, Weight) else w
             blocks = jnp.einsum("api,jpao->jiao", s, w.reshape(-1, s.shape[1], *s.shape[:2]))
             return x @ (blocks + jnp.einsum("aoi->iao", s)).reshape(w.shape)
 
-        w = self.w.dense() if isinstance(self.w, Weight) else self.w
-        return x @ self.w + recomputed(update)(x, w, self.s)
+        return x @ self.w + recomputed(update)(x, self.w, self.s)
 
 
 class MiSSBat(Method):

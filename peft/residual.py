@@ -50,6 +50,9 @@ def begin(method: LoRA, split: Any, key: Array, params: Any) -> dict[str, Any]:
         raise InputError(f"{type(method).__name__.lower()}: embed/table is no matrix but a table; narrow where")
     for name, t in found.items():
         path, layers = cut_key(name)
+        if isinstance(flat[path], Weight):
+            raise InputError(f"{type(method).__name__.lower()}: {path} is {type(flat[path]).__name__}, of which no "
+                             "part can be taken out; take lora, or a base that is not quantised")  # fmt: skip
         w = flat[path][slice(*layers)] if layers else flat[path]
         rank = min(t["b"].shape[-2], *w.shape[-2:])
         a, b = parts(w, method.factor(params, name, {"b": t["b"][..., :rank, :]}), split, rank, False)

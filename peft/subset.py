@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from .. import InputError
 from ..model import Weight
 from ..model.tree import is_stacked, named, nested
 from .base import Method
@@ -29,6 +30,11 @@ class Subset(Method):
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         flat = named(params)
+        for path in select(self.where, params):
+            if isinstance(flat[path], Weight):
+                kind = type(flat[path]).__name__
+                raise InputError(f"{type(self).__name__.lower()}: {path} is {kind} and cannot train; narrow where="
+                                 f"{self.where!r}, or take a base that is not quantised")  # fmt: skip
         picked = {t.key: flat[t.path] if t.key == t.path else flat[t.path][t.layers.start : t.layers.stop]
                   for t in targets(self.where, params)}  # fmt: skip
         return {key: jnp.array(leaf, jnp.float32, copy=True) for key, leaf in picked.items()}

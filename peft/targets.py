@@ -169,6 +169,14 @@ def each_matrix(
     return {t.key: each_layer(t, lambda k, t=t: make(k, *t.shape), layer_keys(key, t, leaf)) for t in found}
 
 
+def of_layers(fn: Callable[[Array], Any], params: Any, key: str) -> Any:
+    """fn(w [D, F]) of each layer that a key of a method's tree names; of quantised ones one is in memory at a time."""
+    path, layers = cut_key(key)
+    dense = lambda w: fn(w.dense() if isinstance(w, Weight) else w)  # noqa: E731
+    w = jax.tree.map(lambda x: x[slice(*layers) if layers else ...], named(params)[path])
+    return jax.lax.map(dense, w) if is_stacked(path) else dense(w)
+
+
 def group(trainable: dict[str, Any]) -> dict[str, dict[Any, Any]]:
     """{path: {layers [start, stop), or None for all: arrays}} of a method's tree, in the order of the layers."""
     pieces: dict[str, dict[Any, Any]] = {}

@@ -54,8 +54,8 @@ BAD = {  # file name: (bytes, what the message says)
     ),
     "b.jsonl": (b'{"text": "x"}\n["y"]\n', "b.jsonl:2: a JSON list"),
     "c.jsonl": (b'{"text": "x"}\n\n{"txt": "y"}\n', "c.jsonl:3: no field 'text', only .'txt'"),
-    "d.jsonl": (b'{"text": null}\n', "d.jsonl:1: field 'text' is null"),
-    "e.jsonl": (b'{"text": ["x"]}\n', "e.jsonl:1: field 'text' is list"),
+    "d.jsonl": (b'{"text": null}\n', "d.jsonl:1: 'text' is null"),
+    "e.jsonl": (b'{"text": ["x"]}\n', "e.jsonl:1: 'text' is a list"),
     "f.jsonl": (b'{"text": "x"}\n{"text": "caf\xe9"}\n', "f.jsonl:2: not UTF-8 .byte 0xe9 at offset 27"),
     "g.jsonl": (b"\n \n", "g.jsonl: empty"),
     "h.jsonl": (b'{"text": "\\ud800"}\n', "h.jsonl:1: lone surrogate"),
@@ -122,7 +122,7 @@ def test_hub_spec(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     found = documents("hub:org/set:cfg@test[:10]")
     assert next(found) == Document("org/set@test[:10]:1", "x")
-    with pytest.raises(InputError, match=r"org/set@test\[:10\]:2: field 'text' is int"):
+    with pytest.raises(InputError, match=r"org/set@test\[:10\]:2: 'text' is a int"):
         next(found)
     assert next(documents("hub:set")).id == "set@train:1"
     assert asked == [("org/set", "cfg", "test[:10]"), ("set", None, "train")]

@@ -7,7 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from graftax import InputError
-from graftax.model import Sampling, Transformer, Weight, generate, init, matmul, presets, restack, shapes_of
+from graftax.model import (
+    Sampling,
+    Transformer,
+    Weight,
+    attention,
+    generate,
+    init,
+    matmul,
+    presets,
+    restack,
+    shapes_of,
+    token_losses,
+)
 from graftax.model.attention import VIRTUAL, attend, causal, visible
 from graftax.model.generate import sample
 from graftax.model.tree import named
@@ -21,9 +33,13 @@ def qkv(B=2, T=192, S=192, N=4, K=2, H=8):
     ]
 
 
+@pytest.mark.parametrize("long", [False, True])
 @pytest.mark.parametrize(("T", "P"), [(192, 0), (192, 5), (7, 0)])
-def test_blocked_attention_is_the_definition(T, P):
+def test_blocked_attention_is_the_definition(T, P, long, monkeypatch):
     """In blocks of queries, packed, with and without keys before the row, values and gradients."""
+    if long:  # as rows of 2,048 are
+        monkeypatch.setattr(attention, "LONG", 1)
+        monkeypatch.setattr(attention, "PART", 40)
     q, k, v = qkv(T=T, S=T + P)
     positions = jnp.tile(jnp.arange(T) % 80, (2, 1))
     segments = jnp.tile(jnp.arange(T) // 80 + 1, (2, 1)).at[0, -3:].set(0)
@@ -153,3 +169,19 @@ def test_model_is_a_plain_flax_module():
     variables = model.init(jax.random.key(0), ids)
     assert model.apply(variables, ids).shape == (1, 4, CONFIG.V)
     assert jnp.abs(variables["params"]["layers"]["mlp"]["up"]).max() > 0
+
+
+def test_what_is_kept_for_the_backward_pass():
+    """Every policy gives the same gradient, and the temporaries shrink from `none` to `full`."""
+
+    def program(remat):
+        base, batch = make_base(remat=remat, L=8), make_batch()
+        loss = lambda params: token_losses(base.model, params, batch).sum()  # noqa: E731
+        compiled = jax.jit(jax.grad(loss)).lower(base.params).compile()
+        return compiled(base.params), compiled.memory_analysis().temp_size_in_bytes
+
+    grads, bytes_ = zip(*map(program, ("none", "dots", "attention", "full")), strict=True)
+    for other in grads[1:]:
+        close(other, grads[0], 1e-4)
+    assert bytes_[0] > bytes_[1] > bytes_[2] > bytes_[3], bytes_
+    close(program("offload")[0], grads[0], 1e-4)

@@ -80,8 +80,13 @@ def test_a_lora_follows_its_matrix():
 def test_mesh_errors():
     with pytest.raises(InputError, match=r"mesh 3x1x1 .* does not match the 8 device"):
         make_mesh((3, 1, 1))
-    with pytest.raises(InputError, match="three sizes"):
+    with pytest.raises(InputError, match="three or four sizes"):
         make_mesh((8,))
-    assert make_mesh((2, -1, 1)).shape == {"data": 2, "fsdp": 4, "tensor": 1}
-    with pytest.raises(InputError, match=r"embed/table \[61, 32\]: dimension 0 of 61 does not divide over tensor = 2"):
+    assert make_mesh((2, -1, 1)).shape == {"data": 2, "fsdp": 4, "tensor": 1, "context": 1}
+    assert make_mesh((2, 1, 1, -1)).shape["context"] == 4
+    with pytest.raises(InputError, match=r"embed/table \[61, 32\]: dimension 0 of 61 does not divide over tensor = 2;"):
         shardings(make_mesh((2, 2, 2)), shapes_of(CONFIG))
+    wide = dataclasses.replace(CONFIG, V=64, F=36)  # [L, D, F]: the layer axis is never split
+    told = r"layers/mlp/down \[2, 36, 32\]: dimension 1 of 36 .* tensor = 8; .* tensor may have 1, 2, 3, 4, 6"
+    with pytest.raises(InputError, match=told):
+        shardings(make_mesh((1, 1, 8)), shapes_of(wide))

@@ -16,6 +16,7 @@ from graftax.peft import LoRA, Prompt, Subset
 from graftax.train import loop
 from graftax.train.checkpoint import Checkpoints, fingerprint
 from graftax.train.cli import main
+from graftax.train.commit import sealed_manifest
 from graftax.train.config import Data, Optim, Run, from_json, to_json
 from graftax.train.evaluate import choose, held_out_losses, row_losses
 from graftax.train.loop import train
@@ -124,22 +125,21 @@ def test_9_killed_and_resumed_equals_unbroken(method, pretraining, base, example
         with contextlib.suppress(KeyboardInterrupt):
             train(run)
     assert Checkpoints(tmp_path / "cut/checkpoints").steps()[-1] == 4
-    train(dataclasses.replace(run, resume=True))
+    train(dataclasses.replace(run, resume="auto"))
     a, b = (Checkpoints(folder / "checkpoints").manifest(6) for folder in (whole, tmp_path / "cut"))
     assert a["leaves"] == b["leaves"]
     assert (a["rows_digest"], a["next_row"]) == (b["rows_digest"], b["next_row"])
 
 
 def test_resume_refuses_other_data(pretraining, base):
-    other = dataclasses.replace(pretraining, out=str(base), resume=True, seed=5)
+    other = dataclasses.replace(pretraining, out=str(base), resume="auto", seed=5)
     with pytest.raises(InputError, match="--resume: the data changed since step 6"):
         train(other)
 
 
 def test_resume_of_a_complete_run_changes_nothing(pretraining, base):
     summary = (base / "summary.json").read_text()
-    with pytest.raises(InputError, match="is complete at step 6"):
-        train(dataclasses.replace(pretraining, out=str(base), resume=True))
+    train(dataclasses.replace(pretraining, out=str(base), resume="auto"))
     assert (base / "summary.json").read_text() == summary
 
 
@@ -161,6 +161,9 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
     manifest = json.loads(path.read_text())
     manifest["leaves"]["trainable"]["layers/mlp/up"]["sha256"] = "0" * 64
     path.write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"manifest.json: not what was written"):
+        checkpoints.restore(1, "trainable", tree)
+    path.write_text(sealed_manifest(manifest))
     with pytest.raises(InputError, match=r"layers/mlp/up is not what was saved"):
         checkpoints.restore(1, "trainable", tree)
     with pytest.raises(InputError, match=r"has an unexpected layers/mlp/up"):

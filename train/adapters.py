@@ -15,6 +15,7 @@ from ..peft import Method
 from ..peft.hf_names import family_of
 from ..peft.lora import LoRA
 from .config import Run
+from .lineage import keep
 from .progress import console
 
 Target = Literal["", "vllm"]
@@ -56,6 +57,7 @@ def write(got: Any, out: Path, target: Target, compare: Any) -> dict[str, Any]:
     base = got.manifest.get("imported", "")
     with unchecked(out) as made:
         peft.hf.save(made, got.config, method, trainable, base, got.params)
+        keep(made, got.lineage)
         found = compare(got, *peft.hf.load(made, got.config, got.params))
     console.print(f"wrote {out}/: {', '.join(sorted(p.name for p in out.iterdir()))}", soft_wrap=True)
     if not base:

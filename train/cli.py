@@ -14,6 +14,7 @@ from typing import Any
 
 from .. import InputError, __version__
 from .config import MALLOC, Run, close, from_json, method_class
+from .distributed import together
 
 
 def parse(cls: Any, args: list[str], prog: str, default: Any = None, description: str = "") -> Any:
@@ -99,6 +100,9 @@ def run_of(phase: str, args: list[str]) -> Run:
     method, rest = take(rest, "--method")
     if method is not None:
         run = dataclasses.replace(run, method=method_class(method)())
+    for i, arg in enumerate(rest):
+        if arg == "--resume" and (i + 1 == len(rest) or rest[i + 1].startswith("-")):
+            rest[i] = "--resume=auto"
     rest = ["--data.task" if arg == "--data" else re.sub("^--data=", "--data.task=", arg) for arg in rest]
     return parse(Run, rest, prog, default=run, description=about)
 
@@ -128,6 +132,12 @@ def _demo(args: list[str]) -> Any:
     return demo(parse(Demo, args, "graftax demo", description=Demo.__doc__ or ""))
 
 
+def _plan(args: list[str]) -> Any:
+    from .plan.command import plan
+
+    return plan(args)
+
+
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], Any]]] = {
     "demo": ("pretrain a small base, tune it six ways, compare: the whole path in minutes", _demo),
     "pretrain": (
@@ -138,6 +148,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], Any]]] = {
         "tune a base on a task: graftax finetune sft --base RUN_OR_MODEL --data FILE.jsonl",
         _train("finetune"),
     ),
+    "plan": ("what a run needs, before it runs: graftax plan sft --base llama-3.1-8b --topology v5e:4x4", _plan),
     "eval": ("held-out loss and a task's score of a run: graftax eval RUN", _lazy("Eval")),
     "generate": ("text from a run or a Hugging Face model: graftax generate RUN --prompt TEXT", _lazy("Generate")),
     "merge": ("fold an adapter into its base, and check: graftax merge RUN --out FOLDER", _lazy("Merge", "export")),
@@ -153,6 +164,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], Any]]] = {
         "what a mask picks of a base, before anything runs: graftax masks RUN_OR_PRESET --where RULE",
         _lazy("Masks"),
     ),
+    "lineage": ("where a run comes from, phase by phase: graftax lineage RUN", _lazy("Lineage", "lineage")),
     "methods": ("the methods, and what each trains on a preset: graftax methods", _lazy("Methods")),
     "tokenizer": ("train a tokenizer: graftax tokenizer SOURCE --out FOLDER", _lazy("Tokenizer")),
 }
@@ -187,12 +199,18 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(0 if args else 2)
     name, rest = args[0], [a for a in args[1:] if a != "--json"]
     try:
+        processes, rest = take(rest, "--processes")
         if name not in COMMANDS:
             raise InputError(f"no command {name!r}{close(name, COMMANDS)}; there are {', '.join(COMMANDS)}")
         if argv is None:
             keep_memory()
             keep_compilations()
-        result = COMMANDS[name][1](rest)
+        if name in ("pretrain", "finetune"):
+            result = together(processes, lambda: COMMANDS[name][1](rest))
+        elif processes:
+            raise InputError(f"--processes: only pretrain and finetune run in several processes, not {name}")
+        else:
+            result = COMMANDS[name][1](rest)
     except InputError as error:
         print(f"graftax: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
@@ -25,6 +25,7 @@ from .progress import console
 from .runs import load_run
 
 Arg = Annotated[str, tyro.conf.Positional]
+Verify = Literal["full", "fast", "off"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +39,11 @@ class Eval:
     tokens: int = 0  # held-out tokens of each domain; 0: all
     rows: int = 0  # test rows; 0: all
     choices: bool = False  # answer with the likeliest of the task's choices, not by generation
+    verify: Verify = "full"  # every digest, the files' sizes, the manifest alone
 
     def run(self) -> dict[str, Any]:
         """Evaluate, say the numbers, and return them."""
-        got = load_run(self.folder, base=self.base)
+        got = load_run(self.folder, base=self.base, verify=self.verify)
         data = dataclasses.replace(
             got.run.data, task=self.task or got.run.data.task, root=self.root or got.run.data.root
         )
@@ -80,11 +82,12 @@ class Generate:
     top_p: float = 1.0
     seed: int = 0
     base: str = ""  # where its base is now, if it moved
+    verify: Verify = "full"  # every digest, the files' sizes, the manifest alone
 
     def run(self) -> dict[str, Any]:
         """Generate, print the text, and return it."""
         how = Sampling(self.temperature, self.top_k, self.top_p)
-        got = load_run(self.folder, base=self.base)
+        got = load_run(self.folder, base=self.base, verify=self.verify)
         turns = [{"role": "user", "content": self.prompt}]
         ids = render_prompt(turns, got.tokenizer) if self.chat else got.tokenizer.prompt(self.prompt)
         model, bound, context = got.bound

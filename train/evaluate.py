@@ -13,6 +13,7 @@ from ..data.loader import batches
 from ..data.pack import empty_row
 from ..data.sft import encode_examples, messages, render_prompts
 from ..model import Context, Sampling, Transformer, generate, token_losses
+from ..model.sharding import fetch
 
 
 @partial(jax.jit, static_argnames=("model", "tokens", "chunk"))
@@ -28,7 +29,7 @@ def row_losses(
     found, keys = [], ("ids", "targets", "weights", "segments", "positions")
     for b in batches(rows, batch):
         b = {k: b[k] for k in keys}
-        found.append(np.asarray(_row_losses(model, bound, context.past, put(b) if put else b, context.tokens)))
+        found.append(fetch(_row_losses(model, bound, context.past, put(b) if put else b, context.tokens)))
     return np.concatenate(found)[: len(rows)]
 
 

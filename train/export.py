@@ -1,6 +1,7 @@
 """Bases in and out: import, export, merge. What is written is read back and compared before it counts."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,8 +23,10 @@ from .adapters import Target
 from .checkpoint import Checkpoints, fingerprint
 from .config import to_json
 from .inputs import save_held_out
+from .lineage import code, keep
 from .progress import console
 from .runs import Loaded, is_hugging_face, load_hugging_face, load_run
+from .stored import sidecars
 
 Arg = Annotated[str, tyro.conf.Positional]
 DType = Literal["", "float32", "bfloat16", "float16"]
@@ -89,14 +92,22 @@ def write_base(
     if config.family:  # what it is multiplied in is decided where it runs: runs.numerics
         config = dataclasses.replace(config, dtype=stored)
     run = dataclasses.replace(
-        got.run, phase="pretrain", model=config, method=Subset("all"), base="", recipe=recipe, out=name or str(out)
-    )
+        got.run, phase="pretrain", model=config, method=Subset("all"), base="", quantize="", recipe=recipe,
+        out=name or str(out),
+    )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(to_json(run), "utf-8")
     got.tokenizer.save(out)
     save_held_out(out / "held_out.npz", got.held_out)
-    left = ("step", "score", "versions", "leaves")
-    meta = {k: v for k, v in got.manifest.items() if k not in left} | {"phase": "pretrain", "base": "", **came}
+    left = ("step", "score", "versions", "leaves", "files", "accepted", "rows")
+    meta = {k: v for k, v in got.manifest.items() if k not in left} | {
+        "phase": "pretrain",
+        "base": "",
+        "code": code(),
+        "config": json.loads(to_json(run)),
+        "sidecars": sidecars(out, got.tokenizer),
+        **came,
+    }
     checkpoints = Checkpoints(out / "checkpoints")
     checkpoints.save(got.manifest["step"], {"trainable": named(params)}, meta)
     checkpoints.close()
@@ -133,7 +144,8 @@ class Merge:
 
         def write(made: Path, params: Any) -> dict[str, Any]:
             came = {"adapter": str(self.folder), "base": got.manifest["base"], "step": got.manifest["step"]}
-            return {"fingerprint": write_base(made, got, params, "merged", {"merged_from": came}, str(out))}
+            said: dict[str, Any] = {"merged_from": came, "lineage": got.lineage}
+            return {"fingerprint": write_base(made, got, params, "merged", said, str(out))}
 
         got = load_run(self.folder, base=self.base)
         found = checked(out, got, self.dtype, self.bound, write)
@@ -169,6 +181,7 @@ class Export:
             for name in CARRIED:  # the run's tokenizer may have more tokens than the one its base came with
                 (made / name).unlink(missing_ok=True)
             t.save(made)
+            keep(made, got.lineage)
             return {}
 
         got = load_run(self.folder, base=self.base)

@@ -9,184 +9,202 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from .. import InputError
 from ..data.loader import Loader
-from ..model.sharding import batch_sharding, make_mesh, put_batch
+from ..model.sharding import batch_rows, make_mesh, put_batch
+from . import distributed, faults, outcome
 from .checkpoint import Checkpoints
-from .config import Run, to_json
-from .evaluate import held_out_losses, longest_answer, mean_loss, outputs, scored
-from .inputs import save_held_out
+from .config import Run, flat, to_json
+from .health import Health, must_be_finite
+from .lineage import code
+from .lock import Lock
 from .optim import schedule
+from .outcome import evaluate
 from .phase import Phase, prepare
-from .progress import Log, console, plot_losses, read_metrics, step_flops
-from .step import make_train_step
+from .program import KEYS, check_batch, lower
+from .progress import Log, NoLog, console, step_flops
+from .resume import check_out, find, restore, same_run
+from .stop import Stop, Stopped
+from .stored import sidecars
 
 
 def train(run: Run) -> Path:
-    """Run a phase to its end and return its directory. Raises InputError, before anything is written, for bad input."""
-    folder = Path(run.out)
-    _check_out(folder, run)
+    """Run a phase to its end and return its directory. Raises InputError, before anything is written, for bad input,
+    and Stopped (exit code 75) when a signal ended it and all is saved."""
+    folder, writes = Path(run.out), distributed.index() == 0
+    distributed.agree("the command", flat(json.loads(to_json(run))))
+    check_out(run)
     mesh = make_mesh(run.mesh)
-    parts = mesh.shape["data"] * mesh.shape["fsdp"] * run.accumulate
-    if run.data.batch % parts:
-        raise InputError(f"--data.batch {run.data.batch} does not divide into {parts} (data x fsdp x accumulate)")
-    with tempfile.TemporaryDirectory() as work, jax.set_mesh(mesh):
+    check_batch(run, mesh)
+    with contextlib.ExitStack() as held, tempfile.TemporaryDirectory() as work, jax.set_mesh(mesh):
+        stop = held.enter_context(Stop())
         phase = prepare(run, mesh, Path(work))
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(to_json(phase.run), "utf-8")
-        phase.tokenizer.save(folder)
-        if run.phase == "pretrain":
-            save_held_out(folder / "held_out.npz", phase.held_out)
-        summary = _go(phase, folder)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
-    curve = [(r["step"], r["loss"]) for r in read_metrics(folder) if "loss" in r]
-    title = run.recipe or run.phase
-    plot_losses(folder / "loss.png", {title: curve}, f"{title}: training loss")
-    console.print(f"wrote {folder}/: config.json, metrics.jsonl, summary.json, loss.png, checkpoints/", soft_wrap=True)
+        distributed.share("the checks")  # none finds what process 0 makes now
+        guard: Any = lambda: None  # noqa: E731
+        if writes:
+            outcome.make(folder)
+            guard = held.enter_context(Lock(folder, "lock" in run.accept.split(","))).check
+            check_out(run)  # nobody came before
+        checkpoints = held.enter_context(Checkpoints(folder / "checkpoints", run.keep, guard))
+        step, later = find(phase.run, checkpoints)
+        taken = same_run(phase, checkpoints.manifest(step)) if step is not None else []
+        if step and step == phase.run.steps and outcome.complete(folder, step):
+            console.print(f"{folder} is complete at step {step}; nothing is left to do", soft_wrap=True)
+            return folder
+        if writes:
+            outcome.begin(phase, folder, checkpoints, step or 0, later)
+        distributed.share("the folder of the run")
+        if not (folder / "config.json").exists():
+            raise InputError(f"--out {folder}: not the folder that process 0 made; all processes must share it")
+        summary = _go(phase, folder, _Loop(phase, folder, checkpoints, step, taken), stop)
+        if writes:
+            outcome.finish(run, folder, summary)
+        distributed.share("the end of the run")
     return folder
 
 
-def _check_out(folder: Path, run: Run) -> None:
-    if not run.resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"--out {folder} is not an empty folder; take another, or go on with --resume")
-    if run.resume and not (folder / "config.json").exists():
-        raise InputError(f"--resume: {folder} holds no run to go on with; drop --resume, or correct --out")
-
-
-def _go(phase: Phase, folder: Path) -> dict[str, Any]:
+def _go(phase: Phase, folder: Path, loop: "_Loop", stop: Stop) -> dict[str, Any]:
     """The loop proper: from the phase's state to the last step. Returns the summary."""
-    run, checkpoints = phase.run, Checkpoints(folder / "checkpoints", phase.run.keep)
-    next_row, rows_digest = _resume(phase, checkpoints) if run.resume else (0, "")
-    first, loader = int(phase.state.step), Loader(phase.rows, run.data.batch, start=next_row)
-    if first >= run.steps:
-        raise InputError(f"--resume: {folder} is complete at step {first}; nothing is left to do")
-    before = evaluate(phase, run.score_base) if run.phase == "finetune" and not first else {}
-    found: dict[str, Any] = {}
+    run, first, left = phase.run, loop.first, False
+    before = outcome.noted(folder, 0)
+    begins = run.phase == "finetune" and not first and not before
+    before = evaluate(phase, run.score_base) if begins else before
+    faults.at("compile")
     step, cost = _compile(phase)
-    tokens = run.data.batch * run.data.T
-    flops = step_flops(phase.model.config, phase.totals["base"], phase.totals["trainable"], tokens, run.data.T)
-    put, rate, pending = put_batch(phase.mesh), schedule(run.optim, run.steps), []
-    log = Log(folder, run.recipe or run.phase, run.steps, first, flops, run.tensorboard, run.wandb)
-    with contextlib.closing(log):
-        log.note(0, before)
+    found = {} if first < run.steps else outcome.noted(folder, first)
+    late = {} if first < run.steps or found else evaluate(phase)  # it was killed behind the last save
+    stop.begin(first)
+    with contextlib.closing(_log(phase, folder, first)) as log:
+        log.note(0, before if begins else {})
+        log.note(first, late)
         for i in range(first + 1, run.steps + 1):
-            batch = next(loader)
-            rows_digest = hashlib.sha256(rows_digest.encode() + np.int64(batch["row"]).tobytes()).hexdigest()
-            phase.state, metrics = step(phase.state, phase.frozen, put({k: batch[k] for k in KEYS}))
-            pending.append(metrics)
-            last = i == run.steps
+            loop.checkpoints.check()
+            if not stop.may(i):
+                left = True
+                break
+            loop.step(i, step)
+            last, found = i == run.steps, {}  # a checkpoint has a score only if its own step was evaluated
             if last or i % run.log_every == 0:
-                log.step(i, _means(pending) | {"lr": float(rate(i - 1))}, len(pending) * tokens)
-                pending = []
+                loop.log(log)
             with log.paused():
-                found = {}  # a checkpoint has a score only if its own step was evaluated
                 if last or (run.eval_every and i % run.eval_every == 0):
-                    found = evaluate(phase, score=last)
+                    found = stop.between(lambda i=i, last=last: _score(phase, i, last))
+                    left, found = found is None, found or {}
                     log.note(i, found)
                 if last or (run.save_every and i % run.save_every == 0):
-                    items = {"trainable": phase.state.trainable, "optimizer": phase.state._replace(trainable=None)}
-                    meta = _meta(phase, loader, rows_digest)
-                    checkpoints.save(i, items, meta, found.get("held_out_loss"))
-    checkpoints.close()
-    return _summary(phase, folder, before, found, cost)
+                    loop.save(found.get("held_out_loss"))
+        if left:
+            loop.log(log)
+            loop.save()
+    loop.checkpoints.wait()
+    if left:
+        console.print(f"stopped at step {loop.done} of {run.steps}, saved; go on with --resume")
+        raise Stopped
+    return outcome.summary(phase, folder, before, found or late, cost) if distributed.index() == 0 else {}
 
 
-KEYS = {"ids": jnp.int32, "targets": jnp.int32, "weights": jnp.float32, "segments": jnp.int32, "positions": jnp.int32}
+class _Loop:
+    """Where a run is in its rows, and what of it is neither logged nor saved yet."""
+
+    def __init__(self, phase: Phase, folder: Path, checkpoints: Checkpoints, at: int | None, taken: list[str]):
+        run = phase.run
+        self.phase, self.checkpoints = phase, checkpoints
+        start, self.seen = restore(phase, checkpoints, at) if at is not None else (0, 0)
+        self.first = self.done = int(phase.state.step)
+        if self.first > run.steps:
+            raise InputError(f"--steps {run.steps}: {folder} is at step {self.first}; raise it, or --resume STEP")
+        self.saved, self.pending = at or 0, []
+        self.held, self.counted = batch_rows(phase.mesh, run.data.batch)
+        self.loader = Loader(phase.rows, run.data.batch, start=start, held=self.held)
+        self.put, self.rate = put_batch(phase.mesh, run.data.batch), schedule(run.optim, run.steps)
+        self.health = Health(run, phase.rows, start, self.first)
+        told = checkpoints.manifest(at).get("accepted", []) if at is not None else []
+        self.never = {"accepted": [*told, *taken], "sidecars": sidecars(folder, phase.tokenizer)}  # changes
+
+    def step(self, i: int, step: Any) -> None:
+        """Step i, on the next rows."""
+        at, batch = self.loader.state()["next_row"], next(self.loader)
+        if faults.at("step", i) == "nan":
+            batch = {**batch, "weights": np.full_like(batch["weights"], np.inf)}
+        self.seen += row_sum(at + self.counted, batch["row"][np.searchsorted(self.held, self.counted)])
+        placed = self.put({k: batch[k] for k in KEYS})
+        self.phase.state, metrics = step(self.phase.state, self.phase.frozen, placed)
+        self.pending.append(metrics)
+        self.done = i
+
+    def log(self, log: Any) -> None:
+        """Write the means of the steps since the last time; one transfer for all of them. Raises if they went wrong."""
+        rows, self.pending = jax.device_get(self.pending), []
+        if rows:
+            data = self.phase.run.data
+            log.step(self.done, _means(rows) | {"lr": float(self.rate(self.done - 1))}, len(rows) * data.batch * data.T)
+            self.health.see(self.done, rows)
+
+    def save(self, score: float | None = None) -> None:
+        """Begin to save the state, unless it is saved already."""
+        if self.saved == self.done:
+            return
+        state, self.saved = self.phase.state, self.done
+        must_be_finite(state.trainable, self.done, self.phase.run)
+        items = {"trainable": state.trainable, "optimizer": state._replace(trainable=None)}
+        meta = _meta(self.phase, self.loader, self.seen) | self.never
+        self.checkpoints.save(self.done, items, meta, score)
+
+
+def _log(phase: Phase, folder: Path, first: int) -> Any:
+    run, tokens = phase.run, phase.run.data.batch * phase.run.data.T
+    flops = step_flops(phase.model.config, phase.totals["base"], phase.totals["trainable"], tokens, run.data.T)
+    make = NoLog if distributed.index() else Log
+    return make(folder, run.recipe or run.phase, run.steps, first, flops, run.tensorboard, run.wandb)
+
+
+def _score(phase: Phase, i: int, last: bool) -> dict[str, Any]:
+    faults.at("score", i)
+    return evaluate(phase, score=last)
+
+
+def row_sum(places: np.ndarray, rows: np.ndarray) -> int:
+    """sum of sha256(place in the stream, row id): sums of parts of a stream, added up, are the digest of all of it."""
+    pairs = np.stack([places, rows], axis=1).astype(np.int64)
+    return sum(int.from_bytes(hashlib.sha256(pair.tobytes()).digest(), "big") for pair in pairs)
 
 
 def _compile(phase: Phase) -> tuple[Any, dict[str, Any]]:
     """The compiled step, and what the compiler says of its time and memory."""
-    run, began = phase.run, time.perf_counter()
-    step = make_train_step(phase.model, phase.method, phase.tx, accumulate=run.accumulate, chunk=run.chunk)
-    shape, split = (run.data.batch, run.data.T), batch_sharding(phase.mesh)
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, dtype in KEYS.items()}
-    where = jax.tree.map(lambda x: x.sharding, phase.state)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
-    # XLA would cast a whole stack of half-precision layers before its loop: on a CPU, twice the base in fp32.
-    stored = {x.dtype for x in jax.tree.leaves(phase.frozen)}
-    lean = jax.default_backend() == "cpu" and bool(stored - {jnp.dtype(phase.model.config.dtype)})
-    options: Any = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"} if lean else None
-    compiled = jitted.lower(phase.state, phase.frozen, batch).compile(compiler_options=options)
+    began = time.perf_counter()
+    lowered, options = lower(phase)
+    compiled = lowered.compile(compiler_options=options)
     m: Any = compiled.memory_analysis()
     peak = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
     seconds = round(time.perf_counter() - began, 2)
     return compiled, {"compile_seconds": seconds, "step_temp_bytes": m.temp_size_in_bytes, "step_peak_bytes": peak}
 
 
-def _resume(phase: Phase, checkpoints: Checkpoints) -> tuple[int, str]:
-    """Put the newest checkpoint into the phase. Returns the next row and the running digest of the rows."""
-    steps = checkpoints.steps()
-    if not steps:
-        return 0, ""
-    manifest = checkpoints.manifest(steps[-1])
-    for what, now in (("data", phase.data_digest), ("base", phase.base), ("tokenizer", phase.tokenizer.digest)):
-        if manifest[what] != now:
-            raise InputError(
-                f"--resume: the {what} changed since step {steps[-1]} (saved {manifest[what][:12]}, now {now[:12]}); "
-                "go on with what the run began with, or start a new --out"
-            )
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), phase.state)
-    trainable = checkpoints.restore(steps[-1], "trainable", like.trainable)
-    rest = checkpoints.restore(steps[-1], "optimizer", like._replace(trainable=None))
-    phase.state = rest._replace(trainable=trainable)
-    console.print(f"resumed at step {steps[-1]} of {phase.run.steps}")
-    return manifest["next_row"], manifest["rows_digest"]
+def _means(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Means over steps, the loss by target tokens; steps that were left out count only if all were."""
+    good = [r for r in rows if r["ok"]] or rows
+    targets = sum(float(r["targets"]) for r in good)
+    loss = sum(float(r["loss"]) * float(r["targets"]) for r in good) / max(targets, 1.0)
+    mean = {k: float(np.mean([r[k] for r in good])) for k in ("grad_norm", "update_rms")}
+    return {"loss": loss, "targets": targets, **mean, "skipped": len(rows) - sum(bool(r["ok"]) for r in rows)}
 
 
-def _means(pending: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over the steps since the last log, the loss by target tokens; one transfer for all of them."""
-    rows = jax.device_get(pending)
-    targets = sum(float(r["targets"]) for r in rows)
-    loss = sum(float(r["loss"]) * float(r["targets"]) for r in rows) / max(targets, 1.0)
-    mean = {k: float(np.mean([r[k] for r in rows])) for k in ("grad_norm", "update_rms")}
-    return {"loss": loss, "targets": targets, **mean, "skipped": sum(not r["ok"] for r in rows)}
-
-
-def evaluate(phase: Phase, score: bool = True) -> dict[str, Any]:
-    """Held-out loss of the base's domains and, with `score`, of the task: scores and some samples."""
-    run, found = phase.run, {}
-    method, trainable = phase.method, phase.state.trainable
-    args = (phase.model, method.bind(phase.frozen, trainable), method.context(trainable))
-    if phase.held_out:
-        held = held_out_losses(*args, phase.held_out, run.data.batch, run.eval_tokens, put_batch(phase.mesh))
-        found = {"held_out_loss": mean_loss(held), "held_out": held}
-    if score and phase.task:
-        rows = scored(phase.task, run.eval_rows)
-        answers = outputs(*args, phase.tokenizer, rows, longest_answer(rows, phase.tokenizer))
-        pairs = list(zip(rows, answers, strict=True))[:8]
-        samples = [{"prompt": r["prompt"], "wanted": r["completion"], "got": a} for r, a in pairs]
-        found |= {"scores": phase.task.score(rows, answers), "samples": samples}
-    return found
-
-
-def _meta(phase: Phase, loader: Loader, rows_digest: str) -> dict[str, Any]:
+def _meta(phase: Phase, loader: Loader, seen: int) -> dict[str, Any]:
     """What a checkpoint says besides its arrays."""
+    rows = sum(int(part) for part in distributed.share("the rows of a checkpoint", str(seen)))
     return {
         "phase": phase.run.phase,
+        "config": json.loads(to_json(phase.run)),
         "base": phase.base,
         "tokenizer": phase.tokenizer.digest,
         "data": phase.data_digest,
+        "rows": phase.facts,
         "seed": phase.run.seed,
+        "code": code(),
+        "lineage": phase.lineage,
         "next_row": loader.state()["next_row"],
-        "rows_digest": rows_digest,
+        "rows_digest": f"{rows % 2**256:064x}",
         "mesh": list(phase.mesh.devices.shape),
-    }
-
-
-def _summary(phase: Phase, folder: Path, before: Any, after: Any, cost: Any) -> dict[str, Any]:
-    logged = [r for r in read_metrics(folder) if "seconds_per_step" in r]
-    return {
-        "recipe": phase.run.recipe,
-        "method": type(phase.method).__name__.lower(),
-        "steps": phase.run.steps,
-        "loss": logged[-1]["loss"],
-        "seconds_per_step": float(np.median([r["seconds_per_step"] for r in logged])),
-        "skipped": int(phase.state.skipped),
-        **phase.totals,
-        **cost,
-        "before": before,
-        "after": after,
     }

@@ -76,7 +76,7 @@ def rms(tree: Any) -> Array:
     """Root mean square over all numbers of a tree, fp32."""
     leaves = jax.tree.leaves(tree)
     total = sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in leaves)
-    return jnp.sqrt(total / sum(x.size for x in leaves))
+    return jnp.sqrt(total / float(sum(x.size for x in leaves)))  # a count above 2^31 is no int32
 
 
 def _layer_ndim(path: str, leaf: Any) -> int:

@@ -8,18 +8,17 @@ from typing import Any
 import jax
 
 from .. import InputError
-from ..data.sft import sft_rows
 from ..model import Config, Transformer, init, shapes_of
-from ..model.sharding import follow, shardings
-from ..peft import Chain, Method, partition
-from . import report
-from .checkpoint import fingerprint
+from ..model.sharding import shardings
+from ..peft import Chain, Method
+from . import distributed, report
 from .config import Run
-from .inputs import check_lengths, corpus_and_tokenizer, task_of
-from .optim import make_optimizer
+from .digests import contents
+from .inputs import check_lengths, corpus_and_tokenizer, tuning_rows
+from .program import layout
 from .progress import console
-from .runs import load_run, numerics, place
-from .step import State, init_state
+from .runs import laid, load_run, numerics, place
+from .step import State
 
 
 @dataclasses.dataclass
@@ -40,6 +39,8 @@ class Phase:
     task: Any = None
     base: str = ""  # fingerprint of the base; empty for a pretraining run
     totals: dict[str, int] = dataclasses.field(default_factory=dict)
+    facts: dict[str, int] = dataclasses.field(default_factory=dict)  # sizes of the data, to say what changed of it
+    lineage: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # of the base
 
 
 def prepare(run: Run, mesh: Any, work: Path) -> Phase:
@@ -54,32 +55,44 @@ def _pretraining(run: Run, mesh: Any, work: Path) -> Phase:
         raise InputError(f"--steps {run.steps}: pretraining wants 1 or more")
     check_lengths(run.data, run.model.context)
     corpus, tokenizer = corpus_and_tokenizer(run.data, run.seed, work)
-    config = dataclasses.replace(run.model, V=tokenizer.vocab_size)
+    config = laid(dataclasses.replace(run.model, V=tokenizer.vocab_size), run.layers)
     run = dataclasses.replace(run, model=config)
+    _few(sum(corpus.rows.values()), run)
     console.print("tokens a domain: " + " · ".join(f"{k} {v:,}" for k, v in corpus.tokens.items()))
     split = shardings(mesh, shapes_of(config))
     params = jax.jit(init, static_argnums=0, out_shardings=split)(config, jax.random.key(run.seed))
-    return _assemble(run, mesh, config, params, corpus.train, corpus.digest, tokenizer, corpus.held_out)
+    phase = _assemble(run, mesh, config, params, corpus.train, corpus.digest, tokenizer, corpus.held_out)
+    phase.facts = {f"tokens of {name}": n for name, n in corpus.tokens.items()}
+    return phase
 
 
 def _tuning(run: Run, mesh: Any, work: Path) -> Phase:
     if not run.base:
         raise InputError("fine-tuning starts from a base: give --base RUN, a Hugging Face folder, or a hub id")
-    base = load_run(run.base, mesh)
+    distributed.agree("the base", {"base": contents(Path(run.base))})
+    base = load_run(run.base, mesh, layers=run.layers, quantize=run.quantize, verify=run.verify)
     config = numerics(base.config, run.dtype, run.remat)
     check_lengths(run.data, config.context)
-    task = task_of(run.data, run.seed)
-    sft = sft_rows(task.pairs(), base.tokenizer, run.data.T, run.seed, run.data.pack)
+    task, sft = tuning_rows(run.data, run.seed, base.tokenizer, config.V)
     steps = run.steps or max(round(run.epochs * len(sft.rows) / run.data.batch), 1)
     method = with_ids(run.method, base.tokenizer)
     run = dataclasses.replace(run, steps=steps, base=place(run.base), method=method)
+    _few(len(sft.rows), run)
     share = sft.tokens / (len(sft.rows) * run.data.T)
     rows = f"{sft.examples:,} examples in {len(sft.rows):,} rows of {run.data.T} ({share:.0%} filled)"
     console.print(f"{task.name}: {rows}, {sft.target_tokens:,} target tokens; {steps} steps", soft_wrap=True)
-    params, mark = base.merged, fingerprint(base.merged)
+    params, mark = base.base, base.fingerprint
     phase = _assemble(run, mesh, config, params, sft.train, sft.digest, base.tokenizer, base.held_out)
-    phase.task, phase.base = task, mark
+    phase.task, phase.base, phase.lineage = task, mark, base.lineage
+    phase.facts = {"examples": sft.examples, "target tokens": sft.target_tokens}
+    distributed.agree("the base", {"base": mark})
     return phase
+
+
+def _few(rows: int, run: Run) -> None:
+    if rows < (batch := run.data.batch):
+        said = f"{rows} rows are fewer than the {batch} of a batch: rows stand in a step more than once"
+        console.print(said, soft_wrap=True)
 
 
 def with_ids(method: Any, tokenizer: Any) -> Any:
@@ -94,21 +107,13 @@ def _assemble(
     run: Run, mesh: Any, config: Config, params: Any, rows: Any, digest: str, tokenizer: Any, held_out: Any
 ) -> Phase:
     """Split the base by the method, lay everything out on the mesh, and say what trains. `params` is used up."""
-    method, key = run.method, jax.random.key(run.seed + 1)
-    shapes = jax.eval_shape(lambda: params)
-    split = shardings(mesh, shapes)
-    trainable = jax.eval_shape(lambda p: method.init(key, p), shapes)
-    tx = make_optimizer(run.optim, trainable, run.steps, method)
-
-    def begin(params: Any) -> tuple[Any, State]:
-        frozen, trainable = partition(method, params, key)
-        return frozen, init_state(trainable, tx)
-
+    method, shapes = run.method, jax.eval_shape(lambda: params)
+    distributed.agree("the data", {"data": digest, "tokenizer": tokenizer.digest})
+    begin, tx, trainable, _, where = layout(run, mesh, shapes)
     name = type(method).__name__.lower()
     title = f"{run.phase} {run.recipe} · {name} · {run.optim.name} lr {run.optim.lr:g} · {run.steps} steps"
     totals = report.show(console, title, method, shapes, trainable, tx)
     # Donated: the base is never in memory twice.
-    where = follow(mesh, begin, shapes, split)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Some donated buffers were not usable")
         frozen, state = jax.jit(begin, out_shardings=where, donate_argnums=0)(params)

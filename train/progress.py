@@ -14,19 +14,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from .. import InputError
+from .commit import write_whole
+from .plan.roofline import chip_of
 
 console = Console(stderr=True, highlight=False, markup=False, width=None if sys.stderr.isatty() else 120)
 
-# Dense bf16 peak FLOP/s of a chip, by what `device_kind` holds; vendor data sheets.
-_PEAK = {"v6": 918e12, "v5p": 459e12, "v5 lite": 197e12, "v5e": 197e12, "v4": 275e12, "B200": 2250e12,
-         "H200": 989e12, "H100": 989e12, "A100": 312e12}  # fmt: skip
-
 
 def peak_flops() -> float | None:
-    """Peak FLOP/s of all devices together, where it is known."""
-    kind = jax.devices()[0].device_kind
-    one = next((v for k, v in _PEAK.items() if k.lower() in kind.lower()), None)
-    return one and one * jax.device_count()
+    """Peak FLOP/s of all devices together in bf16, where it is known."""
+    chip = chip_of(jax.devices()[0].device_kind)
+    return chip.flops * jax.device_count() if chip else None
 
 
 def step_flops(config: Any, total: int, trained: int, tokens: int, T: int) -> float:
@@ -65,7 +62,8 @@ class Log:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self.board = SummaryWriter(str(folder / "tensorboard"))
+            later = start + 1 if start else None  # what a killed run wrote after its checkpoint counts no more
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=later)
         self.wandb = start_wandb(wandb, folder) if wandb else None
         text = TextColumn("{task.description} {task.completed:.0f}/{task.total:.0f} {task.fields[text]}")
         self.bar = Progress(text, BarColumn(None), console=console, transient=True, disable=not console.is_terminal)
@@ -133,6 +131,32 @@ class Log:
             self.board.close()
         if self.wandb:
             self.wandb.finish()
+
+
+class NoLog:
+    """The log of every process but the first."""
+
+    def __init__(self, *_: Any): ...
+
+    def step(self, *_: Any) -> None: ...
+
+    def note(self, *_: Any) -> None: ...
+
+    def paused(self) -> Any:
+        """Nothing to leave out."""
+        return contextlib.nullcontext()
+
+    def close(self) -> None: ...
+
+
+def cut_metrics(folder: Path, step: int) -> None:
+    """Drop what a killed run wrote after its checkpoint of this step, or half wrote: no step is there twice."""
+    path, kept = folder / "metrics.jsonl", []
+    for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    write_whole(path, "".join(kept))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from ..model.quantize import Quantized
 from ..model.tree import canonical, match, named, paths
 from ..peft import Chain, Method, masks
 
@@ -24,6 +25,15 @@ def size(n: float) -> str:
     return f"{n:.1f} TiB"
 
 
+def stored(params: Any) -> str:
+    """What the numbers of the base are stored as, most of them first: `nf4, bfloat16`."""
+    bits: dict[str, int] = {}
+    for leaf in named(params).values():
+        kind = type(leaf).__name__.lower() if isinstance(leaf, Quantized) else leaf.dtype.name
+        bits[kind] = bits.get(kind, 0) + leaf.size
+    return ", ".join(sorted(bits, key=lambda kind: -bits[kind]))
+
+
 def rows(method: Method, params: Any, trainable: Any, tx: Any) -> list[dict[str, Any]]:
     """One row a parameter of the base: its size, what trains there, optimizer bytes, and the rule that picked it."""
     added: dict[str, list[tuple[str, Any]]] = {}
@@ -37,7 +47,7 @@ def rows(method: Method, params: Any, trainable: Any, tx: Any) -> list[dict[str,
     for path, leaf in named(params).items():
         row = found.setdefault(canonical(path)[0], {"base": 0, "bytes": 0})
         row["base"] += leaf.size
-        row["bytes"] += leaf.size * leaf.dtype.itemsize
+        row["bytes"] += nbytes(leaf)
     for name in added:  # of no parameter of the base: a prefix that one MLP makes for all layers
         found.setdefault(name, {"base": 0, "bytes": 0})
     picked = _picked(method, params)
@@ -80,5 +90,7 @@ def show(console: Console, title: str, method: Method, params: Any, trainable: A
     optimizer = nbytes(jax.eval_shape(tx.init, trainable))
     table.add_section()
     table.add_row("total", f"{total:,}", f"{trains:,} ({trains / total:.2%})", size(optimizer), "")
+    table.add_row("the base stored", size(nbytes(params)), stored(params), "", "", style="dim")
     console.print(table)
-    return {"base": total, "trainable": trains, "trainable_bytes": nbytes(trainable), "optimizer_bytes": optimizer}
+    sizes = {"base_bytes": nbytes(params), "trainable_bytes": nbytes(trainable), "optimizer_bytes": optimizer}
+    return {"base": total, "trainable": trains, **sizes}

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import time
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,20 @@ from .. import InputError
 from ..data.mixture import HeldOut
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..model import Config, Context, Transformer, hf, shapes_of
+from ..model.backend import backend
 from ..model.hf_files import HUB_ID, fetch
+from ..model.quantize import quantize, quantized
 from ..model.sharding import follow, shardings
-from ..model.tree import nested
+from ..model.tree import canonical, named, nested, paths
 from ..peft import Method, Subset, merge
 from . import adapters, report
-from .checkpoint import Checkpoints, fingerprint
-from .config import Data, Run, from_json
+from .checkpoint import Checkpoints, fingerprint, marks, sealed
+from .config import Data, Run, from_json, held_still
 from .inputs import load_held_out
+from .layout import converted
+from .lineage import chain, kept
 from .progress import console
+from .stored import check_sidecars
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +43,12 @@ class Loaded:
     tokenizer: Tokenizer
     held_out: dict[str, HeldOut]  # of the base's own domains
     manifest: dict[str, Any]
+    mark: str = ""  # of a quantised base: the fingerprint of what it was made of
+
+    @property
+    def lineage(self) -> list[dict[str, Any]]:
+        """The records of this run and of all that it was made of."""
+        return chain(self.folder, self.run, self.manifest)
 
     @property
     def model(self) -> Transformer:
@@ -51,6 +63,16 @@ class Loaded:
     def merged(self) -> Any:
         """One base that computes the same; InputError where there is none (prompts, adapters)."""
         return merge(self.method, self.params, self.trainable)
+
+    @property
+    def base(self) -> Any:
+        """What a method can stand on: quantised parameters as they are, else one base that computes the same."""
+        return self.params if self.mark else self.merged
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of that base, and of one that is quantised as it was before."""
+        return self.mark or fingerprint(self.merged)
 
 
 def sharded(shapes: Any, split: Any) -> Any:
@@ -82,10 +104,47 @@ def check_run(folder: str | Path) -> Path:
 def numerics(config: Config, dtype: str = "", remat: Any = "") -> Config:
     """The config as it is run here. What is stored in half precision is multiplied in fp32 on a CPU, which has no fast
     product for it."""
-    half = config.family and jax.default_backend() == "cpu"
+    half = config.family and backend() == "cpu"
     return dataclasses.replace(
         config, dtype=dtype or ("float32" if half else config.dtype), remat=remat or config.remat
     )
+
+
+def laid(config: Config, layers: str) -> Config:
+    """The config with its layers stacked or unrolled, as a run asks for."""
+    return dataclasses.replace(config, scan=layers == "stacked") if layers else config
+
+
+def relaid(config: Config, params: Any, layers: str, mesh: Any = None, kind: str = "") -> tuple[Config, Any]:
+    """A base with its layers stacked or unrolled; what had to be moved of `params` is used up."""
+    if laid(config, layers) == config:
+        return config, params
+    config = laid(config, layers)
+    shapes = jax.eval_shape(partial(quantize, kind=kind), shapes_of(config)) if kind else shapes_of(config)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    split = shardings(mesh, shapes) if mesh is not None else jax.tree.map(lambda _: here, shapes)
+    wanted = dict(paths(sharded(shapes, split)))
+    made = converted(dict(paths(params)), wanted)
+    return config, jax.tree.unflatten(jax.tree.structure(shapes), [made[path] for path in wanted])
+
+
+def keeper(kind: str, mesh: Any) -> tuple[Callable[[str, Any], Any], list[Any]]:
+    """(each(path, parameter) -> what is kept of it, the marks it has taken): a base is quantised while it is read, a
+    parameter at a time, and known by the fingerprint of what it was."""
+    found: list[Any] = []
+
+    def each(path: str, leaf: Any) -> Any:
+        found.extend(marks(path, leaf))
+        return jax.block_until_ready(quantized(path, leaf, kind, mesh=mesh))
+
+    return each, found
+
+
+def quantised(got: Loaded, kind: str, mesh: Any) -> Loaded:
+    """Base and adapter as one quantised base; here all of it is in memory before."""
+    each, found = keeper(kind, mesh)
+    params = nested({path: each(path, leaf) for path, leaf in named(got.merged).items()})
+    return dataclasses.replace(got, params=params, method=Subset("all"), trainable={}, mark=sealed(found))
 
 
 def place(name: str | Path) -> str:
@@ -93,74 +152,101 @@ def place(name: str | Path) -> str:
     return str(Path(name).resolve()) if Path(name).exists() else str(name)
 
 
-def load_hugging_face(name: str | Path, mesh: Any = None, dtype: Any = None, check: bool = True) -> Loaded:
+def load_hugging_face(
+    name: str | Path, mesh: Any = None, dtype: Any = None, check: bool = True, layers: str = "", quantize: str = ""
+) -> Loaded:
     """A Hugging Face checkpoint as a base: parameters on the mesh in the dtype they have on disk, its tokenizer."""
     began, folder = time.perf_counter(), fetch(str(name))
     tokenizer = load_tokenizer(folder)
-    config, params = hf.load(folder, dtype, mesh)
+    each, found = keeper(quantize, mesh) if quantize else (None, [])
+    config, params = relaid(*hf.load(folder, dtype, mesh, each), layers, mesh, quantize)
     if check and tokenizer.vocab_size > config.V:
         raise InputError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, but the model has {config.V} rows; "
             "`graftax import` gives it as many"
         )
-    total = sum(x.size for x in jax.tree.leaves(params))
+    total, kind = sum(x.size for x in named(params).values()), config.param_dtype + (quantize and f" as {quantize}")
     size, seconds = report.size(report.nbytes(params)), time.perf_counter() - began
-    said = f"read {name}: {config.family}, {total:,} parameters, {config.param_dtype}, {size} in {seconds:.1f} s"
+    said = f"read {name}: {config.family}, {total:,} parameters, {kind}, {size} in {seconds:.1f} s"
     console.print(said, soft_wrap=True)
     data = Data(T=min(512, config.context))
     run = Run(phase="pretrain", recipe="imported", out=str(name), model=config, data=data)
-    manifest = {"step": 0, "base": "", "phase": "pretrain", "tokenizer": tokenizer.digest, "imported": place(name)}
-    return Loaded(folder, run, numerics(config), params, Subset("all"), {}, tokenizer, {}, manifest)
+    manifest = {"step": 0, "base": "", "phase": "pretrain", "tokenizer": tokenizer.digest, "imported": place(name),
+                "lineage": kept(folder)}  # fmt: skip
+    mark = sealed(found) if quantize else ""
+    return Loaded(folder, run, numerics(config), params, Subset("all"), {}, tokenizer, {}, manifest, mark)
 
 
-def load_run(folder: str | Path, mesh: Any = None, step: int | None = None, base: str = "") -> Loaded:
+def _as_written(like: dict[str, Any], leaves: dict[str, Any]) -> dict[str, Any]:
+    """A base's shapes in the dtypes it was written with, in whatever layout; what a method trains is fp32."""
+    kinds = {canonical(path)[0]: leaf["dtype"] for path, leaf in leaves.items()}
+    return {p: jax.ShapeDtypeStruct(x.shape, kinds.get(canonical(p)[0], x.dtype)) for p, x in like.items()}
+
+
+def _chosen(folder: Path, steps: list[int], step: int | None) -> int:
+    """The step that is asked for, or the newest."""
+    if not steps or (step is not None and step not in steps):
+        have = f"it has steps {', '.join(map(str, steps))}" if steps else "no step was saved"
+        raise InputError(f"{folder}: no checkpoint {'' if step is None else step} to load; {have}")
+    return steps[-1] if step is None else step
+
+
+def load_run(
+    folder: str | Path, mesh: Any = None, step: int | None = None, base: str = "", layers: str = "", quantize: str = "",
+    verify: str = "full",
+) -> Loaded:  # fmt: skip
     """Load a run at its newest checkpoint, or at `step`; `base` says where its base is now, if it moved.
+
+    layers: stacked or unrolled; empty: as the run has them.
+    quantize: `int8` or `nf4`: all of it as one base whose matrices are that.
+    verify: `full` checks the digest of every array and file, `fast` the files' sizes, `off` the manifest alone.
 
     A Hugging Face folder or hub id is a base too, and an HF PEFT folder an adapter. Raises InputError for what is none
     of them, for a run without a checkpoint, and for a base with another fingerprint.
     """
     if adapters.is_adapter(folder):
         name = adapters.base_of(Path(folder), base)
-        return adapters.read(Path(folder), load_run(name, mesh), name)
+        got = adapters.read(Path(folder), load_run(name, mesh, layers=layers, verify=verify), name)
+        return quantised(got, quantize, mesh) if quantize else got
     if is_hugging_face(folder):
-        return load_hugging_face(folder, mesh)
+        return load_hugging_face(folder, mesh, layers=layers, quantize=quantize)
     folder = check_run(folder)
     run, checkpoints = from_json(folder / "config.json"), Checkpoints(folder / "checkpoints")
-    steps = checkpoints.steps()
-    if not steps or (step is not None and step not in steps):
-        have = f"it has steps {', '.join(map(str, steps))}" if steps else "no step was saved"
-        raise InputError(f"{folder}: no checkpoint {'' if step is None else step} to load; {have}")
-    step = steps[-1] if step is None else step
+    step = _chosen(folder, checkpoints.steps(), step)
     manifest = checkpoints.manifest(step)
+    held_still(run, manifest, folder)
+    if verify != "off":
+        check_sidecars(folder, manifest, verify == "full")
     if run.phase == "pretrain":
         assert run.model is not None
-        config, shapes = numerics(run.model), shapes_of(run.model)
+        config = numerics(laid(run.model, layers))
+        shapes = shapes_of(laid(run.model, layers))
         method: Method = Subset("all")
         below = None
     else:
+        name = base or run.base
         try:
-            below = load_run(base or run.base, mesh)
+            below = load_run(name, mesh, layers=layers or run.layers, quantize=run.quantize, verify=verify)
         except InputError as error:
             raise InputError(f"the base of {folder}: {error} (where it is now: --base)") from None
         if "imported" in below.manifest:
             manifest = manifest | {"imported": below.manifest["imported"]}
         config, method = numerics(below.config, run.dtype, run.remat), run.method
-        shapes = jax.eval_shape(lambda: below.merged)
-        if fingerprint(below.merged) != manifest["base"]:
-            raise InputError(
-                f"{folder} was tuned on another base than {base or run.base} (fingerprint {manifest['base'][:12]}, "
-                f"this one has {fingerprint(below.merged)[:12]}); give its own with --base"
-            )
+        shapes = jax.eval_shape(lambda: below.base)
+        if below.fingerprint != manifest["base"]:
+            raise InputError(f"{folder} was tuned on another base than {name} (fingerprint {manifest['base'][:12]}, "
+                             f"this one has {below.fingerprint[:12]}); give its own with --base")  # fmt: skip
     make = partial(method.init, jax.random.key(0))
     like = jax.eval_shape(make, shapes)
-    if below is None:  # a base has the dtypes it was written with; what a method trains is fp32
-        kinds = {path: leaf["dtype"] for path, leaf in manifest["leaves"].get("trainable", {}).items()}
-        like = {path: jax.ShapeDtypeStruct(x.shape, kinds.get(path, x.dtype)) for path, x in like.items()}
+    like = like if below else _as_written(like, manifest["leaves"].get("trainable", {}))
     if mesh is not None:
         like = sharded(like, follow(mesh, make, shapes, shardings(mesh, shapes)))
-    trainable = checkpoints.restore(step, "trainable", like)
+    each, found = keeper(quantize, mesh) if quantize and below is None else (None, [])
+    trainable = checkpoints.restore(step, "trainable", like, each, verify)
     checkpoints.close()
-    params = below.merged if below else nested(trainable)
-    tokenizer = load_tokenizer(folder)
+    params, tokenizer = below.base if below else nested(trainable), load_tokenizer(folder)
     held_out = below.held_out if below else load_held_out(folder / "held_out.npz")
-    return Loaded(folder, run, config, params, method, trainable, tokenizer, held_out, manifest)
+    got = Loaded(folder, run, config, params, method, trainable, tokenizer, held_out, manifest)
+    if each:
+        return dataclasses.replace(got, trainable={}, mark=sealed(found))
+    return quantised(got, quantize, mesh) if quantize and below else got

@@ -21,12 +21,17 @@ class State(NamedTuple):
     step: Array
     trainable: Any
     opt_state: Any
-    skipped: Array  # updates left out because the loss or a gradient was not finite
+    skipped: Array  # updates left out because the loss or a gradient was not finite, or the loss a spike
+    recent: Any = None  # the losses of the last updates, the newest last, if spikes are left out; NaN: not yet
 
 
-def init_state(trainable: Any, tx: optax.GradientTransformation) -> State:
-    """The state before the first step."""
-    return State(jnp.int32(0), trainable, tx.init(trainable), jnp.int32(0))
+WINDOW = 128  # steps that a spike is measured against
+
+
+def init_state(trainable: Any, tx: optax.GradientTransformation, spikes: bool = False) -> State:
+    """The state before the first step; with `spikes` it remembers the last losses."""
+    recent = jnp.full(WINDOW, jnp.nan, jnp.float32) if spikes else None
+    return State(jnp.int32(0), trainable, tx.init(trainable), jnp.int32(0), recent)
 
 
 def make_loss(
@@ -49,13 +54,20 @@ def make_loss(
 
 
 def make_train_step(
-    model: Transformer, method: Method, tx: optax.GradientTransformation, *, accumulate: int = 1, chunk: int = 8192
+    model: Transformer,
+    method: Method,
+    tx: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    chunk: int = 8192,
+    spike: float = 0.0,
 ) -> Callable[[State, Any, Batch], tuple[State, dict[str, Array]]]:
     """step(state, frozen, batch) -> (state, metrics): pure; jit it, donate the state.
 
     The gradient is of the mean loss over the batch's targets, also when it is accumulated over `accumulate` parts, and
     of `state.trainable` alone: frozen leaves have no gradient, no optimizer state, no update. A step whose loss or
-    gradient is not finite changes nothing but the counts.
+    gradient is not finite, or whose loss is more than `spike` standard deviations above the mean of the last WINDOW
+    (0: never; else the state remembers them), changes nothing but the counts.
     """
     loss, tx = make_loss(model, method, chunk), optax.with_extra_args_support(tx)
     gradient = jax.value_and_grad(loss, has_aux=True)
@@ -71,12 +83,16 @@ def make_train_step(
         n = jnp.maximum(targets, 1.0)
         grads = jax.tree.map(lambda g: g / n, grads)
         norm = optax.tree.norm(grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.trainable, grads=grads)
-        ok = jnp.isfinite(total) & jnp.isfinite(norm) & (targets > 0)
+        before = jax.device_put(state.opt_state, jax.memory.Space.Device)  # it may be kept in host memory
+        updates, opt_state = tx.update(grads, before, state.trainable, grads=grads)
+        ok, recent = jnp.isfinite(total) & jnp.isfinite(norm) & (targets > 0), state.recent
+        if recent is not None:  # a comparison with NaN is false: no loss is a spike before there are enough
+            ok &= ~(total / n > recent.mean() + spike * recent.std())
+            recent = jnp.where(ok, jnp.append(recent[1:], total / n), recent)
         new = (optax.apply_updates(state.trainable, updates), opt_state)
-        trainable, opt_state = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, (state.trainable, state.opt_state))
+        trainable, opt_state = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, (state.trainable, before))
         metrics = {"loss": total / n, "targets": targets, "grad_norm": norm, "update_rms": rms(updates), "ok": ok}
-        return State(state.step + 1, trainable, opt_state, state.skipped + ~ok), metrics
+        return State(state.step + 1, trainable, opt_state, state.skipped + ~ok, recent), metrics
 
     return step
 

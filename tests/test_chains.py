@@ -1,0 +1,71 @@
+"""What runs make of each other: the chain a base or an adapter came by; the same run laid out in another way."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from graftax.model.sharding import make_mesh
+from graftax.peft import Subset
+from graftax.train.checkpoint import Checkpoints
+from graftax.train.cli import main
+from graftax.train.lineage import KEPT, kept
+from graftax.train.loop import train
+from graftax.train.phase import prepare
+from graftax.train.progress import read_metrics
+from graftax.train.runs import load_run
+from test_train import adapter, base, examples, kill_at, pretraining, texts, tuning  # noqa: F401
+
+
+def lineage(folder, capsys):
+    """The chain that the command prints."""
+    capsys.readouterr()
+    main(["lineage", str(folder), "--json"])
+    return json.loads(capsys.readouterr().out)["chain"]
+
+
+def test_a_chain_of_phases(adapter, base, examples, tmp_path, capsys):  # noqa: F811
+    main(["merge", str(adapter), "--out", str(tmp_path / "merged")])
+    again = train(tuning(tmp_path / "merged", examples, Subset("norms"), out=str(tmp_path / "again")))
+    chain = lineage(again, capsys)
+    assert [(r["phase"], r["method"]) for r in chain] == [
+        ("pretrain", "subset"), ("finetune", "lora"), ("merge", "subset"), ("finetune", "subset"),
+    ]  # fmt: skip
+    assert [r["today"] for r in chain] == ["unchanged"] * 4
+    assert [r["step"] for r in chain] == [6] * 4
+    manifest = Checkpoints(adapter / "checkpoints").manifest(6)
+    assert (chain[1]["base"], chain[1]["data"]) == (manifest["base"], manifest["data"])
+    assert chain[3]["base"] == load_run(tmp_path / "merged").fingerprint
+    assert len({r["tokenizer"] for r in chain}) == 1
+    assert all(r["versions"]["jax"] == jax.__version__ for r in chain)
+
+
+def test_a_chain_says_what_became_of_its_runs_and_survives_them(adapter, tmp_path, capsys):  # noqa: F811
+    main(["export", str(adapter), "--out", str(tmp_path / "hf")])
+    chain = kept(tmp_path / "hf")
+    assert [r["phase"] for r in chain] == ["pretrain", "finetune"]
+    chain[0]["run"], chain[1]["values"] = str(tmp_path / "gone"), "0" * 64
+    (tmp_path / "hf" / KEPT).write_text(json.dumps(chain))
+    assert [r["today"] for r in lineage(tmp_path / "hf", capsys)] == ["not here", "changed since"]
+    assert [r["phase"] for r in load_run(tmp_path / "hf").lineage] == ["pretrain", "finetune", "import"]
+    with pytest.raises(SystemExit):
+        main(["lineage", str(tmp_path / "nowhere")])
+    assert "nowhere does not exist; give the folder" in capsys.readouterr().err
+
+
+def test_positions_split_and_state_on_the_host_change_nothing(base, pretraining, tmp_path, monkeypatch):  # noqa: F811
+    run = dataclasses.replace(pretraining, mesh=(1, 2, 1, 4), offload=True, out=str(tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        kill_at(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            train(run)
+    mesh = make_mesh(run.mesh)
+    with jax.set_mesh(mesh):
+        state = prepare(run, mesh, tmp_path).state
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(state.opt_state) if x.ndim}
+    assert kinds == {"pinned_host"}
+    assert {x.sharding.memory_kind for x in jax.tree.leaves(state.trainable)} == {"device"}
+    again = train(dataclasses.replace(run, resume="auto"))
+    curves = [[r["loss"] for r in read_metrics(folder) if "loss" in r] for folder in (again, base)]
+    np.testing.assert_allclose(curves[0], curves[1], rtol=1e-5)

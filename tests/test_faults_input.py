@@ -1,0 +1,406 @@
+"""Faults in what is read (tests/FAULTS.md, Input): each, injected, is one line with what, where and what to do."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from graftax import InputError, peft
+from graftax.data.bad import Bad
+from graftax.data.pack import tokenize
+from graftax.data.sft import sft_rows
+from graftax.data.sources import Document, documents, is_held_out, rows
+from graftax.data.tasks import file_task
+from graftax.data.tokenizer import load_tokenizer, train_tokenizer
+from graftax.train.cli import main
+from graftax.train.config import Data, Run, from_json, method_from_dict, method_to_dict, to_json
+from graftax.train.inputs import check_tokenizer, corpus_and_tokenizer, task_of, tuning_rows
+from tiny import OPTIM, make_base, make_batch, same, train_step
+
+pytestmark = pytest.mark.faults
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+TEXTS = [f"question {i} about colours\tand a long answer, number {i}\n" for i in range(200)]
+
+
+@pytest.fixture(scope="module")
+def tok(tmp_path_factory):
+    return train_tokenizer(TEXTS, tmp_path_factory.mktemp("tok"), 300)
+
+
+def said(call, *words):
+    """The one line that a call is refused with, which holds all of `words`."""
+    with pytest.raises(InputError) as caught:
+        call()
+    line = str(caught.value)
+    assert "\n" not in line
+    assert len(line) < 700
+    assert not [word for word in words if word not in line], line
+    return line
+
+
+def good(n=40):
+    return [json.dumps({"prompt": f"q {i}", "completion": f"a {i}"}).encode() for i in range(n)]
+
+
+def write(path, lines):
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return path
+
+
+# --- one bad row among good ones: (the row, what is said, what to do) ---
+
+SURROGATE = b'{"prompt": "a", "completion": "b \\ud83d"}'
+BAD = {
+    "latin-1": (b'{"prompt": "caf\xe9", "completion": "b"}', "not UTF-8 (byte 0xe9", "iconv -f latin1"),
+    "bom inside": (b"\xef\xbb\xbf{}", "a byte order mark at column 1", "one JSON object a line is wanted"),
+    "nul": (b'{"prompt": "a\0", "completion": "b"}', "a NUL byte at offset", "iconv -f utf16"),
+    "lone surrogate": (SURROGATE, "lone surrogate '\\ud83d' at character 2", "Unicode text is wanted"),
+    "broken": (b'{"prompt": "a", "completion": b}', "not valid JSON (Expecting value at column 31)", "mend or drop it"),
+    "missing field": (b'{"prompt": "a"}', "fields ['prompt']", 'one of {"prompt", "completion"}'),
+    "list": (b'["a", "b"]', "a JSON list", "one JSON object a line is wanted"),
+    "null": (b"null", "a JSON null", "one JSON object a line is wanted"),
+    "null field": (b'{"prompt": "a", "completion": null}', "'completion' is null", "text is wanted"),
+    "number": (b'{"prompt": "a", "completion": 4}', "'completion' is a int", "write it in quotes or drop the row"),
+    "duplicate key": (b'{"prompt": "a", "prompt": "c", "completion": "b"}', "the key 'prompt' stands twice", "wanted"),
+    "digits": (b'{"prompt": ' + b"1" * 5000 + b"}", "JSON that cannot be read", "one JSON object a line is wanted"),
+    "nested": (b'{"prompt": ' + b"[" * 99_000, "JSON that cannot be read", "one JSON object a line is wanted"),
+    "no reply": (b'{"messages": [{"role": "user", "content": "x"}]}', "no words by the assistant", "drop the row"),
+    "empty reply": (b'{"prompt": "a", "completion": ""}', "no words by the assistant", "drop the row or fill it in"),
+    "last from user": (
+        b'{"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]}',
+        "the last message is from user", "a reply by assistant is wanted",
+    ),
+    "role": (b'{"messages": [{"role": "bot", "content": "x"}]}', "role 'bot'", "one of system, user, assistant"),
+    "content parts": (
+        b'{"messages": [{"role": "user", "content": [{"type": "text"}]}]}',
+        "message 0: 'content' is a list", "text is wanted",
+    ),
+    "too long": (b'{"prompt": "a", "completion": "%s"}' % (b"b " * 99), "tokens, but a row holds T=32", "raise T"),
+    "10 MB": (b'{"prompt": "a", "completion": "%s"}' % (b"b " * 5_000_000), "tokens, but a row holds T=32", "raise T"),
+}  # fmt: skip
+REPAIRED = {"latin-1", "nul", "lone surrogate", "number", "too long"}  # by `replace`; it leaves the others out
+
+
+def tuned(path, tok, policy="error", cap=1.0, V=300):
+    """What a fine-tuning run reads of a file."""
+    return tuning_rows(Data(task=str(path), T=32, held_out=0.2, bad=policy, bad_cap=cap), 0, tok, V)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_row_is_named(name, tok, tmp_path):
+    row, *words = BAD[name]
+    path = write(tmp_path / "rows.jsonl", [*good(), row, *good(3)])
+    assert said(lambda: tuned(path, tok), *words).startswith(f"{path}:41: ")
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize("name", [name for name in BAD if name != "10 MB"])
+@pytest.mark.parametrize("policy", ["skip", "replace"])
+def test_or_left_out_or_repaired_and_counted(name, policy, tok, tmp_path, capsys):
+    path = write(tmp_path / "rows.jsonl", [*good(), BAD[name][0]])
+    task, sft = tuned(path, tok, policy)
+    n = int(policy == "replace" and name in REPAIRED)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == f"--data.bad {policy}: {1 - n} of 41 rows left out, {n} repaired"
+    assert lines[1].startswith(f"{'repaired' if n else 'left out'}: {path}:41: ")
+    data = Data(task=str(path), held_out=0.2, bad=policy, bad_cap=1)
+    assert task_of(data, 0).valid == task.valid  # as `graftax eval` reads the same rows
+    clean = write(tmp_path / "clean.jsonl", good())
+    if not n:  # what is left out leaves no trace
+        assert sft.digest == tuned(clean, tok)[1].digest
+    assert capsys.readouterr().err == ""
+
+
+def test_more_than_the_cap_is_an_error(tok, tmp_path):
+    bad = [BAD[name][0] for name in ("latin-1", "broken", "too long", "null")]
+    path = write(tmp_path / "rows.jsonl", [*good(56), *bad])
+    tuned(path, tok, "skip", 0.07)
+    words = ("4 of 60 rows left out, 0 repaired", "more than --data.bad-cap 0.05", "raise it", f"{path}:57: not UTF-8")
+    said(lambda: tuned(path, tok, "skip", 0.05), *words)
+    said(lambda: tuned(path, tok, "replace", 0.05), "2 of 60 rows left out, 2 repaired", "--data.bad-cap")
+    said(lambda: tuned(write(path, bad), tok, "skip", 0.5), "more than --data.bad-cap 0.5")
+
+
+def test_repairs_are_what_they_say(tok, tmp_path):
+    lines = [BAD[name][0] for name in ("latin-1", "lone surrogate", "number")]
+    found = [row for _, row in rows(str(write(tmp_path / "a.jsonl", lines)), Bad("replace"))]
+    assert found[0]["prompt"] == "caf\ufffd"
+    task = file_task(write(tmp_path / "b.jsonl", [*good(), *lines[1:]]), 0.2, 0, Bad("replace", 1))
+    replies = {row["completion"] for row in task.train + task.valid}
+    assert {"b \ufffd", "4"} <= replies
+    long = sft_rows([("f:1", {"prompt": "a", "completion": "b " * 99})], tok, 32, 0, bad=Bad("replace", 1))
+    assert long.tokens == 32
+    prompt = [("f:1", {"prompt": "a " * 99, "completion": "b"}), ("f:2", {"prompt": "a", "completion": "b"})]
+    assert sft_rows(prompt, tok, 32, 0, bad=Bad("skip", 1)).examples == 1
+    bad = Bad("replace", 1)
+    assert sft_rows(prompt, tok, 32, 0, bad=bad).examples == 1  # cut, nothing of it would be learnt
+    assert "no target tokens in the first 32 tokens" in bad.first[1]
+
+
+# --- whole files ---
+
+FILES = {  # name: (bytes, words)
+    "empty.jsonl": (b"", ("empty.jsonl: empty", "one JSON object a line is wanted")),
+    "cut.jsonl": (b'{"text": "a"}\n{"text": "b', ("cut.jsonl:2: not valid JSON", "mend or drop it")),
+    "header.csv": (b"text\n", ("header.csv: no rows", "a header line and at least one row are wanted")),
+    "twice.csv": (b"text,text\na,b\n", ("twice.csv:1: the column 'text' stands twice", "rename one")),
+    "cells.csv": (b"text,b\nx,1\ny,2,3\n", ("cells.csv:3: 3 cells", "2 are wanted")),
+    "field.csv": (b"body\nx\n", ("field.csv:2: no field 'text', only ['body']", "rename one, or drop the row")),
+    "utf16.csv": ("text\nx\n".encode("utf-16-le"), ("utf16.csv:1: a NUL byte", "iconv -f utf16")),
+    "latin.txt": ("un\ncaf\u00e9\n".encode("latin-1"), ("latin.txt:2: not UTF-8 (byte 0xe9 at offset 6)", "iconv")),
+    "nul.txt": (b"one\ntwo\0", ("nul.txt:2: a NUL byte at offset 7", "another binary file left out")),
+    "blank.txt": (b" \n", ("blank.txt: no text in it", "at least one document")),
+    "one.json": (b'{"text": "x"}', ("one.json: a JSON dict", "one JSON array of objects is wanted")),
+    "twice.json": (b'[{"text": "x", "text": "y"}]', ("twice.json:1", "the key 'text' stands twice")),
+    "half.parquet": (b"PAR1", ("half.parquet: not readable as parquet", "check the file")),
+    "x.pkl": (b"(dp0\n.", ("x.pkl: arrays or a pickle, which can run code", "a file of text is wanted")),
+    "x.pt": (b"PK\3\4", ("x.pt: arrays or a pickle", "a file of text is wanted")),
+    "x.npy": (b"\x93NUMPY", ("x.npy: arrays or a pickle", "a file of text is wanted")),
+    "x.tar": (b"../evil", ("x.tar: an archive", "unpack it first (none is unpacked here)")),
+    "x.jsonl.gz": (b"\x1f\x8b", ("x.jsonl.gz: an archive", "unpack it first")),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_bad_file_is_named(name, tmp_path):
+    raw, words = FILES[name]
+    (tmp_path / name).write_bytes(raw)
+    said(lambda: list(documents(str(tmp_path / name))), *words)
+    if name.endswith((".pkl", ".tar", ".npy")):  # not for tuning either
+        said(lambda: list(rows(str(tmp_path / name))), "has no rows", ".jsonl, .json, .csv, .parquet")
+
+
+def test_no_file_is_named(tmp_path):
+    said(lambda: list(documents(f"{tmp_path}/*.jsonl")), "*.jsonl: the pattern matches no file", "check it")
+    said(lambda: list(documents(str(tmp_path))), "the folder holds no files", "is wanted")
+    said(lambda: list(documents("x" * 5000)), "File name too long", "a file or folder is wanted")
+
+
+def test_line_ends_a_mark_and_an_escaped_nul_stay_what_they_are(tok, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a\\r\\n\\u0000"}\r\n{"text": "b"}\r\n')
+    assert [d.text for d in documents(str(path))] == ["a\r\n\0", "b"]
+    assert tok.decode(tok.encode("a\r\n\0\ufeff")) == "a\r\n\0\ufeff"
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa\r\nb\r\n")
+    assert [d.text for d in documents(str(tmp_path / "a.txt"))] == ["a\r\nb\r\n"]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no ../shared/data")
+def test_a_real_latin1_file():
+    path = SHARED / "snips" / "train_PlayMusic_full.json"
+    said(lambda: next(documents(str(path))), f"{path}:", "not UTF-8 (byte 0x", "iconv -f latin1")
+
+
+def corpus(folder, work, **changes):
+    data = Data(domains=(("d", str(folder), 1.0),), T=16, vocab=300, held_out=0.3, cache="", **changes)
+    return corpus_and_tokenizer(data, 0, work)
+
+
+def test_pretraining_leaves_out_files_and_rows(tmp_path, capsys):
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    for i, text in enumerate(TEXTS[:40]):
+        (folder / f"{i}.txt").write_text(text)
+    clean = corpus(folder, tmp_path)[0].digest
+    (folder / "latin.txt").write_bytes("caf\u00e9 noir".encode("latin-1"))
+    write(folder / "z.jsonl", [b'{"text": 3}', b"null"])
+    said(lambda: corpus(folder, tmp_path), "latin.txt:1: not UTF-8")
+    capsys.readouterr()
+    assert corpus(folder, tmp_path, bad="skip", bad_cap=0.1)[0].digest == clean
+    assert "--data.bad skip: 3 of 43 rows left out, 0 repaired" in capsys.readouterr().err
+    assert corpus(folder, tmp_path, bad="replace", bad_cap=0.1)[0].digest != clean
+    assert "--data.bad replace: 1 of 43 rows left out, 2 repaired" in capsys.readouterr().err
+    said(lambda: corpus(folder, tmp_path, bad="skip"), "3 of 43 rows left out", "--data.bad-cap 0.01")
+
+
+# --- what is held out is not trained on ---
+
+
+def test_held_out_documents_inside_the_training_data(tmp_path, capsys):
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    for i, text in enumerate(TEXTS[:40]):
+        (folder / f"{i}.txt").write_text(text)
+    held = next(p for p in sorted(folder.iterdir()) if is_held_out(f"docs/{p.name}", 0.3))
+    free = next(f"copy{i}.txt" for i in range(99) if not is_held_out(f"docs/copy{i}.txt", 0.3))
+    before, _ = corpus(folder, tmp_path)
+    (folder / free).write_text(held.read_text())
+    after, _ = corpus(folder, tmp_path)
+    assert after.dropped == {"d": 1}
+    assert after.tokens == before.tokens
+    assert "left out of training: 1 that are held out too" in capsys.readouterr().err
+
+
+def test_held_out_rows_inside_the_training_data(tok, tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", good())
+    held = file_task(path, 0.2).valid[0]
+    other = next(
+        s for s in (held["prompt"] + " " * i for i in range(1, 99)) if not is_held_out(f"0/{json.dumps(s)}", 0.2)
+    )
+    write(path, [*good(), json.dumps({"prompt": other, "completion": "x"}).encode()])
+    task, _ = tuned(path, tok)
+    assert task.dropped == 1
+    assert other not in {row["prompt"] for row in task.train}
+    assert "left out of training: 1 that are held out too" in capsys.readouterr().err
+
+
+# --- nothing to learn ---
+
+
+def test_a_batch_without_targets_changes_nothing():
+    base, method = make_base(), peft.LoRA(rank=2)
+    from graftax.train.optim import make_optimizer
+    from graftax.train.step import init_state
+
+    trainable = method.init(jax.random.key(0), base.params)
+    state = init_state(trainable, make_optimizer(OPTIM, trainable, 20, method))
+    step = jax.jit(lambda s, f, b: train_step(base.model, method, OPTIM)(s, f, b, OPTIM.lr, OPTIM.eps))
+    batch = make_batch()
+    after, metrics = step(state, base.params, batch | {"weights": jnp.zeros_like(batch["weights"])})
+    assert metrics["loss"] == 0
+    assert not metrics["ok"]
+    assert after.skipped == 1
+    same((after.trainable, after.opt_state), (state.trainable, state.opt_state))
+
+
+# --- the vocabulary ---
+
+
+def test_an_id_without_a_row_is_refused(tok, tmp_path):
+    path = write(tmp_path / "a.jsonl", good())
+    words = ("the tokenizer has 300 tokens, but the base has 299 rows", "give the tokenizer that the base was trained")
+    said(lambda: tuned(path, tok, V=299), *words)
+    said(lambda: tok.decode([300]), "token id 300: outside the vocabulary of 300", "wrong tokenizer?")
+
+
+def test_gaps_between_ids_count(tmp_path):
+    """A vocabulary of three tokens whose last id is 70,000 needs 70,001 rows, and more than 16 bits."""
+    import tokenizers
+    from tokenizers import models, pre_tokenizers
+
+    model = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 70_000, "?": 1}, unk_token="?"))
+    model.pre_tokenizer = pre_tokenizers.Whitespace()
+    model.add_special_tokens(["</s>"])
+    state = json.loads(model.to_str())
+    state["added_tokens"][0]["id"] = state["model"]["vocab"]["</s>"] = 2
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>", "unk_token": "?"}')
+    tok = load_tokenizer(tmp_path)
+    assert tok.vocab_size == 70_001
+    assert tokenize([Document("x", "a b")], tok).flat.tolist() == [2, 0, 70_000, 2]
+
+
+def test_ids_of_65535_and_more_are_whole():
+    for size in (1 << 16, (1 << 16) + 1):
+        big = SimpleNamespace(vocab_size=size, bos=1, eos=2, encode_batch=lambda texts, last=size - 1: [[last]])
+        assert tokenize([Document("a", "x")], big).flat.tolist() == [1, size - 1, 2]
+
+
+def test_another_tokenizer_of_equal_size(tok, tmp_path):
+    other = train_tokenizer([text[::-1] for text in TEXTS], tmp_path, 300)
+    assert other.vocab_size == tok.vocab_size
+    check_tokenizer(tok, tok.digest, tmp_path)
+    words = ("tokenizer.model is not the tokenizer of this run", tok.digest[:12], "put the old file back")
+    said(lambda: check_tokenizer(other, tok.digest, tmp_path), str(tmp_path), *words)
+
+
+@pytest.mark.parametrize("kind", ["model", "json"])
+def test_a_truncated_tokenizer(kind, tok, tmp_path):
+    golden = Path(__file__).parent / "golden" / "tokenizers" / "llama3" / "tokenizer.json"
+    data = tok.data if kind == "model" else golden.read_bytes()
+    path = tmp_path / f"tokenizer.{kind}"
+    what = "not a whole SentencePiece model" if kind == "model" else "not a Hugging Face tokenizer.json"
+    for part in (0, 1, len(data) // 3, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:part])
+        said(lambda: load_tokenizer(tmp_path), f"{path}: {what}")
+
+
+# --- config.json ---
+
+CONFIGS = {  # what is in the file: words
+    '{"stps": 3}': ("unknown key 'stps'; did you mean steps?",),
+    '{"data": {"bach": 3}}': ("data: unknown key 'bach'; did you mean batch?",),
+    '{"method": {"name": "lorra"}}': ("unknown method 'lorra'; did you mean lora?",),
+    '{"method": {"name": "lora", "rnk": 3}}': ("method lora: unknown key 'rnk'; did you mean rank?",),
+    '{"method": {"name": "lora", "rank": "8"}}': ("method lora: 'rank' is '8'", "a whole number is wanted"),
+    '{"method": ["lora"]}': ("method is a list", "an object with its name and fields is wanted"),
+    '{"method": {"chain": []}}': ("chain is []", "a list of methods is wanted"),
+    '{"steps": "3"}': ("'steps' is '3'", "a whole number is wanted"),
+    '{"steps": 3.5}': ("'steps' is 3.5", "a whole number is wanted"),
+    '{"steps": true}': ("'steps' is True", "a whole number is wanted"),
+    '{"steps": 1e400}': ("'steps' is inf", "a whole number is wanted"),
+    '{"tensorboard": [1]}': ("'tensorboard' is [1]", "true or false is wanted"),
+    '{"base": null}': ("'base' is None", "text is wanted"),
+    '{"phase": "tune"}': ("'phase' is 'tune'", "one of 'pretrain', 'finetune' is wanted"),
+    '{"mesh": [1, "a", 1]}': ("'mesh' is [1, 'a', 1]", "a list of a whole number each is wanted"),
+    '{"data": {"domains": [["a", "b"]]}}': ("'domains' is [['a', 'b']]", "[text, text, a finite number]"),
+    '{"data": {"domains": [["../a", "b", 1]]}}': ("the name '../a'", "letters, digits"),
+    '{"data": {"T": 1}}': ("--data.T 1", "wanted 2 or more"),
+    '{"data": {"batch": 0}}': ("--data.batch 0", "wanted 1 or more"),
+    '{"data": {"bad": "ignore"}}': ("'bad' is 'ignore'", "one of 'error', 'skip', 'replace' is wanted"),
+    '{"optim": {"lr": NaN}}': ("optim: 'lr' is nan", "a finite number is wanted"),
+    '{"optim": {"lr": -1}}': ("optim: --optim.lr -1", "wanted a finite number of 0 or more"),
+    '{"optim": {"b2": 1}}': ("optim: --optim.b2 1", "below 1"),
+    '{"optim": {"groups": [[".*", -1]]}}': ("optim: --optim.groups .* -1", "a finite factor of 0 or more"),
+    '{"optim": 3}': ("optim: a int", "an object of keys and values is wanted"),
+    '{"model": {"V": 8}}': ("model: has no 'D'", "a whole number is wanted"),
+    '{"model": {"rope": 3}}': ("model.rope: a int", "an object"),
+    '{"steps": 1, "steps": 2}': ("the key 'steps' stands twice",),
+    '{"out": "\\ud800"}': ("not readable as JSON", "surrogates not allowed"),
+    '{"steps": 1': ("not readable as JSON",),
+    "[" * 99_999: ("not readable as JSON",),
+    "[]": ("holds a list", "an object is wanted"),
+    "": ("not readable as JSON",),
+    "\xff": ("not readable as JSON", "can't decode byte 0xff"),
+}
+
+
+@pytest.mark.parametrize("text", CONFIGS, ids=lambda text: text[:40])
+def test_a_bad_config_is_named(text, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_bytes(text.encode("latin-1"))
+    assert said(lambda: from_json(path), *CONFIGS[text]).startswith(f"{path}: ")
+
+
+def test_good_configs_are_read(tmp_path):
+    for cls in peft.methods.values():
+        assert method_from_dict(json.loads(json.dumps(method_to_dict(cls()))), "here") == cls()
+    run = Run(model=make_base().config, data=Data(domains=(("a.b-c", "x", 1),)))
+    (tmp_path / "config.json").write_text(to_json(run))
+    assert from_json(tmp_path / "config.json") == run
+
+
+# --- the command line: exit code 2, one line, nothing written ---
+
+
+def test_by_the_command_line(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "config.json").write_text('{"steps": "3"}')
+    (tmp_path / "in" / "a.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "in" / "b.jsonl").write_bytes(b'{"text": "a"}\n{"text"')
+    out = tmp_path / "out"
+    run = ["pretrain", "embedded", "--out", str(out), "--mesh", "8", "1", "1", "--data.domains", "d"]
+    for args, words in (
+        ([*run, str(tmp_path / "in" / "a.txt"), "1"], ("a.txt:1: not UTF-8", "iconv")),
+        ([*run, str(tmp_path / "in" / "b.jsonl"), "1"], ("b.jsonl:2: not valid JSON", "mend or drop it")),
+        ([*run, str(tmp_path / "none*"), "1"], ("none*: the pattern matches no file",)),
+        ([*run, "x.txt", "1", "--optim.lr", "-1"], ("--optim.lr -1",)),
+        ([*run, "x.txt", "1", "--optim.lr", "nan"], ("--optim.lr nan",)),
+        ([*run, "x.txt", "1", "--data.bad", "ignore"], ("--data.bad", "error", "skip", "replace")),
+        ([*run, "x.txt", "1", "--data.bad-cap", "2"], ("--data.bad-cap 2", "0..1")),
+        (
+            ["pretrain", str(tmp_path / "in" / "config.json")],
+            ("config.json: 'steps' is '3'", "a whole number is wanted"),
+        ),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(args)
+        assert stop.value.code == 2
+        err = capsys.readouterr().err
+        line = err.splitlines()[-1]
+        assert line.startswith("graftax: ")
+        assert "Traceback" not in err
+        assert not [word for word in words if word not in line], line
+        assert not out.exists()

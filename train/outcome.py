@@ -1,0 +1,114 @@
+"""What a run found: its evaluations, and the files that it begins and ends with."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import InputError
+from ..model.sharding import put_batch
+from . import distributed
+from .checkpoint import Checkpoints
+from .commit import write_whole
+from .config import Run, to_json
+from .evaluate import held_out_losses, longest_answer, mean_loss, outputs, scored
+from .inputs import save_held_out
+from .phase import Phase
+from .progress import console, cut_metrics, plot_losses, read_metrics
+
+
+def evaluate(phase: Phase, score: bool = True) -> dict[str, Any]:
+    """Held-out loss of the base's domains and, with `score`, of the task: scores and some samples."""
+    run, found = phase.run, {}
+    method, trainable = phase.method, phase.state.trainable
+    args = (phase.model, method.bind(phase.frozen, trainable), method.context(trainable))
+    if phase.held_out:
+        held = held_out_losses(*args, phase.held_out, run.data.batch, run.eval_tokens, put_batch(phase.mesh))
+        found = {"held_out_loss": mean_loss(held), "held_out": held}
+    if score and phase.task:
+        rows = scored(phase.task, run.eval_rows)
+        answers = outputs(*args, phase.tokenizer, rows, longest_answer(rows, phase.tokenizer))
+        pairs = list(zip(rows, answers, strict=True))[:8]
+        samples = [{"prompt": r["prompt"], "wanted": r["completion"], "got": a} for r, a in pairs]
+        found |= {"scores": phase.task.score(rows, answers), "samples": samples}
+    return found
+
+
+def make(folder: Path) -> None:
+    """The run directory. InputError where it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "lock.try", "")
+        (folder / "lock.try").unlink()
+    except OSError as error:
+        raise InputError(f"--out {folder}: cannot be written ({error.strerror}); give a folder that can") from None
+
+
+def begin(phase: Phase, folder: Path, checkpoints: Checkpoints, step: int, later: list[int]) -> None:
+    """The files that a run starts with, each whole or as it was; what is behind `step` makes way."""
+    made = folder / "begin.tmp"
+    try:
+        shutil.rmtree(made, ignore_errors=True)
+        phase.tokenizer.save(made)
+        if phase.run.phase == "pretrain":
+            save_held_out(made / "held_out.npz", phase.held_out)
+        for file in made.iterdir():
+            there, data = folder / file.name, file.read_bytes()
+            if there.exists() and there.read_bytes() != data:
+                console.print(f"{there} was not what this run wrote: written anew", soft_wrap=True)
+            if not there.exists() or there.read_bytes() != data:
+                write_whole(there, data)
+        shutil.rmtree(made)
+        write_whole(folder / "config.json", to_json(phase.run))
+        if (folder / "metrics.jsonl").exists():
+            cut_metrics(folder, step)
+        checkpoints.tidy()
+        for old in later:
+            console.print(f"step {old} is kept as {checkpoints.folder / checkpoints.put_aside(old)}", soft_wrap=True)
+    except OSError as error:
+        raise InputError(f"--out {folder}: {error.filename} cannot be written ({error.strerror})") from None
+
+
+def finish(run: Run, folder: Path, found: dict[str, Any]) -> None:
+    """The files that a run ends with."""
+    curve = [(r["step"], r["loss"]) for r in read_metrics(folder) if "loss" in r]
+    title = run.recipe or run.phase
+    plot_losses(folder / "loss.png", {title: curve}, f"{title}: training loss")
+    write_whole(folder / "summary.json", json.dumps(found, indent=1) + "\n")  # the last: with it a run is complete
+    console.print(f"wrote {folder}/: config.json, metrics.jsonl, summary.json, loss.png, checkpoints/", soft_wrap=True)
+
+
+def complete(folder: Path, steps: int) -> bool:
+    """Whether a run has come to its end, summary.json included."""
+    try:
+        return json.loads((folder / "summary.json").read_text("utf-8"))["steps"] == steps
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def noted(folder: Path, step: int) -> dict[str, Any]:
+    """The evaluation that metrics.jsonl has of a step, if it has one; what process 0 finds."""
+    rows = []
+    if distributed.index() == 0 and (folder / "metrics.jsonl").exists():
+        rows = [r for r in read_metrics(folder) if r["step"] == step and "loss" not in r]
+    found = {k: v for k, v in rows[-1].items() if k != "step"} if rows else {}
+    return json.loads(distributed.share("what was found before", json.dumps(found))[0])
+
+
+def summary(phase: Phase, folder: Path, before: Any, after: Any, cost: Any) -> dict[str, Any]:
+    """What summary.json says."""
+    logged = [r for r in read_metrics(folder) if "seconds_per_step" in r]
+    return {
+        "recipe": phase.run.recipe,
+        "method": type(phase.method).__name__.lower(),
+        "steps": phase.run.steps,
+        "loss": logged[-1]["loss"],
+        "seconds_per_step": float(np.median([r["seconds_per_step"] for r in logged])),
+        "skipped": int(phase.state.skipped),
+        **phase.totals,
+        **cost,
+        "before": before,
+        "after": after,
+    }

@@ -1,0 +1,123 @@
+"""Going on: which checkpoint is good, whether it is of this run, and the run's state from it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from .. import InputError
+from . import distributed
+from .checkpoint import Checkpoints
+from .config import HOW, Run, flat, from_json, short, to_json
+from .lock import NAME
+from .phase import Phase
+from .progress import console
+
+# What --accept lets change -> the fields of config.json that it is made of.
+_PARTS = {
+    "tokenizer": ("data.tokenizer", "data.vocab", "base"),  # before the data, whose digest has it in it
+    "data": ("data.", "seed"),
+    "base": ("base", "quantize"),
+    "method": ("method.",),
+    "model": ("model.",),
+}
+_ELSEWHERE = {"data.cache", "data.batch", "data.root"}  # fields of `data` that are not what the rows are
+_SAID = ("optim.", "data.batch", "steps", "accumulate", "dtype", "quantize", "seed")  # may change, but is said
+
+
+def check_out(run: Run) -> None:
+    """InputError for a folder that this run must not write into."""
+    folder = Path(run.out)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--out {folder} is a file; give a folder")
+    held = sorted(p.name for p in folder.iterdir() if p.name != NAME) if folder.exists() else []
+    if run.resume == "never":
+        if held:
+            raise InputError(f"--out {folder} is not an empty folder; take another, or go on with --resume")
+        return
+    if Checkpoints(folder / "checkpoints").steps():
+        return
+    if run.resume != "auto":
+        raise InputError(f"--resume {run.resume}: {folder} holds no checkpoint; correct --out, or drop --resume")
+    try:
+        if held:
+            from_json(folder / "config.json")
+    except InputError:
+        raise InputError(
+            f"--resume: {folder} is not empty and holds no run to go on with (it has {', '.join(held[:3])}); correct "
+            "--out, or take an empty folder"
+        ) from None
+
+
+def find(run: Run, checkpoints: Checkpoints) -> tuple[int | None, list[int]]:
+    """(the step to go on from, or None to begin, the later steps that must make way). Says what is damaged."""
+    steps, bad = checkpoints.steps(), []
+    distributed.agree("the checkpoint", {"newest checkpoint": max(steps, default=0)})
+    if run.resume == "never" or not steps:
+        return None, []
+    if run.resume != "auto":
+        step = int(run.resume)
+        have = f"{checkpoints.folder} has steps {', '.join(map(str, steps))}"
+        if step not in steps:
+            raise InputError(f"--resume {step}: there is no checkpoint of this step; {have}")
+        if why := checkpoints.damage(step, run.verify):
+            raise InputError(f"--resume {step}: damaged: {why}; {have}; `--resume auto` takes the newest good one")
+        return step, [s for s in steps if s > step]
+    for step in reversed(steps):
+        why = checkpoints.damage(step, run.verify)
+        if not why:
+            return step, bad
+        console.print(f"step {step} is damaged, going on from an earlier one: {why}", soft_wrap=True)
+        bad.append(step)
+    raise InputError(f"--resume: no checkpoint in {checkpoints.folder} is whole; put its files back, or begin anew "
+                     f"in another --out. Of step {steps[-1]}: {why}")  # fmt: skip
+
+
+def same_run(phase: Phase, manifest: dict[str, Any]) -> list[str]:
+    """What differs from the checkpoint and was accepted. InputError, in words, for what was not."""
+    run, step, accept = phase.run, manifest["step"], set(phase.run.accept.split(","))
+    if manifest["phase"] != run.phase:
+        raise InputError(f"--resume: {run.out} holds a {manifest['phase']} run, this is a {run.phase}; correct --out")
+    then, now = flat(manifest.get("config", {})), flat(json.loads(to_json(run)))
+    digests = {"data": phase.data_digest, "tokenizer": phase.tokenizer.digest, "base": phase.base}
+    taken = []
+    for what, fields in _PARTS.items():
+        changed = {k for k in {*then, *now} if k.startswith(fields) and then.get(k) != now.get(k)} - HOW - _ELSEWHERE
+        words = [f"{k} {short(then.get(k))} -> {short(now.get(k))}" for k in sorted(changed) if then]
+        if what in digests:
+            old, new = manifest.get(what, ""), digests[what]
+            if old == new and "quantize" not in changed:
+                continue
+            facts = _facts(manifest, phase) if what == "data" else ""
+            words = words or [f"its contents, {facts}{old[:12]} -> {new[:12]}"]
+        if not words:
+            continue
+        said = f"the {what} changed since step {step}: {', '.join(words)}"
+        if what not in accept:
+            raise InputError(f"--resume: {said}; go on with what the run began with, take a new --out, or "
+                             f"--accept {what}")  # fmt: skip
+        console.print(f"accepted: {said}", soft_wrap=True)
+        taken.append(said)
+    other = [f"{k} {short(then[k])} -> {short(now[k])}" for k in sorted(set(then) & set(now))
+             if k.startswith(_SAID) and then[k] != now[k]]  # fmt: skip
+    if other:
+        console.print(f"changed since step {step}: {', '.join(other)}", soft_wrap=True)
+    return taken
+
+
+def _facts(manifest: dict[str, Any], phase: Phase) -> str:
+    then = manifest.get("rows", {})
+    words = [f"{k} {then[k]:,} -> {n:,}" for k, n in phase.facts.items() if k in then and then[k] != n]
+    return f"{', '.join(words)}, " if words else "as many rows but others, " if then else ""
+
+
+def restore(phase: Phase, checkpoints: Checkpoints, step: int) -> tuple[int, int]:
+    """Put a checkpoint into the phase. Returns the next row and the digest of the rows before it."""
+    manifest, verify = checkpoints.manifest(step), phase.run.verify
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), phase.state)
+    trainable = checkpoints.restore(step, "trainable", like.trainable, verify=verify)
+    rest = checkpoints.restore(step, "optimizer", like._replace(trainable=None), verify=verify)
+    phase.state = rest._replace(trainable=trainable)
+    console.print(f"resumed at step {step} of {phase.run.steps}")
+    return manifest["next_row"], 0 if distributed.index() else int(manifest["rows_digest"], 16)
