@@ -7,6 +7,7 @@ of that axis holds its own stretch of T, and attention gathers the keys and valu
 import functools
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from .. import InputError
-from .tree import Rules, is_stacked, match, named, nested, paths, uniform
+from .tree import Rules, canonical, is_stacked, match, named, nested, paths, uniform
 
 AXES = ("data", "fsdp", "tensor", "context")
 BATCH = ("data", "fsdp")  # the axes the rows of a batch are split over
@@ -76,6 +77,12 @@ def shardings(mesh: Mesh, params: Any, rules: Rules = rules) -> dict[str, Any]:
 
         flat[path] = jax.tree.map(one, leaf)
     return nested(flat)
+
+
+def gathered(path: str, rules: Rules = rules) -> tuple[Any, ...]:
+    """The axes of the mesh that a matrix is split over where it multiplies: fsdp gathers it before."""
+    spec = next((spec for rule, spec in rules if re.fullmatch(rule, canonical(path)[0])), P(None, None))
+    return tuple(None if axis == "fsdp" else axis for axis in spec)
 
 
 def follow(mesh: Mesh, make: Callable[[Any], Any], base: Any, base_shardings: Any) -> Any:

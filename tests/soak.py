@@ -1,7 +1,8 @@
 """Kills at random moments: `python tests/soak.py [--kills 200] [--seed 0] [--folder FOLDER]`.
 
 A supervisor starts a small run with --resume, kills it (every fifth time with SIGTERM, else -9) and starts it again,
-with no clean-up between; when the run has come to its end it must equal the unbroken one by sha256, and another one begins.
+with no clean-up between; when the run has come to its end it must equal the unbroken one by sha256, and another
+one begins.
 Lives are forked from a process that has imported all and started nothing, so that most of a life is the run itself.
 """
 

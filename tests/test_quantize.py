@@ -1,6 +1,7 @@
 """int8 and nf4 bases: the numbers by themselves, and the laws over them."""
 
 import itertools
+import re
 from functools import partial
 
 import jax
@@ -277,6 +278,10 @@ def test_6_one_device_and_eight_give_the_same_losses(base):
         frozen, state = jax.jit(begin, out_shardings=where)(params)
         eight = jax.jit(make_train_step(base.model, LORA, tx), out_shardings=(where[1], None))
         found = [float(metrics["loss"]) for metrics in steps(eight, frozen, state, put_batch(mesh))]
+        text = eight.lower(state, frozen, put_batch(mesh)(jax.device_get(make_batch()))).compile().as_text()
+    sent = re.findall(r"= \(?(\w+\[[\d,]+\])\S* all-gather", text)
+    assert "u8[1,16,24]" in sent if kind == "nf4" else "s8[1,32,24]" in sent, f"the bits are gathered, not {sent}"
+    assert not {"f32[32,24]", "f32[1,32,24]"} & set(sent), "and not the matrix"
     np.testing.assert_allclose(found, one, rtol=1e-5)
 
 
