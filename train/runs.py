@@ -215,8 +215,7 @@ def load_run(
     step = _chosen(folder, checkpoints.steps(), step)
     manifest = checkpoints.manifest(step)
     held_still(run, manifest, folder)
-    if verify != "off":
-        check_sidecars(folder, manifest, verify == "full")
+    check_sidecars(folder, manifest, verify)
     if run.phase == "pretrain":
         assert run.model is not None
         config = numerics(laid(run.model, layers))

@@ -84,8 +84,12 @@ class Stop:
             self._free = False
 
     def _in_main(self, *_: Any) -> None:
-        if self._free and distributed.count() == 1:
-            self._free, self.asked = False, True
+        if distributed.count() > 1:
+            return
+        with self._change:
+            self.asked, self.limit = True, self.last
+        if self._free:
+            self._free = False
             raise Stopped
 
     def _watch(self) -> None:

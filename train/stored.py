@@ -158,11 +158,11 @@ def sidecars(folder: Path, tokenizer: Any) -> dict[str, Any]:
     return described(folder, names=sorted({*tokenizer.files, tokenizer.file, "held_out.npz"}))
 
 
-def check_sidecars(folder: Path, manifest: dict[str, Any], full: bool) -> None:
+def check_sidecars(folder: Path, manifest: dict[str, Any], verify: str) -> None:
     """InputError for a tokenizer or held-out rows that are not those of a run's checkpoint."""
-    said = dict(manifest.get("sidecars", {}))
+    said = dict(manifest.get("sidecars", {})) if verify != "off" else {}
     if "held_out.npz" in said and not (folder / "held_out.npz").exists():
         console.print(f"{folder}/held_out.npz is gone: what is forgotten is not measured", soft_wrap=True)
         del said["held_out.npz"]
-    if bad := damage(folder, said, full):
+    if bad := damage(folder, said, verify == "full"):
         raise InputError(f"{bad[0]}: damaged; put it back, or have the run write it anew with --resume")
