@@ -16,6 +16,7 @@ lint: .venv/.ready
 
 bench: .venv/.ready
 	$(BIN)/python -m graftax.train.bench $(ARGS)
+	$(BIN)/python -m graftax.train.bench.safety
 
 bench-methods: .venv/.ready
 	$(BIN)/python -m graftax.train.bench.methods $(ARGS)

@@ -57,7 +57,7 @@ class Loader:
         except Exception as error:  # of a prefetch thread
             where = f"rows {self._next} to {self._next + self._size - 1} of the stream"
             raise InputError(
-                f"{where} could not be read ({type(error).__name__}: {error}); put the data back, then go on with --resume"
+                f"{where} could not be read ({type(error).__name__}: {error}); put the data back, go on with --resume"
             ) from error
         self._next += self._size
         return batch

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from .. import InputError
 from ..model.hf_files import read_json
 
@@ -49,9 +51,25 @@ def read_manifest(path: Path) -> dict[str, Any]:
     seal = found.pop(_SEAL, "")
     if not isinstance(found.get("leaves"), dict) or ((seal or "files" in found) and seal != _digest(found)):
         raise InputError(f"{path}: not what was written (its own sha256 differs); {hint}")
+    for item, leaves in found["leaves"].items():
+        for name, leaf in leaves.items() if isinstance(leaves, dict) else [("", None)]:
+            if not _is_leaf(leaf):
+                raise InputError(f"{path}: {item}/{name} has no shape, dtype and sha256; {hint}")
     if str(found.get("step")) != path.parent.name:
         raise InputError(f"{path}: of step {found.get('step')}, in the folder of {path.parent.name}; {hint}")
     return found
+
+
+def _is_leaf(leaf: Any) -> bool:
+    """Whether a leaf's description is one: {shape, dtype, sha256}."""
+    if not isinstance(leaf, dict) or not isinstance(leaf.get("sha256"), str) or not isinstance(leaf.get("dtype"), str):
+        return False
+    sizes = leaf.get("shape")
+    try:
+        jnp.dtype(leaf["dtype"])
+    except (TypeError, ValueError, SyntaxError):
+        return False
+    return isinstance(sizes, list) and all(isinstance(n, int) and 0 <= n < 2**62 for n in sizes)
 
 
 def _digest(body: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from ..peft import Method, Subset, merge
 from . import adapters, report
 from .checkpoint import Checkpoints, fingerprint, marks, sealed
 from .config import Data, Run, from_json, held_still
-from .inputs import load_held_out
+from .inputs import check_tokenizer, load_held_out
 from .layout import converted
 from .lineage import chain, kept
 from .progress import console
@@ -244,6 +244,7 @@ def load_run(
     trainable = checkpoints.restore(step, "trainable", like, each, verify)
     checkpoints.close()
     params, tokenizer = below.base if below else nested(trainable), load_tokenizer(folder)
+    check_tokenizer(tokenizer, manifest.get("tokenizer", ""), folder)
     held_out = below.held_out if below else load_held_out(folder / "held_out.npz")
     got = Loaded(folder, run, config, params, method, trainable, tokenizer, held_out, manifest)
     if each:
