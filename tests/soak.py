@@ -101,7 +101,7 @@ def main():
         codes[str(code)] += 1
         codes["now"] = code
         kills += code != 0
-        if code not in (0, 75, -9):
+        if code not in (0, 75, -9, -15):  # -15: before it listened, or after it was done
             sys.exit(f"a life ended with {code}; see {out}.log")
         if code == 0:
             finished += 1
