@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Each compiled program takes some 30 memory maps, of which Linux gives a process 65,530: at the end XLA crashes."""
+    """A compiled program takes some 30 memory maps, of which Linux gives a process 65,530; without one XLA crashes."""
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()
