@@ -38,7 +38,7 @@ class Quantized(Weight):
     @classmethod
     def of(cls, w: Array, axes: tuple[Any, ...] = (None, None)) -> Self:
         """A matrix [D, F] in few bits."""
-        raise NotImplementedError
+        raise TypeError(f"{cls.__name__} does not say how a matrix becomes one")
 
     @property
     def dtype(self) -> Any:
@@ -46,7 +46,7 @@ class Quantized(Weight):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not say what it stands for")
 
     @property
     def ndim(self) -> int:

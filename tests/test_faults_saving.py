@@ -323,6 +323,7 @@ def test_a_run_stops_where_another_writes(cut, tmp_path, monkeypatch, capsys):
 
     def save(self, step, *args):
         if step == 30:  # another host thought this one was dead
+            self.wait()  # the save of step 24, in the background, comes before
             (Path(run.out) / "lock").write_text(json.dumps({"pid": 5, "host": "node-7", "key": "y"}))
         real(self, step, *args)
 

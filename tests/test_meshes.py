@@ -1,44 +1,24 @@
 """Law 6 on every mesh: the losses of one device, whatever is split, the positions of a row too; what is gathered."""
 
-import dataclasses
 import re
 from functools import cache
 
 import jax
 import numpy as np
 import pytest
-from graftax import peft
-from graftax.model.sharding import follow, make_mesh, put_batch, shardings
+from graftax.model.sharding import put_batch
 from graftax.peft import LoRA, Prefix, Prompt, Subset
-from graftax.train.optim import make_optimizer
-from graftax.train.step import init_state, make_train_step
-from tiny import OPTIM, make_base, make_batch
+from tiny import make_base, make_batch, on_mesh
 
 BASE = make_base(V=64, L=3)  # 8 devices divide V; no batch has 3 rows
-STEADY = dataclasses.replace(OPTIM, lr=3e-3, eps=1e-6)
 METHODS = {"full": Subset("all"), "lora": LoRA(), "prefix": Prefix(tokens=3), "prompt": Prompt(tokens=3)}
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2), (1, 1, 1, 8), (2, 1, 1, 4), (1, 2, 2, 2)]
-
-
-def program(method, shape, **kwargs):
-    """(mesh, begin, jitted step) of a method over a mesh."""
-    mesh = make_mesh(shape, jax.devices()[: int(np.prod(shape))])
-    tx = make_optimizer(STEADY, jax.eval_shape(method.init, jax.random.key(1), BASE.params), 20, method)
-
-    def begin(params):
-        frozen, trainable = peft.partition(method, params, jax.random.key(1))
-        return frozen, init_state(trainable, tx)
-
-    split = shardings(mesh, BASE.params)
-    where = follow(mesh, begin, BASE.params, split)
-    step = jax.jit(make_train_step(BASE.model, method, tx, **kwargs), out_shardings=(where[1], None))
-    return mesh, lambda: jax.jit(begin, out_shardings=where)(jax.device_put(BASE.params, split)), step
 
 
 @cache
 def losses(name, shape, steps=10, **kwargs):
     """(loss, norm of the gradient) of the first steps."""
-    mesh, begin, step = program(METHODS[name], shape, **kwargs)
+    mesh, begin, step = on_mesh(BASE, METHODS[name], shape, **kwargs)
     found = []
     with jax.set_mesh(mesh):
         frozen, state = begin()
@@ -65,7 +45,7 @@ def test_6_chunks_and_parts_of_a_batch_over_stretches():
 def test_a_step_gathers_one_layer_at_a_time_and_no_whole_batch(shape, name):
     """What a device is sent is no more than its part of a layer's largest matrix, or of the table; never all layers,
     the optimizer's state, or the states of the rows of others."""
-    mesh, begin, step = program(METHODS[name], shape)
+    mesh, begin, step = on_mesh(BASE, METHODS[name], shape)
     with jax.set_mesh(mesh):
         frozen, state = begin()
         batch = put_batch(mesh)({k: np.asarray(v) for k, v in make_batch(B=8).items()})

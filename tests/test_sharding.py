@@ -9,14 +9,10 @@ from graftax import InputError, peft
 from graftax.model import init, shapes_of
 from graftax.model.sharding import follow, make_mesh, put_batch, shardings
 from graftax.model.tree import named
-from graftax.train.optim import make_optimizer
-from graftax.train.step import init_state, make_train_step
-from tiny import CASES, CONFIG, OPTIM, make_base, make_batch, stepper
+from tiny import CASES, CONFIG, STEADY, make_base, make_batch, on_mesh, stepper
 
 STEPS = 6
 BASE = make_base(V=62)
-# At a higher rate, and with a lower eps of Adam, some methods make large differences of what is rounding at first.
-STEADY = dataclasses.replace(OPTIM, lr=3e-3, eps=1e-6)
 
 
 def losses(frozen, state, step, put=lambda batch: batch):
@@ -28,27 +24,17 @@ def losses(frozen, state, step, put=lambda batch: batch):
     return found, state
 
 
-def on_mesh(method, shape):
+def over(method, shape):
     """(losses, state) of a run over a mesh, begun there."""
-    mesh = make_mesh(shape, jax.devices()[: int(np.prod(shape))])
+    mesh, begin, step = on_mesh(BASE, method, shape)
     with jax.set_mesh(mesh):
-        split = shardings(mesh, BASE.params)
-        tx = make_optimizer(STEADY, jax.eval_shape(method.init, jax.random.key(1), BASE.params), 20, method)
-
-        def begin(params):
-            frozen, trainable = peft.partition(method, params, jax.random.key(1))
-            return frozen, init_state(trainable, tx)
-
-        where = follow(mesh, begin, BASE.params, split)
-        frozen, state = jax.jit(begin, out_shardings=where)(jax.device_put(BASE.params, split))
-        step = jax.jit(make_train_step(BASE.model, method, tx), out_shardings=(where[1], None))
-        return losses(frozen, state, step, put_batch(mesh))
+        return losses(*begin(), step, put_batch(mesh))
 
 
 @pytest.mark.parametrize("method", CASES.values(), ids=CASES.keys())
 def test_6_one_device_and_eight_give_the_same_losses(method):
     one, _ = losses(*stepper(BASE, method, STEADY))
-    eight, state = on_mesh(method, (2, 2, 2))
+    eight, state = over(method, (2, 2, 2))
     np.testing.assert_allclose(eight, one, rtol=1e-5)
     if method == CASES["subset"]:
         up = state.trainable["layers/mlp/up"]
@@ -57,7 +43,7 @@ def test_6_one_device_and_eight_give_the_same_losses(method):
 
 def test_6_a_mesh_of_one_device_is_no_mesh():
     plain = losses(*stepper(BASE, peft.LoRA(), STEADY))[0]
-    np.testing.assert_allclose(on_mesh(peft.LoRA(), (1, 1, 1))[0], plain, rtol=1e-5)
+    np.testing.assert_allclose(over(peft.LoRA(), (1, 1, 1))[0], plain, rtol=1e-5)
 
 
 def test_sharded_init_equals_plain_init():

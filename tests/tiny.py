@@ -1,6 +1,7 @@
 """The tiny base, batch and methods that the laws are held against."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import cache, partial
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from graftax import peft
 from graftax.model import Config, Transformer, init, token_losses
+from graftax.model.sharding import follow, make_mesh, shardings
 from graftax.peft import Method, Subset, chain
 from graftax.train.config import Optim
 from graftax.train.optim import make_optimizer
@@ -87,6 +89,25 @@ def stepper(base: Base, method: Method, optim: Optim = OPTIM, **kwargs: Any) -> 
     state = init_state(trainable, make_optimizer(optim, trainable, 20, method))
     shared = train_step(base.model, method, dataclasses.replace(optim, lr=0.0, eps=0.0), **kwargs)  # for any of the two
     return frozen, state, partial(shared, lr=optim.lr, eps=optim.eps)
+
+
+# At a higher rate, and with a lower eps of Adam, some methods make large differences of what is rounding at first.
+STEADY = dataclasses.replace(OPTIM, lr=3e-3, eps=1e-6)
+
+
+def on_mesh(base: Base, method: Method, shape: tuple[int, ...], **kwargs: Any) -> tuple[Any, Any, Any]:
+    """(mesh, begin() -> (frozen, state), jitted step) of a method over a mesh of the first devices."""
+    mesh = make_mesh(shape, jax.devices()[: math.prod(shape)])
+    tx = make_optimizer(STEADY, jax.eval_shape(method.init, jax.random.key(1), base.params), 20, method)
+
+    def begin(params: Any) -> Any:
+        frozen, trainable = peft.partition(method, params, jax.random.key(1))
+        return frozen, init_state(trainable, tx)
+
+    split = shardings(mesh, base.params)
+    where = follow(mesh, begin, base.params, split)
+    step = jax.jit(make_train_step(base.model, method, tx, **kwargs), out_shardings=(where[1], None))
+    return mesh, lambda: jax.jit(begin, out_shardings=where)(jax.device_put(base.params, split)), step
 
 
 @cache

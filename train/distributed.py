@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from .. import InputError
+from .config import short
 from .processes import HEARTBEAT, WAIT, cluster, coordinator, explicit, meet, quiet
 
 STOPPED = 75  # the exit code (EX_TEMPFAIL) when signals ended it and all is saved
@@ -110,7 +111,7 @@ def agree(what: str, mine: dict[str, Any]) -> None:
         for key in said[0]:
             if theirs.get(key) != said[0][key]:
                 raise InputError(
-                    f"{name(i)} has {key} {_short(theirs.get(key))}, process 0 has {_short(said[0][key])}; "
+                    f"{name(i)} has {key} {short(theirs.get(key))}, process 0 has {short(said[0][key])}; "
                     "start all processes with the same command and the same files"
                 )
 
@@ -129,11 +130,6 @@ def post(what: str) -> None:
 def posted(what: str) -> bool:
     """Whether some process has let know of it."""
     return bool(_State.client.key_value_dir_get(f"graftax/{what}"))
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 60 else text[:57] + "..."
 
 
 def _start(address: str, n: int, i: int, devices: Any) -> None:

@@ -84,7 +84,7 @@ def make_train_step(
         n = jnp.maximum(targets, 1.0)
         grads = jax.tree.map(lambda g: g / n, grads)
         norm = optax.tree.norm(grads)
-        before = jax.device_put(state.opt_state, jax.memory.Space.Device)  # it may be kept in host memory
+        before = jax.tree.map(_near, state.opt_state)
         ok, recent = jnp.isfinite(total) & jnp.isfinite(norm) & (targets > 0), state.recent
         if recent is not None:  # a comparison with NaN is false: no loss is a spike before there are enough
             ok &= ~(total / n > recent.mean() + spike * recent.std())
@@ -99,6 +99,13 @@ def make_train_step(
         return State(state.step + 1, trainable, opt_state, state.skipped + ~ok, recent), metrics
 
     return step
+
+
+def _near(x: Array) -> Array:
+    """The array in the device's memory, where it is not kept there (--offload). A device_put of all would commit what
+    the step returns, so that a plain jit of it would compile twice."""
+    device = jax.memory.Space.Device
+    return x if jax.typeof(x).memory_space == device else jax.device_put(x, device)
 
 
 def _if(ok: Array, make: Callable[[], Any], kept: Any) -> Any:
