@@ -83,3 +83,7 @@ def _compiles(pattern: str, where: str) -> None:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise InputError(f"{where}: {reprlib.repr(pattern)} is not a pattern ({error}); mend it") from None
+    # Python's re has no time limit, and somebody else wrote this: what could try for ever is not tried.
+    if re.search(r"[*+}|][^()]*\)+[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 6:
+        raise InputError(f"{where}: {reprlib.repr(pattern)} repeats what repeats or branches, or repeats more than 6 "
+                         "times, which can take for ever to match; write it simpler")  # fmt: skip

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from faulty import CASES, STEPS, copied, good, last, life, programs, runs, whole  # noqa: F401
-from graftax import InputError
+from graftax import InputError, peft
 from graftax.data import loader
 from graftax.peft import LoRA, Subset
 from graftax.train import distributed, faults, health, loop, outcome, stop
@@ -372,6 +372,16 @@ def test_numbers_that_do_not_fit(change, words, runs, tmp_path):  # noqa: F811
 
     said(go, *words)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("name", "field", "value", "wanted"), [
+    ("lora", "rank", -1, "1 or more"), ("lora", "rank", 0, "1 or more"), ("prompt", "tokens", 0, "1 or more"),
+    ("lora", "alpha", float("nan"), "a finite number"), ("lora", "dropout", 1.0, "0 or more, below 1"),
+    ("lora", "ranks", (("layers/attn/q", -1),), "0 or more"), ("vera", "seed", -1, "0 or more"),
+])  # fmt: skip
+def test_numbers_that_no_method_has(name, field, value, wanted):
+    shown = -1 if field == "ranks" else value
+    said(lambda: peft.methods[name](**{field: value}), f"{name}: {field} {shown}: wanted {wanted}")
 
 
 def test_zero_steps_and_fewer_rows_than_a_batch(runs, tmp_path, monkeypatch, capsys):  # noqa: F811

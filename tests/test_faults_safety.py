@@ -238,6 +238,8 @@ ADAPTERS = {  # name: (what is done to its tensors, changed keys, words)
     "a switch": (None, {"use_dora": "yes"}, ("use_dora is 'yes'", "true or false is wanted")),
     "targets": (None, {"target_modules": [3]}, ("target_modules is [3]", "a pattern or a list of names is wanted")),
     "pattern": (None, {"target_modules": "(q"}, ("target_modules: '(q' is not a pattern", "mend it")),
+    "endless": (None, {"target_modules": "(.*)+x"}, ("repeats what repeats or branches", "write it simpler")),
+    "many": (None, {"target_modules": ".*" * 7}, ("repeats more than 6 times", "write it simpler")),
     "ranks": (None, {"rank_pattern": {"q_proj": -1}}, ("rank_pattern is {'q_proj': -1}", "of 1 or more is wanted")),
     "layers": (None, {"layers_to_transform": "0"}, ("layers_to_transform is '0'", "a layer or a list of layers")),
     "saved": (None, {"modules_to_save": "lm_head"}, ("modules_to_save is 'lm_head'", "a list of names is wanted")),

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import jax
 import tyro
@@ -19,13 +19,13 @@ from ..peft import Subset, masks
 from . import report
 from .config import Optim, close
 from .evaluate import choose, held_out_losses, longest_answer, outputs, scored
+from .export import Verify
 from .inputs import task_of
 from .optim import make_optimizer
 from .progress import console
 from .runs import load_run
 
 Arg = Annotated[str, tyro.conf.Positional]
-Verify = Literal["full", "fast", "off"]
 
 
 @dataclasses.dataclass(frozen=True)

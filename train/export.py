@@ -30,6 +30,7 @@ from .stored import sidecars
 
 Arg = Annotated[str, tyro.conf.Positional]
 DType = Literal["", "float32", "bfloat16", "float16"]
+Verify = Literal["full", "fast", "off"]
 # Mean KL (nats a token) up to which two models pass for one, by the dtype that the weights were rounded to.
 BOUNDS = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 2e-2}
 
@@ -137,6 +138,7 @@ class Merge:
     base: str = ""  # where its base is now, if it moved
     dtype: DType = ""  # of the merged parameters; empty: as the base's
     bound: float = 0.0  # nats a token; 0: 1e-6 for float32, 1e-3 for float16, 2e-2 for bfloat16
+    verify: Verify = "full"  # of what is read: every digest, the files' sizes, the manifest alone
 
     def run(self) -> dict[str, Any]:
         """Write the merged base; returns where, its fingerprint, and how it compares."""
@@ -147,7 +149,7 @@ class Merge:
             said: dict[str, Any] = {"merged_from": came, "lineage": got.lineage}
             return {"fingerprint": write_base(made, got, params, "merged", said, str(out))}
 
-        got = load_run(self.folder, base=self.base)
+        got = load_run(self.folder, base=self.base, verify=self.verify)
         found = checked(out, got, self.dtype, self.bound, write)
         console.print(f"wrote {out}/: a base with fingerprint {found['fingerprint'][:12]}", soft_wrap=True)
         return found
@@ -168,6 +170,7 @@ class Export:
     dtype: DType = ""  # of the written parameters; empty: as the base's
     shard_gb: float = 5.0  # size of a file
     bound: float = 0.0  # nats a token; 0: 1e-6 for float32, 1e-3 for float16, 2e-2 for bfloat16
+    verify: Verify = "full"  # of what is read: every digest, the files' sizes, the manifest alone
 
     def run(self) -> dict[str, Any]:
         """Write, read back, compare; returns where, and how it compares."""
@@ -184,7 +187,7 @@ class Export:
             keep(made, got.lineage)
             return {}
 
-        got = load_run(self.folder, base=self.base)
+        got = load_run(self.folder, base=self.base, verify=self.verify)
         if self.format == "hf-peft":
             return adapters.write(got, out, self.target, self.same)
         if self.target:
