@@ -129,23 +129,30 @@ def constrain(x: Array, *axes: Any) -> Array:
 
     An axis whose size the mesh does not divide (one row, one token) is left whole.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    mesh = _ours()
+    if mesh is None or mesh.size == 1:
         return x
     fits = [a if a is KEEP or n % _parts(a, mesh) == 0 else None for a, n in zip(axes, x.shape, strict=True)]
     return jax.lax.with_sharding_constraint(x, P(*fits))
 
 
+def _ours() -> Any:
+    """The mesh in use (`jax.set_mesh`), if it is of our axes: a sweep's, of lanes, splits nothing of a model."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh if set(AXES) <= set(mesh.shape) else None
+
+
 def stretches(T: int) -> int:
     """How many stretches the mesh in use (`jax.set_mesh`) splits T positions into: its context axis, if it divides."""
-    n = jax.sharding.get_abstract_mesh().shape.get("context", 1)
+    mesh = _ours()
+    n = mesh.shape["context"] if mesh is not None else 1
     return n if T % n == 0 else 1
 
 
 def replicas(B: int, T: int) -> int:
     """How many parts the mesh in use (`jax.set_mesh`) splits the tokens of a batch [B, T] into."""
-    mesh = jax.sharding.get_abstract_mesh()
-    rows = 1 if mesh.empty else _parts(BATCH, mesh)
+    mesh = _ours()
+    rows = 1 if mesh is None else _parts(BATCH, mesh)
     return stretches(T) * (rows if B % rows == 0 else 1)
 
 

@@ -9,6 +9,7 @@ import optax
 from jax import Array
 
 from .allocator import allocate, budget
+from .base import Method
 from .lora import LoRA
 from .targets import Target, by_value, each_layer, layer_keys, targets
 
@@ -17,6 +18,7 @@ class AdaLoRA(LoRA):
     """W + alpha / init_rank A diag(e) B, e = 0 at first; step by step the least ranks get e = 0 (arXiv:2303.10512)."""
 
     demo = False
+    padded = Method.padded  # a rank is a budget
 
     rank: int = 8  # of a matrix at the end, on average
     alpha: float = 8.0

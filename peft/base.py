@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import zlib
-from typing import Any, ClassVar, dataclass_transform
+from typing import Any, ClassVar, Self, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +82,14 @@ class Method:
     def transform(self, steps: int) -> optax.GradientTransformation:
         """What is done to the optimizer's updates: other rates for some leaves, ranks that end. `grads=` is given."""
         return optax.identity()
+
+    def padded(self, largest: Self) -> "Method | None":
+        """The method that computes with arrays as large as `largest` has them, zeros where its own end, what this one
+        computes with its own, also in training; `largest` but for its factors. None: there is none.
+
+        `largest` is this method with one field larger. Runs of both are then one program of a sweep.
+        """
+        return None
 
 
 def partition(method: Method, params: Any, key: Array) -> tuple[Any, dict[str, Any]]:

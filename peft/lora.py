@@ -1,15 +1,16 @@
 """LoRA: low-rank updates of matrices and tables (arXiv:2106.09685)."""
 
+import dataclasses
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ..model import Weight, static
+from ..model import Weight
 from .base import Method
-from .targets import Target, by_value, dropout, each_layer, layer_keys, layer_values, seeded, targets, uniform, wrap
+from .targets import Target, by_value, dropout, each_layer, layer_keys, layer_values, on, seeded, targets, uniform, wrap
 
 
 class LoRAWeight(Weight):
@@ -19,7 +20,7 @@ class LoRAWeight(Weight):
     a: Array  # [D, R]
     b: Array  # [R, F]
     seed: Any = None  # uint32 [2], in training with dropout
-    dropout: float = static(default=0.0)
+    dropout: Any = None  # a number; [L] of stacked layers
 
     def __rmatmul__(self, x: Array) -> Array:
         return x @ self.w + (self.dropped(x) @ self.a) @ self.b
@@ -75,4 +76,11 @@ class LoRA(Method):
 
     def noisy(self, params: Any, trainable: Any, key: Array) -> dict[str, Any]:
         bound = self.bind(params, trainable)
-        return seeded(bound, trainable, key, self.dropout) if self.dropout else bound
+        return seeded(bound, trainable, key, self.dropout) if on(self.dropout) else bound
+
+    def padded(self, largest: Self) -> Method | None:
+        """A row of zeros of B against a column of zeros of A: neither ever has a gradient."""
+        if self.ranks or self.alphas:
+            return None
+        alpha = self.alpha * self.scale(self.rank, 1.0) / self.scale(largest.rank, 1.0)
+        return dataclasses.replace(largest, alpha=alpha)

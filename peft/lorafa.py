@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ..model.tree import canonical, cut_key
+from .base import Method
 from .fixed import sides
 from .lora import LoRA
 from .targets import Target, each_layer, layer_keys, uniform
@@ -16,6 +17,7 @@ class LoRAFA(LoRA):
     """W + (alpha / rank) A B: B = 0 at first and trains, A [D, R] in +-D^-1/2 does not (arXiv:2308.03303)."""
 
     demo = False
+    padded = Method.padded  # another rank draws another A
 
     seed: int = 0  # of A, which is drawn anew wherever it is needed and never stored
 

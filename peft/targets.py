@@ -100,7 +100,7 @@ def bottleneck(key: Array, D: int, R: int) -> dict[str, Array]:
     return {"down": down, "down_bias": jnp.zeros(R), "up": jnp.zeros((R, D)), "up_bias": jnp.zeros(D)}
 
 
-def dropout(x: Array, seed: Array, rate: float) -> Array:
+def dropout(x: Array, seed: Array, rate: Any) -> Array:
     """x with a part of `rate` set to 0 and the rest scaled, so that its mean stays; `seed` is a layer's key data."""
     kept = jax.random.bernoulli(jax.random.wrap_key_data(seed), 1 - rate, x.shape)
     return jnp.where(kept, x / (1 - rate), 0)
@@ -149,11 +149,17 @@ def on_bias(params: Any, trainable: dict[str, Any], make: Callable[..., Array], 
     return replace(params, {path: make(flat[path], **arrays) for path, arrays in found.items() if path in flat})
 
 
-def seeded(bound: Any, trainable: dict[str, Any], key: Array, rate: float) -> dict[str, Any]:
+def on(number: Any) -> bool:
+    """Whether a number that is off at 0 is on; one that a program is given as an array may be."""
+    return isinstance(number, Array) or bool(number)
+
+
+def seeded(bound: Any, trainable: dict[str, Any], key: Array, rate: Any) -> dict[str, Any]:
     """The bound base with a seed in each weight that the method has arrays for, so that it drops a part of its x."""
     flat, touched = named(bound), {cut_key(k)[0] for k in trainable}
     seeds = {path: layer_seeds(key, path, flat[path]) for path in touched}
-    return replace(bound, {p: dataclasses.replace(flat[p], seed=s, dropout=rate) for p, s in seeds.items()})
+    rates = {p: jnp.broadcast_to(jnp.float32(rate), s.shape[:-1]) for p, s in seeds.items()}
+    return replace(bound, {p: dataclasses.replace(flat[p], seed=s, dropout=rates[p]) for p, s in seeds.items()})
 
 
 def each_matrix(
@@ -205,7 +211,9 @@ def by_value(
 
 def layer_values(rules: Rules, default: float, params: Any, key: str, what: str) -> Any:
     """The value that the rules give the layers of one key of a method's tree: a number, or an array [L, 1, 1]."""
+    if not rules:
+        return default
     path, layers = cut_key(key)
-    row = match(rules, params, default=default, what=what)[path] if rules else [default]
+    row = match(rules, params, default=default, what=what)[path]
     row = row[slice(*layers)] if layers and len(row) > 1 else row
     return row[0] if len(set(row)) == 1 else jnp.array(row)[:, None, None]

@@ -328,7 +328,7 @@ def test_too_many_bad_batches_stop_the_run(runs, tmp_path, monkeypatch):  # noqa
 
 def test_a_state_that_is_not_finite_is_not_saved(runs, tmp_path, monkeypatch):  # noqa: F811
     run = dataclasses.replace(runs["lora"], out=str(tmp_path / "run"), max_bad=0)
-    real = loop._Loop.step
+    real = loop.Course.step
 
     def step(self, i, program):
         real(self, i, program)
@@ -336,7 +336,7 @@ def test_a_state_that_is_not_finite_is_not_saved(runs, tmp_path, monkeypatch):  
             trainable = jax.tree.map(lambda x: x * np.inf, self.phase.state.trainable)
             self.phase.state = self.phase.state._replace(trainable=trainable)
 
-    monkeypatch.setattr(loop._Loop, "step", step)
+    monkeypatch.setattr(loop.Course, "step", step)
     ended = life(monkeypatch, run)
     for word in (run.out, "at step 12 layers/attn/k/a is not finite", "nothing was saved of it", "--optim.lr"):
         assert word in str(ended)

@@ -81,6 +81,21 @@ def tuning_rows(data: Data, seed: int, tokenizer: Tokenizer, V: int) -> tuple[Ta
     return task, sft
 
 
+def validation_rows(task: Task, data: Data, tokenizer: Tokenizer) -> list[Any]:
+    """The task's validation rows, packed; those that no row of T holds are left out, and counted."""
+    if not task.valid:
+        return []
+    bad = Bad("skip", 1.0)
+    try:
+        found = sft_rows(task.pairs("valid"), tokenizer, data.T, 0, data.pack, bad)
+    except InputError as error:
+        console.print(f"no validation loss of {task.name}: {error}", soft_wrap=True)
+        return []
+    if left := len(task.valid) - found.examples:
+        console.print(f"left out of the validation loss: {left:,} that do not fit into T={data.T}", soft_wrap=True)
+    return found.rows
+
+
 def _say(bad: Bad, dropped: int) -> None:
     for line in bad.settle():
         console.print(line, soft_wrap=True)

@@ -58,14 +58,14 @@ def train(run: Run) -> Path:
         distributed.share("the folder of the run")
         if not (folder / "config.json").exists():
             raise InputError(f"--out {folder}: not the folder that process 0 made; all processes must share it")
-        summary = _go(phase, folder, _Loop(phase, folder, checkpoints, step, taken), stop)
+        summary = _go(phase, folder, Course(phase, folder, checkpoints, step, taken), stop)
         if writes:
             outcome.finish(run, folder, summary)
         distributed.share("the end of the run")
     return folder
 
 
-def _go(phase: Phase, folder: Path, loop: "_Loop", stop: Stop) -> dict[str, Any]:
+def _go(phase: Phase, folder: Path, loop: "Course", stop: Stop) -> dict[str, Any]:
     """The loop proper: from the phase's state to the last step. Returns the summary."""
     run, first, left = phase.run, loop.first, False
     before = outcome.noted(folder, 0)
@@ -94,7 +94,7 @@ def _go(phase: Phase, folder: Path, loop: "_Loop", stop: Stop) -> dict[str, Any]
                     left, found = found is None, found or {}
                     log.note(i, found)
                 if last or (run.save_every and i % run.save_every == 0):
-                    loop.save(found.get("held_out_loss"))
+                    loop.save(rank(found))
         if left:
             loop.log(log)
             loop.save()
@@ -105,7 +105,7 @@ def _go(phase: Phase, folder: Path, loop: "_Loop", stop: Stop) -> dict[str, Any]
     return outcome.summary(phase, folder, before, found or late, cost) if distributed.index() == 0 else {}
 
 
-class _Loop:
+class Course:
     """Where a run is in its rows, and what of it is neither logged nor saved yet."""
 
     def __init__(self, phase: Phase, folder: Path, checkpoints: Checkpoints, at: int | None, taken: list[str]):
@@ -123,14 +123,21 @@ class _Loop:
         told = checkpoints.manifest(at).get("accepted", []) if at is not None else []
         self.never = {"accepted": [*told, *taken], "sidecars": sidecars(folder, phase.tokenizer)}  # changes
 
-    def step(self, i: int, step: Any) -> None:
-        """Step i, on the next rows."""
+    def feed(self, i: int) -> dict[str, np.ndarray]:
+        """The rows of step i, the next ones, as this process holds them."""
         at, batch = self.loader.state()["next_row"], next(self.loader)
         if faults.at("step", i) == "nan":
             batch = {**batch, "weights": np.full_like(batch["weights"], np.inf)}
         self.seen += row_sum(at + self.counted, batch["row"][np.searchsorted(self.held, self.counted)])
-        placed = self.put({k: batch[k] for k in KEYS})
-        self.phase.state, metrics = step(self.phase.state, self.phase.frozen, placed)
+        return {k: batch[k] for k in KEYS}
+
+    def step(self, i: int, step: Any) -> None:
+        """Step i."""
+        self.phase.state, metrics = step(self.phase.state, self.phase.frozen, self.put(self.feed(i)))
+        self.took(i, metrics)
+
+    def took(self, i: int, metrics: dict[str, Any]) -> None:
+        """Step i is done, or under way, and gave this."""
         self.pending.append(metrics)
         self.done = i
 
@@ -151,6 +158,11 @@ class _Loop:
         items = {"trainable": state.trainable, "optimizer": state._replace(trainable=None)}
         meta = _meta(self.phase, self.loader, self.seen) | self.never
         self.checkpoints.save(self.done, items, meta, score)
+
+
+def rank(found: dict[str, Any]) -> float | None:
+    """What the best checkpoint has least of."""
+    return found.get("valid_loss", found.get("held_out_loss"))
 
 
 def _log(phase: Phase, folder: Path, first: int) -> Any:

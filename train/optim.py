@@ -11,6 +11,7 @@ from jax import Array
 
 from ..model.tree import Rules, is_stacked, match, paths, uniform
 from ..peft import Method
+from ..peft.targets import on
 from .config import Optim
 
 
@@ -56,9 +57,9 @@ def make_optimizer(
     else:
         decay = _by_path(trainable, lambda path, leaf: float(_layer_ndim(path, leaf) >= 2))
     return optax.chain(
-        optax.clip_by_global_norm(optim.clip) if optim.clip else optax.identity(),
+        optax.clip_by_global_norm(optim.clip) if on(optim.clip) else optax.identity(),
         scaled,
-        _add_decay(optim.weight_decay, decay) if optim.weight_decay else optax.identity(),
+        _add_decay(optim.weight_decay, decay) if on(optim.weight_decay) else optax.identity(),
         _times(_groups(optim, trainable)) if optim.groups else optax.identity(),
         optax.scale_by_learning_rate(schedule(optim, steps)),
         method.transform(steps) if method else optax.identity(),

@@ -13,20 +13,22 @@ from . import distributed
 from .checkpoint import Checkpoints
 from .commit import write_whole
 from .config import Run, to_json
-from .evaluate import held_out_losses, longest_answer, mean_loss, outputs, scored
+from .evaluate import held_out_losses, longest_answer, mean_loss, outputs, row_losses, scored
 from .inputs import save_held_out
 from .phase import Phase
 from .progress import console, cut_metrics, plot_losses, read_metrics
 
 
 def evaluate(phase: Phase, score: bool = True) -> dict[str, Any]:
-    """Held-out loss of the base's domains and, with `score`, of the task: scores and some samples."""
+    """Held-out loss of the base's domains; of the task validation loss and, with `score`, scores and some samples."""
     run, found = phase.run, {}
     method, trainable = phase.method, phase.state.trainable
     args = (phase.model, method.bind(phase.frozen, trainable), method.context(trainable))
     if phase.held_out:
         held = held_out_losses(*args, phase.held_out, run.data.batch, run.eval_tokens, put_batch(phase.mesh))
         found = {"held_out_loss": mean_loss(held), "held_out": held}
+    if phase.valid:
+        found["valid_loss"] = rows_loss(args, phase.valid, run, phase.mesh)
     if score and phase.task:
         rows = scored(phase.task, run.eval_rows)
         answers = outputs(*args, phase.tokenizer, rows, longest_answer(rows, phase.tokenizer))
@@ -34,6 +36,14 @@ def evaluate(phase: Phase, score: bool = True) -> dict[str, Any]:
         samples = [{"prompt": r["prompt"], "wanted": r["completion"], "got": a} for r, a in pairs]
         found |= {"scores": phase.task.score(rows, answers), "samples": samples}
     return found
+
+
+def rows_loss(args: Any, rows: Any, run: Run, mesh: Any) -> float:
+    """Nats a target token of rows, at most `eval_tokens` tokens of them; args: (model, bound parameters, context)."""
+    rows = rows[: max(run.eval_tokens // run.data.T, 1)]
+    model, bound, context = args
+    loss = row_losses(model, bound, context, rows, run.data.batch, put_batch(mesh)).sum()
+    return float(loss / max(sum(float(row["weights"].sum()) for row in rows), 1.0))
 
 
 def make(folder: Path) -> None:

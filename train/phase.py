@@ -14,7 +14,7 @@ from ..peft import Chain, Method
 from . import distributed, report
 from .config import Run
 from .digests import contents
-from .inputs import check_lengths, corpus_and_tokenizer, tuning_rows
+from .inputs import check_lengths, corpus_and_tokenizer, tuning_rows, validation_rows
 from .program import layout
 from .progress import console
 from .runs import laid, load_run, numerics, place
@@ -37,6 +37,7 @@ class Phase:
     tokenizer: Any
     held_out: dict[str, Any]
     task: Any = None
+    valid: list[Any] = dataclasses.field(default_factory=list)  # the task's validation rows, packed
     base: str = ""  # fingerprint of the base; empty for a pretraining run
     totals: dict[str, int] = dataclasses.field(default_factory=dict)
     facts: dict[str, int] = dataclasses.field(default_factory=dict)  # sizes of the data, to say what changed of it
@@ -84,6 +85,7 @@ def _tuning(run: Run, mesh: Any, work: Path) -> Phase:
     params, mark = base.base, base.fingerprint
     phase = _assemble(run, mesh, config, params, sft.train, sft.digest, base.tokenizer, base.held_out)
     phase.task, phase.base, phase.lineage = task, mark, base.lineage
+    phase.valid = validation_rows(task, run.data, base.tokenizer)
     phase.facts = {"examples": sft.examples, "target tokens": sft.target_tokens}
     distributed.agree("the base", {"base": mark})
     return phase

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from .. import InputError
-from ..model import Config, shapes_of
+from ..model import Config, Transformer, shapes_of
 from ..model.backend import backend, meant_for
 from ..model.quantize import quantize
 from ..model.sharding import batch_sharding, follow, shardings
@@ -96,7 +96,11 @@ def lower(phase: Any) -> tuple[Any, Any]:
     with meant_for(platform):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
         lowered = jitted.lower(phase.state, phase.frozen, batch)
-        # XLA would cast a whole stack of half-precision layers before its loop: on a CPU, twice the base in fp32.
-        stored = {x.dtype for x in jax.tree.leaves(phase.frozen)}
-        lean = backend() == "cpu" and bool(stored - {jnp.dtype(phase.model.config.dtype)})
-    return lowered, {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"} if lean else None
+        return lowered, compiler_options(phase.frozen, phase.model)
+
+
+def compiler_options(frozen: Any, model: Transformer) -> dict[str, Any] | None:
+    """XLA would cast a whole stack of half-precision layers before its loop: on a CPU, twice the base in fp32."""
+    stored = {x.dtype for x in jax.tree.leaves(frozen)}
+    lean = backend() == "cpu" and bool(stored - {jnp.dtype(model.config.dtype)})
+    return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"} if lean else None

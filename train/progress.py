@@ -50,13 +50,11 @@ def start_wandb(project: str, folder: Path) -> Any:
     return wandb.init(project=project, name=folder.name, config=json.loads((folder / "config.json").read_text("utf-8")))
 
 
-class Log:
-    """One run's progress bar (lines where there is no terminal) and its metric files."""
+class Metrics:
+    """One run's metric files."""
 
-    def __init__(
-        self, folder: Path, title: str, steps: int, start: int, flops: float, tensorboard: bool, wandb: str = ""
-    ):
-        self.steps, self.start, self.flops, self.title = steps, start, flops, title
+    def __init__(self, folder: Path, start: int, flops: float = 0.0, tensorboard: bool = False, wandb: str = ""):
+        self.flops = flops
         self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         self.board = None
         if tensorboard:
@@ -65,31 +63,18 @@ class Log:
             later = start + 1 if start else None  # what a killed run wrote after its checkpoint counts no more
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=later)
         self.wandb = start_wandb(wandb, folder) if wandb else None
-        text = TextColumn("{task.description} {task.completed:.0f}/{task.total:.0f} {task.fields[text]}")
-        self.bar = Progress(text, BarColumn(None), console=console, transient=True, disable=not console.is_terminal)
-        self.task = self.bar.add_task(title, total=steps, completed=start, text="")
-        self.bar.start()
-        self.began = self.last = time.perf_counter()
-        self.spoken = self.at = start
+        self.last, self.at = time.perf_counter(), start
+        self.row: dict[str, Any] = {"loss": float("nan")}  # the last
 
     def step(self, step: int, metrics: dict[str, float], tokens: int) -> dict[str, float]:
         """Write one object for the steps since the last; returns it."""
         now = time.perf_counter()
-        rate = tokens / (now - self.last)
-        row = {"step": step, **metrics, "tokens_per_second": round(rate, 1),
+        row = {"step": step, **metrics, "tokens_per_second": round(tokens / (now - self.last), 1),
                "seconds_per_step": round((now - self.last) / (step - self.at), 5)}  # fmt: skip
-        if peak := peak_flops():
+        if self.flops and (peak := peak_flops()):
             row["mfu"] = round(self.flops * (step - self.at) / (now - self.last) / peak, 4)
-        left = (now - self.began) / (step - self.start) * (self.steps - step)
-        mfu = f" · MFU {row['mfu']:.1%}" if "mfu" in row else ""
-        text = f"· loss {metrics['loss']:.4f} · {rate:,.0f} tokens/s{mfu} · {clock(left)} left"
         self.write(row)
-        self.bar.update(self.task, completed=step, text=text)
-        # Without a terminal: about 20 lines a run.
-        if not console.is_terminal and (step - self.spoken >= self.steps / 20 or step == self.steps):
-            console.print(f"{self.title} {step}/{self.steps} {text}")
-            self.spoken = step
-        self.last, self.at = now, step
+        self.last, self.at, self.row = now, step, row
         return row
 
     def write(self, row: dict[str, Any]) -> None:
@@ -100,9 +85,44 @@ class Log:
             for name, value in row.items():
                 if isinstance(value, (int, float)) and name != "step":
                     self.board.add_scalar(name, value, row["step"])
-
         if self.wandb:
             self.wandb.log({k: v for k, v in row.items() if k != "samples"}, step=row["step"])
+
+    def close(self) -> None:
+        """Close the files."""
+        self.file.close()
+        if self.board:
+            self.board.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+class Log(Metrics):
+    """The same, with a progress bar (lines where there is no terminal)."""
+
+    def __init__(
+        self, folder: Path, title: str, steps: int, start: int, flops: float, tensorboard: bool, wandb: str = ""
+    ):
+        super().__init__(folder, start, flops, tensorboard, wandb)
+        self.steps, self.start, self.title = steps, start, title
+        text = TextColumn("{task.description} {task.completed:.0f}/{task.total:.0f} {task.fields[text]}")
+        self.bar = Progress(text, BarColumn(None), console=console, transient=True, disable=not console.is_terminal)
+        self.task = self.bar.add_task(title, total=steps, completed=start, text="")
+        self.bar.start()
+        self.began, self.spoken = self.last, start
+
+    def step(self, step: int, metrics: dict[str, float], tokens: int) -> dict[str, float]:
+        """Write and show the steps since the last."""
+        row = super().step(step, metrics, tokens)
+        left = (self.last - self.began) / (step - self.start) * (self.steps - step)
+        mfu = f" · MFU {row['mfu']:.1%}" if "mfu" in row else ""
+        text = f"· loss {metrics['loss']:.4f} · {row['tokens_per_second']:,.0f} tokens/s{mfu} · {clock(left)} left"
+        self.bar.update(self.task, completed=step, text=text)
+        # Without a terminal: about 20 lines a run.
+        if not console.is_terminal and (step - self.spoken >= self.steps / 20 or step == self.steps):
+            console.print(f"{self.title} {step}/{self.steps} {text}")
+            self.spoken = step
+        return row
 
     def note(self, step: int, found: dict[str, Any]) -> None:
         """Say and write an evaluation."""
@@ -110,6 +130,8 @@ class Log:
             bits = " · ".join(f"{k} {v['bits_per_byte']:.3f} (zlib {v['zlib']:.2f})" for k, v in held.items())
             said = f"held-out loss {found['held_out_loss']:.4f} · bits per byte: {bits}"
             console.print(f"step {step}: {said}", soft_wrap=True)
+        if "valid_loss" in found:
+            console.print(f"step {step}: validation loss of the task {found['valid_loss']:.4f}")
         if scores := found.get("scores"):
             console.print(f"step {step}: " + " · ".join(f"{k} {v:.4f}" for k, v in scores.items()), soft_wrap=True)
         if found:
@@ -126,11 +148,7 @@ class Log:
     def close(self) -> None:
         """Close bar and files."""
         self.bar.stop()
-        self.file.close()
-        if self.board:
-            self.board.close()
-        if self.wandb:
-            self.wandb.finish()
+        super().close()
 
 
 class NoLog:

@@ -1,0 +1,110 @@
+"""Axes and cells: `--over optim.lr=1e-4,3e-4 --over seed=0..3` is every combination of the two, each a run."""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from ... import InputError
+from ..config import Run, close, method_class
+from ..typed import fits, said
+
+# What a sweep says for all of its cells.
+SHARED = ("out", "phase", "recipe", "mesh", "resume", "accept", "verify", "offload", "wandb", "tensorboard", "keep")
+MOST = 4096  # cells
+
+
+class Cell(NamedTuple):
+    """One run of a sweep."""
+
+    number: int
+    values: dict[str, str]  # what the axes say of it
+    run: Run
+
+    @property
+    def name(self) -> str:
+        """`lr=0.001 rank=8`."""
+        return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in self.values.items())
+
+
+def axis(text: str) -> tuple[str, list[str]]:
+    """('optim.lr', ['1e-4', '3e-4']) of `optim.lr=1e-4,3e-4`; a..b are the whole numbers from a to b, b too."""
+    name, equals, listed = text.partition("=")
+    values = []
+    for value in filter(None, listed.split(",")):
+        ends = re.fullmatch(r"(\d+)\.\.(\d+)", value)
+        values += map(str, range(int(ends[1]), int(ends[2]) + 1)) if ends else [value]
+    if not equals or not name or not values:
+        raise InputError(f"--over {text}: no value; FIELD=VALUE,VALUE,... is wanted, or FIELD=FIRST..LAST")
+    if len(set(values)) < len(values):
+        raise InputError(f"--over {text}: a value is there twice; give each once")
+    return name, values
+
+
+def cells(run: Run, over: Sequence[str], out: Path) -> list[Cell]:
+    """Every combination of the axes, as runs below `out`/cells. InputError for an axis that no run has."""
+    axes = [axis(text) for text in over]
+    names = [name for name, _ in axes]
+    if not axes:
+        raise InputError("nothing to sweep over: give --over FIELD=VALUE,VALUE,..., for example optim.lr=1e-4,3e-4")
+    if len(set(names)) < len(names):
+        raise InputError(f"--over {max(names, key=names.count)}: this axis is there twice; put its values into one")
+    found = []
+    for number, values in enumerate(itertools.product(*(values for _, values in axes))):
+        if number == MOST:
+            raise InputError(f"--over: more than {MOST} cells; leave out values or axes")
+        chosen = dict(zip(names, values, strict=True))
+        made = dataclasses.replace(changed(run, chosen), out=str(out / "cells" / f"{number:03d}"))
+        found.append(Cell(number, chosen, made))
+    return found
+
+
+def changed(run: Run, values: dict[str, str]) -> Run:
+    """The run with these fields; a method comes before its own fields."""
+    for name in sorted(values, key=lambda name: name.count(".")):
+        if name.split(".")[0] in SHARED:
+            raise InputError(f"--over {name}: a sweep sets this itself, for all of its cells; take another field")
+        run = _set(run, name.split("."), values[name], name)
+    return run
+
+
+def _set(owner: Any, parts: list[str], text: str, name: str) -> Any:
+    hints = {f.name: get_type_hints(type(owner))[f.name] for f in dataclasses.fields(owner)}
+    first, *rest = parts
+    if first not in hints:
+        whose = type(owner).__name__.lower()
+        raise InputError(f"--over {name}: {whose} has no {first!r}{close(first, hints)}; it has {', '.join(hints)}")
+    now = getattr(owner, first)
+    if rest:
+        if not dataclasses.is_dataclass(now):
+            raise InputError(f"--over {name}: {first} has no fields")
+        value = _set(now, rest, text, name)
+    elif isinstance(owner, Run) and first == "method":
+        value = method_class(text)()
+    else:
+        value = _parsed(text, hints[first], name)
+    try:
+        return dataclasses.replace(owner, **{first: value})
+    except InputError as error:
+        raise InputError(f"--over {name}={text}: {error}") from None
+
+
+def _parsed(text: str, hint: Any, name: str) -> Any:
+    """The value of a field from a flag."""
+    kinds = (bool, int, float, str)
+    if get_origin(hint) is not Literal and hint not in kinds:
+        raise InputError(f"--over {name}: {said(hint)} is no axis; only numbers, words and switches are")
+    value: Any = text
+    try:
+        if hint is bool:
+            value = {"true": True, "false": False}[text.lower()]
+        elif hint in (int, float):
+            value = hint(text)
+    except (KeyError, ValueError):
+        value = None
+    if not fits(value, hint):
+        wanted = f"one of {', '.join(map(str, get_args(hint)))}" if get_origin(hint) is Literal else said(hint)
+        raise InputError(f"--over {name}: {text!r}, wanted {wanted}")
+    return value

@@ -1,0 +1,107 @@
+"""What cells stand on: bases and rows, each read once for all of them, and a phase of each cell."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ... import InputError
+from ...model import Context, Transformer
+from ...model.sharding import make_mesh, put_batch
+from ..config import Run, to_json
+from ..evaluate import held_out_losses, mean_loss
+from ..inputs import check_lengths, tuning_rows, validation_rows
+from ..outcome import rows_loss
+from ..phase import Phase, with_ids
+from ..program import start
+from ..runs import Loaded, load_run, numerics, place
+from ..step import init_state
+from .cells import Cell
+
+
+class Ground:
+    """Bases, of which one is in memory at a time, and rows. All of it lies on the first device."""
+
+    def __init__(self) -> None:
+        self.mesh = make_mesh((1, 1, 1), jax.devices()[:1])
+        self._base: tuple[Any, Loaded] | None = None
+        self._rows: dict[Any, Any] = {}
+        self._before: dict[Any, dict[str, float]] = {}
+
+    def base(self, run: Run) -> Loaded:
+        """The base of a run."""
+        if not run.base:
+            raise InputError("a sweep starts from a base: give --base RUN, a Hugging Face folder, or a hub id")
+        key = (run.base, run.layers, run.quantize)
+        if self._base is None or self._base[0] != key:
+            self._base = None
+            got = load_run(run.base, self.mesh, layers=run.layers, quantize=run.quantize, verify=run.verify)
+            self._base = key, got
+        return self._base[1]
+
+    def model(self, run: Run) -> tuple[Transformer, Any]:
+        """(the model, the parameters of its base)."""
+        base = self.base(run)
+        return Transformer(numerics(base.config, run.dtype, run.remat)), base.base
+
+    def rows(self, run: Run) -> Any:
+        """(task, packed training rows, packed validation rows)."""
+        base = self.base(run)
+        data = dataclasses.replace(run.data, batch=1)
+        key = (run.base, to_json(Run(data=data, seed=run.seed)))
+        if key not in self._rows:
+            check_lengths(run.data, base.config.context)
+            task, sft = tuning_rows(run.data, run.seed, base.tokenizer, base.config.V)
+            self._rows[key] = task, sft, validation_rows(task, run.data, base.tokenizer)
+        return self._rows[key]
+
+    def settled(self, cells: list[Cell]) -> list[Cell]:
+        """The cells with all said that a run needs: their steps, which are those of the first seed for all seeds."""
+        steps, found = {}, []
+        for cell in cells:
+            run = cell.run
+            key = to_json(dataclasses.replace(run, seed=0, out=""))
+            if not run.steps and key not in steps:
+                steps[key] = max(round(run.epochs * len(self.rows(run)[1].rows) / run.data.batch), 1)
+            method = with_ids(run.method, self.base(run).tokenizer)
+            n = run.steps or steps[key]
+            made = dataclasses.replace(run, base=place(run.base), method=method, steps=n)
+            found.append(cell._replace(run=made))
+        return found
+
+    def phase(self, run: Run) -> Phase:
+        """A cell's phase, at its beginning."""
+        base, (task, sft, valid), (model, params) = self.base(run), self.rows(run), self.model(run)
+        first = start(run, jax.eval_shape(lambda: params))
+        trainable = _begun(run.method, params, jax.random.key(run.seed + 1))
+        state = jax.device_put(init_state(trainable, first.tx, bool(run.optim.spike)), NamedSharding(self.mesh, P()))
+        sizes = {name: sum(x.size for x in jax.tree.leaves(tree))
+                 for name, tree in (("base", params), ("trainable", trainable))}  # fmt: skip
+        return Phase(
+            run, self.mesh, model, run.method, run.method.freeze(params), state, first.tx, sft.train, sft.digest,
+            base.tokenizer, base.held_out, task=task, valid=valid, base=base.fingerprint, totals=sizes,
+            facts={"examples": sft.examples, "target tokens": sft.target_tokens}, lineage=base.lineage,
+        )  # fmt: skip
+
+    def before(self, run: Run) -> dict[str, float]:
+        """What the base alone has: its loss on its own held-out rows, and on the task's validation rows."""
+        base, (model, params), valid = self.base(run), self.model(run), self.rows(run)[2]
+        key = (run.base, run.eval_tokens, to_json(Run(data=run.data, seed=run.seed)))
+        if key not in self._before:
+            args, found = (model, params, Context()), {}
+            if base.held_out:
+                put = put_batch(self.mesh)
+                held = held_out_losses(*args, base.held_out, run.data.batch, run.eval_tokens, put)
+                found["held_out_loss"] = mean_loss(held)
+            if valid:
+                found["valid_loss"] = rows_loss(args, valid, run, self.mesh)
+            self._before[key] = found
+        return self._before[key]
+
+
+def _begun(method: Any, params: Any, key: Any) -> Any:
+    """What a method trains of a base, as it begins: arrays of its own. One program serves all seeds."""
+    return jax.jit(lambda params, key: jax.tree.map(jnp.copy, method.init(key, params)))(params, key)

@@ -1,0 +1,129 @@
+"""`graftax sweep`: many variations of a fine-tune, as few programs, over one copy of the base.
+
+A sweep is a folder of ordinary runs (`cells/000`, ...), `sweep.json` that says what they vary, and what they found:
+`results.jsonl`, a line a cell, a table, and pictures. A cell's run can be evaluated, merged, exported, or gone on with
+by itself, as any run.
+"""
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from ... import InputError
+from ...model.hf_files import read_json
+from ..commit import write_whole
+from ..config import Run, flat, short, to_json
+from ..lock import NAME, Lock
+from ..outcome import make
+from ..stop import Stop
+from .cells import cells
+from .ground import Ground
+from .results import report
+from .work import FILE, Work
+
+FREELY = ("run.log_every", "run.save_every", "run.keep", "run.tensorboard", "run.verify")  # may change on --resume
+HELP = """graftax sweep RECIPE --over FIELD=VALUES ... [flags of graftax finetune]: many variations, as few programs
+
+Example: graftax sweep sft --base runs/five --data.task snips --data.root DATA --method lora \\
+             --over optim.lr=1e-3,3e-3,1e-2 --over method.rank=4,8,16 --over seed=0..2 --steps 120
+
+  --over    an axis: any field of a run, and its values; a..b are the whole numbers from a to b, b too. Every
+            combination is a cell. Several --over, several axes
+  --halve N successive halving: at steps/N^2 and steps/N the best 1/N by validation loss go on
+  --lanes N how many cells train at once; else the plan's memory and a short timing choose
+  --score N validation rows that each cell answers at its end (0: none; the test is left to `graftax eval`)
+  --out     the folder (runs/sweep): cells/NNN is an ordinary run each; results.jsonl, table.md, pictures
+  --resume  go on with a sweep that was ended
+
+Cells whose runs differ in numbers, seeds, data, or ranks (LoRA and its kin) are lanes of one program: a vmap over
+what trains, on one copy of the base. Others are programs of their own. Lanes share the base, the compilation and
+the launches, not the FLOPs. A cell that diverges stops alone. Each equals its own `graftax finetune`, to rounding."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A recipe's run, the axes, and how the cells are gone through."""
+
+    run: Run
+    over: tuple[str, ...]
+    halve: int = 0  # successive halving: of this many, one goes on at each rung; 0: all go to the end
+    lanes: int = 0  # at once; 0: chosen
+    score: int = 0  # validation rows that each cell answers at its end
+
+    def __post_init__(self) -> None:
+        if self.halve == 1 or self.halve < 0:
+            raise InputError(f"--halve {self.halve}: wanted 2 or more: of so many cells one goes on; or 0 for all")
+        for name in ("lanes", "score"):
+            if getattr(self, name) < 0:
+                raise InputError(f"--{name} {getattr(self, name)}: wanted 0 or more")
+        if self.run.mesh not in ((1, -1, 1), (1, 1, 1)):
+            raise InputError("--mesh: a sweep lays its lanes over the devices, a lane on one; drop the flag")
+        if self.run.offload:
+            raise InputError("--offload: a sweep keeps the state of its lanes on the devices; drop the flag")
+
+    def rungs(self, steps: int) -> list[int]:
+        """The steps at which all but the best stop, and the last: steps / halve^2, steps / halve, steps."""
+        eta = self.halve
+        return sorted({max(round(steps / eta**k), 1) for k in (2, 1, 0)}) if eta else [steps]
+
+
+def sweep(args: list[str]) -> dict[str, Any]:
+    """The command."""
+    from ..cli import run_of, take
+
+    if "--help" in args or "-h" in args:
+        print(HELP)
+        raise SystemExit(0)
+    over: list[str] = []
+    numbers: dict[str, int] = {}
+    text, args = take(args, "--over")
+    while text is not None:
+        over.append(text)
+        text, args = take(args, "--over")
+    for name in ("halve", "lanes", "score"):
+        text, args = take(args, f"--{name}")
+        if text is not None and not text.isdigit():
+            raise InputError(f"--{name} {text}: a whole number is wanted")
+        numbers[name] = int(text or 0)
+    run = run_of("finetune", args)
+    run = dataclasses.replace(run, out="runs/sweep") if run.out == "runs/sft" else run
+    return execute(Sweep(run, tuple(over), **numbers))
+
+
+def execute(plan: Sweep) -> dict[str, Any]:
+    """Run a sweep, or go on with it; returns its best cell and where all are."""
+    out, run = Path(plan.run.out), plan.run
+    made = cells(dataclasses.replace(run, resume="never", accept=""), plan.over, out)
+    said = {"run": json.loads(to_json(dataclasses.replace(run, out="", resume="never", accept=""))),
+            "over": list(plan.over), "halve": plan.halve, "score": plan.score}  # fmt: skip
+    _check_out(out, run.resume, said)
+    with contextlib.ExitStack() as held:
+        stop = held.enter_context(Stop())
+        ground = Ground()
+        made = ground.settled(made)
+        make(out)
+        guard = held.enter_context(Lock(out, "lock" in run.accept.split(","))).check
+        if not (out / FILE).exists():
+            write_whole(out / FILE, json.dumps(said, indent=1) + "\n")
+        Work(plan, ground, stop, guard).go(made)
+    return report(out, made)
+
+
+def _check_out(out: Path, resume: str, said: dict[str, Any]) -> None:
+    """InputError for a folder that is not this sweep's."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file; give a folder")
+    held = sorted(p.name for p in out.iterdir() if p.name != NAME) if out.exists() else []
+    if not held:
+        return
+    if resume == "never":
+        raise InputError(f"--out {out} is not an empty folder; take another, or go on with --resume")
+    if not (out / FILE).exists():
+        raise InputError(f"--resume: {out} holds no sweep (it has {', '.join(held[:3])}); correct --out")
+    then, now = flat(read_json(out / FILE)), flat(said)
+    for key in sorted(now):
+        if then.get(key) != now[key] and key not in FREELY:
+            raise InputError(f"--resume: {key} is {short(now[key])}, the sweep in {out} began with "
+                             f"{short(then.get(key))}; put that back, or take another --out")  # fmt: skip

@@ -1,0 +1,195 @@
+"""A sweep under way: its cells in programs, chunk by chunk, to their ends or to the rung at which they stop."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ...model.hf_files import read_json
+from ..commit import write_whole
+from ..evaluate import longest_answer, outputs
+from ..loop import rank
+from ..outcome import evaluate, noted, summary
+from ..progress import clock, console
+from ..stop import Stop, Stopped
+from .cells import Cell
+from .choose import at_once, balanced
+from .ground import Ground
+from .groups import Group, groups
+from .lanes import Lane, Stack, common_step
+from .results import diverged, reached, write
+
+FILE = "sweep.json"
+
+
+class Work:
+    """A sweep under way."""
+
+    def __init__(self, sweep: Any, ground: Ground, stop: Stop, guard: Any):
+        self.sweep, self.ground, self.stop, self.guard = sweep, ground, stop, guard
+        self.out, self.devices = Path(sweep.run.out), jax.devices()
+        self.seconds, self.taken, self.left = 0.0, 0, 0  # in steps; lane-steps done here, and to do
+
+    def go(self, made: list[Cell]) -> None:
+        """All cells to their end, or to the rung at which they stop."""
+        found, apart = groups(made, self.ground.model)
+        announce(found, apart, len(made))
+        most, alive = self._at_once(found), {cell.number for cell in made}
+        for rung in range(len(self.sweep.rungs(1 << 20))):
+            ends = [self.sweep.rungs(group.run.steps)[rung] for group in found]
+            before = [self.sweep.rungs(group.run.steps)[rung - 1] if rung else 0 for group in found]
+            parts = [[i for i, cell in enumerate(g.cells) if cell.number in alive] for g in found]
+            self.left = sum((b - a) * len(part) for a, b, part in zip(before, ends, parts, strict=True))
+            for group, part, until, lanes in zip(found, parts, ends, most, strict=True):
+                K = balanced(len(part), lanes, len(self.devices)) if part else 1
+                for at in range(0, len(part), K):
+                    self.advance(group, part[at : at + K], K, until)
+                    write(self.out, made)
+            alive = self._best(made, alive, rung)
+
+    def _at_once(self, found: list[Group]) -> list[int]:
+        """How many lanes of each group at once: what sweep.json says, so that a resumed sweep is the same programs."""
+        said = read_json(self.out / FILE)
+        if "lanes" not in said:
+            said["lanes"] = [at_once(group, self.ground, self.sweep.lanes, self.devices) for group in found]
+            write_whole(self.out / FILE, json.dumps(said, indent=1) + "\n")
+        return said["lanes"]
+
+    def _best(self, made: list[Cell], alive: set[int], rung: int) -> set[int]:
+        """The cells that go on after a rung: those with the least loss there."""
+        if not self.sweep.halve:
+            return alive
+        losses = {}
+        for cell in made:
+            if cell.number in alive and not diverged(cell):
+                at = self.sweep.rungs(cell.run.steps)[rung]
+                losses[cell.number] = rank(noted(Path(cell.run.out), at))
+        order = sorted(losses, key=lambda n: (losses[n] is None, losses[n], n))
+        return set(order[: max(len(alive) // self.sweep.halve, 1)])
+
+    def advance(self, group: Group, which: list[int], K: int, until: int) -> None:
+        """Cells of a group from where they are to step `until`, which is evaluated and saved."""
+        chosen = [group.cells[i] for i in which]
+        if all(reached(cell) >= until for cell in chosen):
+            return
+        if self.stop.asked:
+            raise Stopped
+        lanes = [Lane(cell, self.ground, self.guard) for cell in chosen]
+        at = common_step(lanes, until)
+        with contextlib.ExitStack() as held:
+            for lane in lanes:
+                with quiet(lane is not lanes[0]):
+                    lane.begin(at)
+                held.callback(lane.close)
+            stack, i = None, at
+            if at < until:
+                stack = Stack(group, which, [lane.phase for lane in lanes], K, self.devices, self.ground)
+                i = self.steps(lanes, stack, at, until)
+            self.save(lanes, stack, i, until)
+        if i < until:
+            console.print(f"stopped at step {i} of {until} of cells {chosen[0].number}-{chosen[-1].number}, saved; "
+                          "go on with --resume", soft_wrap=True)  # fmt: skip
+            raise Stopped
+
+    def steps(self, lanes: list[Lane], stack: Stack, at: int, until: int) -> int:
+        """Steps at + 1 to `until`, or to where a signal ends them; returns the last."""
+        run, pending, began = lanes[0].run, [], time.perf_counter()
+        self.stop.begin(at)
+        for i in range(at + 1, until + 1):
+            for lane in lanes:
+                lane.checkpoints.check()
+            if not self.stop.may(i):
+                until = i - 1
+                break
+            pending.append((i, stack.take(stack.put([lane.feed(i) for lane in lanes]))))
+            saves = bool(run.save_every) and i % run.save_every == 0 and i < until
+            if i % run.log_every == 0 or saves or i == until:
+                self.log(lanes, stack, pending, i, until, began)
+                began = time.perf_counter()
+            if saves:
+                self.save(lanes, stack, i, until)
+                began = time.perf_counter()
+        if pending:
+            self.log(lanes, stack, pending, until, until, began)
+        return until
+
+    def log(self, lanes: list[Lane], stack: Stack, pending: list[Any], i: int, until: int, began: float) -> None:
+        """Write what the steps since the last time gave each lane, and say how far all are."""
+        rows = [(step, jax.device_get(metrics)) for step, metrics in pending]
+        pending.clear()
+        self.seconds += time.perf_counter() - began
+        for k, lane in enumerate(lanes):
+            was = lane.dead
+            lane.noted(rows, k, stack.shares[k])
+            if lane.dead and not was:
+                console.print(f"cell {lane.cell.number} ({lane.cell.name}) diverged: {lane.died}", soft_wrap=True)
+        self.taken, self.left = self.taken + len(rows) * len(lanes), self.left - len(rows) * len(lanes)
+        rate = self.taken / self.seconds
+        losses = [lane.log.row["loss"] for lane in lanes if not lane.dead] or [float("nan")]
+        console.print(f"cells {lanes[0].cell.number}-{lanes[-1].cell.number} · step {i}/{until} · loss "
+                      f"{min(losses):.4f} to {max(losses):.4f} · {rate:.2f} lane-steps/s · "
+                      f"{clock(max(self.left, 0) / rate)} left", soft_wrap=True)  # fmt: skip
+
+    def save(self, lanes: list[Lane], stack: Stack | None, i: int, until: int) -> None:
+        """Each living lane's checkpoint; at `until` with what it is worth."""
+        for lane, state in zip(lanes, stack.split_up() if stack else [lane.phase.state for lane in lanes], strict=True):
+            if lane.dead:
+                continue
+            lane.phase.state = state
+            found = self.judged(lane) if i == until else {}
+            if found:
+                lane.log.write({"step": i, **found})
+            lane.course.save(rank(found))
+            if i == until:
+                lane.checkpoints.wait()
+                said = summary(lane.phase, lane.folder, self.ground.before(lane.run), found, cost(stack))
+                said |= {"status": "done" if i == lane.run.steps else "stopped", "steps": i}
+                write_whole(lane.folder / "summary.json", json.dumps(said, indent=1) + "\n")
+            lane.phase.state = None  # type: ignore[assignment]  # the stack has it
+
+    def judged(self, lane: Lane) -> dict[str, Any]:
+        """A lane's losses; at its end also the score of validation rows."""
+        found, phase = evaluate(lane.phase, score=False), lane.phase
+        if self.sweep.score and lane.course.done == lane.run.steps:
+            rows = (phase.task.valid or phase.task.test)[: self.sweep.score]
+            bound = phase.method.bind(phase.frozen, phase.state.trainable)
+            args = (phase.model, bound, phase.method.context(phase.state.trainable))
+            answers = outputs(*args, phase.tokenizer, rows, longest_answer(rows, phase.tokenizer))
+            found["valid_scores"] = phase.task.score(rows, answers)
+        return found
+
+
+def cost(stack: Stack | None) -> dict[str, Any]:
+    """What the compiler says of a stack's program."""
+    if stack is None:
+        return {}
+    return {"step_peak_bytes": stack.peak, "compile_seconds": round(stack.seconds, 2), "lanes": stack.K}
+
+
+@contextlib.contextmanager
+def quiet(on: bool) -> Iterator[None]:
+    """Say nothing, if on."""
+    before, console.quiet = console.quiet, on or console.quiet
+    try:
+        yield
+    finally:
+        console.quiet = before
+
+
+def announce(found: list[Group], apart: dict[str, str], n: int) -> None:
+    """Say which programs there are, and why not one."""
+    console.print(f"{n} cells in {len(found)} program{'s' * (len(found) > 1)}: each trains its cells as lanes of one "
+                  "step. They share the base, the compilation and the launches, not the FLOPs: it pays where one run "
+                  "does not fill the machine", soft_wrap=True)  # fmt: skip
+    for name, why in sorted(apart.items()):
+        console.print(f"cells that differ in {name} are apart: {why}", soft_wrap=True)
+    for i, group in enumerate(found):
+        varies = ", ".join(group.numbers) or "data alone"
+        cells = ", ".join(str(cell.number) for cell in group.cells[:8]) + (", ..." if len(group.cells) > 8 else "")
+        name = type(group.run.method).__name__.lower()
+        console.print(f"program {i + 1}: {len(group.cells)} lanes of {name} ({cells}); in arrays: {varies}; "
+                      f"{group.run.steps} steps", soft_wrap=True)  # fmt: skip
