@@ -123,17 +123,18 @@ class Course:
         told = checkpoints.manifest(at).get("accepted", []) if at is not None else []
         self.never = {"accepted": [*told, *taken], "sidecars": sidecars(folder, phase.tokenizer)}  # changes
 
-    def feed(self, i: int) -> dict[str, np.ndarray]:
-        """The rows of step i, the next ones, as this process holds them."""
+    def feed(self) -> dict[str, np.ndarray]:
+        """The next rows, as this process holds them."""
         at, batch = self.loader.state()["next_row"], next(self.loader)
-        if faults.at("step", i) == "nan":
-            batch = {**batch, "weights": np.full_like(batch["weights"], np.inf)}
         self.seen += row_sum(at + self.counted, batch["row"][np.searchsorted(self.held, self.counted)])
         return {k: batch[k] for k in KEYS}
 
     def step(self, i: int, step: Any) -> None:
         """Step i."""
-        self.phase.state, metrics = step(self.phase.state, self.phase.frozen, self.put(self.feed(i)))
+        batch = self.feed()
+        if faults.at("step", i) == "nan":
+            batch["weights"] = np.full_like(batch["weights"], np.inf)
+        self.phase.state, metrics = step(self.phase.state, self.phase.frozen, self.put(batch))
         self.took(i, metrics)
 
     def took(self, i: int, metrics: dict[str, Any]) -> None:

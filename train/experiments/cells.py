@@ -1,7 +1,9 @@
 """Axes and cells: `--over optim.lr=1e-4,3e-4 --over seed=0..3` is every combination of the two, each a run."""
 
 import dataclasses
+import functools
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +34,7 @@ class Cell(NamedTuple):
 def axis(text: str) -> tuple[str, list[str]]:
     """('optim.lr', ['1e-4', '3e-4']) of `optim.lr=1e-4,3e-4`; a..b are the whole numbers from a to b, b too."""
     name, equals, listed = text.partition("=")
-    values = []
+    name, values = name.replace("-", "_"), []  # --optim.weight-decay is a flag, optim.weight_decay a field
     for value in filter(None, listed.split(",")):
         ends = re.fullmatch(r"(\d+)\.\.(\d+)", value)
         values += map(str, range(int(ends[1]), int(ends[2]) + 1)) if ends else [value]
@@ -51,10 +53,10 @@ def cells(run: Run, over: Sequence[str], out: Path) -> list[Cell]:
         raise InputError("nothing to sweep over: give --over FIELD=VALUE,VALUE,..., for example optim.lr=1e-4,3e-4")
     if len(set(names)) < len(names):
         raise InputError(f"--over {max(names, key=names.count)}: this axis is there twice; put its values into one")
+    if (n := math.prod(len(values) for _, values in axes)) > MOST:
+        raise InputError(f"--over: {n:,} cells, more than {MOST:,}; leave out values or axes")
     found = []
     for number, values in enumerate(itertools.product(*(values for _, values in axes))):
-        if number == MOST:
-            raise InputError(f"--over: more than {MOST} cells; leave out values or axes")
         chosen = dict(zip(names, values, strict=True))
         made = dataclasses.replace(changed(run, chosen), out=str(out / "cells" / f"{number:03d}"))
         found.append(Cell(number, chosen, made))
@@ -71,7 +73,7 @@ def changed(run: Run, values: dict[str, str]) -> Run:
 
 
 def _set(owner: Any, parts: list[str], text: str, name: str) -> Any:
-    hints = {f.name: get_type_hints(type(owner))[f.name] for f in dataclasses.fields(owner)}
+    hints = _hints(type(owner))
     first, *rest = parts
     if first not in hints:
         whose = type(owner).__name__.lower()
@@ -89,6 +91,13 @@ def _set(owner: Any, parts: list[str], text: str, name: str) -> Any:
         return dataclasses.replace(owner, **{first: value})
     except InputError as error:
         raise InputError(f"--over {name}={text}: {error}") from None
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    """{field: its type} of a dataclass."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
 
 
 def _parsed(text: str, hint: Any, name: str) -> Any:

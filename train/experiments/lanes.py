@@ -56,9 +56,9 @@ class Stack:
     def _compile(self, group: Group) -> None:
         step: Any = jax.vmap(lane_step(self.model, group.run), in_axes=(0, None, 0, 0))
         if self.mesh.size > 1:
-            step = jax.shard_map(
-                step, mesh=self.mesh, in_specs=(P("lanes"), P(), P("lanes"), P("lanes")), out_specs=P("lanes")
-            )
+            lanes, whole = P("lanes"), P()  # no lane needs another: nothing is exchanged, and nothing need be checked
+            step = jax.shard_map(step, mesh=self.mesh, in_specs=(lanes, whole, lanes, lanes), out_specs=lanes,
+                                 check_vma=False)  # fmt: skip
         struct = lambda x: jax.ShapeDtypeStruct((self.K, *x.shape), x.dtype, sharding=self.split)  # noqa: E731
         batch, began = jax.tree.map(struct, batch_shapes(group.run)), time.perf_counter()
         lowered = jax.jit(step, donate_argnums=0).lower(self.state, self.frozen, batch, self.numbers)
@@ -116,18 +116,21 @@ class Lane:
         self.course = Course(self.phase, self.folder, self.checkpoints, mine, taken)
         self.log = Metrics(self.folder, self.course.first)
 
-    def feed(self, i: int) -> dict[str, np.ndarray]:
-        """The rows of step i; a dead lane's have no targets, so that it changes nothing."""
-        rows = self.course.feed(i)
+    def feed(self) -> dict[str, np.ndarray]:
+        """The next rows; a dead lane's have no targets, so that it changes nothing."""
+        rows = self.course.feed()
         return rows | {"weights": np.zeros_like(rows["weights"])} if self.dead else rows
 
-    def noted(self, steps: list[tuple[int, dict[str, Any]]], k: int, share: float) -> None:
-        """Log what the steps gave in place k of a stack; the lane is dead if too many in a row were bad."""
-        if self.dead:
-            return
+    def took(self, steps: list[tuple[int, dict[str, Any]]], k: int, share: float) -> None:
+        """What the steps gave in place k of a stack."""
         for i, metrics in steps:
             row = {name: values[k] for name, values in metrics.items()}
             self.course.took(i, row | {"update_rms": row["update_rms"] * share})
+
+    def write(self) -> None:
+        """Log the steps since the last time; the lane is dead if too many in a row were bad."""
+        if self.dead:
+            return
         try:
             self.course.log(self.log)
         except InputError as error:

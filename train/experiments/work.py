@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from ...model.hf_files import read_json
+from .. import faults
 from ..commit import write_whole
 from ..evaluate import longest_answer, outputs
 from ..loop import rank
@@ -32,7 +33,7 @@ class Work:
     def __init__(self, sweep: Any, ground: Ground, stop: Stop, guard: Any):
         self.sweep, self.ground, self.stop, self.guard = sweep, ground, stop, guard
         self.out, self.devices = Path(sweep.run.out), jax.devices()
-        self.seconds, self.taken, self.left = 0.0, 0, 0  # in steps; lane-steps done here, and to do
+        self.seconds, self.since, self.taken, self.left = 0.0, 0.0, 0, 0  # in steps; lane-steps done here, and to do
 
     def go(self, made: list[Cell]) -> None:
         """All cells to their end, or to the rung at which they stop."""
@@ -97,37 +98,50 @@ class Work:
 
     def steps(self, lanes: list[Lane], stack: Stack, at: int, until: int) -> int:
         """Steps at + 1 to `until`, or to where a signal ends them; returns the last."""
-        run, pending, began = lanes[0].run, [], time.perf_counter()
+        run, pending, i = lanes[0].run, [], at
         self.stop.begin(at)
-        for i in range(at + 1, until + 1):
+        self.since = time.perf_counter()
+        while i < until:
             for lane in lanes:
                 lane.checkpoints.check()
-            if not self.stop.may(i):
-                until = i - 1
+            if not self.stop.may(i + 1):
                 break
-            pending.append((i, stack.take(stack.put([lane.feed(i) for lane in lanes]))))
+            i += 1
+            faults.at("step", i)
+            pending.append((i, stack.take(stack.put([lane.feed() for lane in lanes]))))
             saves = bool(run.save_every) and i % run.save_every == 0 and i < until
-            if i % run.log_every == 0 or saves or i == until:
-                self.log(lanes, stack, pending, i, until, began)
-                began = time.perf_counter()
+            if i % run.log_every == 0 or i == until:
+                self.take(lanes, stack, pending)
+                self.log(lanes, i, until)
             if saves:
+                self.take(lanes, stack, pending)
                 self.save(lanes, stack, i, until)
-                began = time.perf_counter()
-        if pending:
-            self.log(lanes, stack, pending, until, until, began)
-        return until
+                self.since = time.perf_counter()
+        if i < until:
+            self.take(lanes, stack, pending)
+            self.log(lanes, i, until)
+        return i
 
-    def log(self, lanes: list[Lane], stack: Stack, pending: list[Any], i: int, until: int, began: float) -> None:
-        """Write what the steps since the last time gave each lane, and say how far all are."""
+    def take(self, lanes: list[Lane], stack: Stack, pending: list[Any]) -> None:
+        """Give each lane what the steps since the last time gave; one transfer for all."""
         rows = [(step, jax.device_get(metrics)) for step, metrics in pending]
         pending.clear()
-        self.seconds += time.perf_counter() - began
+        now = time.perf_counter()
+        self.seconds, self.since = self.seconds + now - self.since, now
+        self.taken, self.left = self.taken + len(rows) * len(lanes), self.left - len(rows) * len(lanes)
         for k, lane in enumerate(lanes):
+            lane.took(rows, k, stack.shares[k])
+
+    def log(self, lanes: list[Lane], i: int, until: int) -> None:
+        """Write each lane's log, and say how far all are, about ten times."""
+        for lane in lanes:
             was = lane.dead
-            lane.noted(rows, k, stack.shares[k])
+            lane.write()
             if lane.dead and not was:
                 console.print(f"cell {lane.cell.number} ({lane.cell.name}) diverged: {lane.died}", soft_wrap=True)
-        self.taken, self.left = self.taken + len(rows) * len(lanes), self.left - len(rows) * len(lanes)
+        every = lanes[0].run.log_every
+        if i < until and i * 10 // until == (i - every) * 10 // until:
+            return
         rate = self.taken / self.seconds
         losses = [lane.log.row["loss"] for lane in lanes if not lane.dead] or [float("nan")]
         console.print(f"cells {lanes[0].cell.number}-{lanes[-1].cell.number} · step {i}/{until} · loss "

@@ -1,0 +1,228 @@
+"""A sweep: cells as lanes of one program equal their own runs, die alone, stop and go on; which cannot be one."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from faulty import programs, runs  # noqa: F401
+from graftax import InputError, peft
+from graftax.peft import LoRA
+from graftax.train.checkpoint import Checkpoints
+from graftax.train.cli import main
+from graftax.train.config import Optim, from_json
+from graftax.train.experiments.cells import axis, cells, changed
+from graftax.train.experiments.choose import balanced
+from graftax.train.experiments.ground import Ground
+from graftax.train.experiments.groups import groups
+from graftax.train.experiments.results import gathered
+from graftax.train.experiments.sweep import Sweep, execute
+from graftax.train.faults import VARIABLE
+from graftax.train.loop import train
+from graftax.train.progress import read_metrics
+from graftax.train.stop import Stopped
+from test_faults_input import said
+from tiny import CASES, close, evaluator, make_base, make_batch, shaken
+
+OVER = ("optim.lr=1e-3,2e-3,4e-3,8e-3", "method.rank=2,4", "seed=0..1")
+
+
+@pytest.fixture
+def run(runs, tmp_path):  # noqa: F811
+    """A short LoRA of the tiny base."""
+    out = str(tmp_path / "sweep")
+    short = dataclasses.replace(runs["lora"], mesh=(1, -1, 1), steps=12, save_every=4, log_every=3, out=out)
+    return dataclasses.replace(short, optim=Optim(lr=2e-3), keep=2)
+
+
+def leaves(folder, step):
+    """The digests of a checkpoint's arrays."""
+    return Checkpoints(Path(folder) / "checkpoints").manifest(step)["leaves"]
+
+
+def curve(folder):
+    """[(step, loss, norm of the gradient, size of the update)] as it was logged."""
+    return [(r["step"], r["loss"], r["grad_norm"], r["update_rms"]) for r in read_metrics(Path(folder)) if "loss" in r]
+
+
+def test_16_lanes_are_their_own_runs(run, tmp_path):
+    """On 8 devices, two lanes each. What is compared has each rate, both ranks and both seeds."""
+    found = execute(Sweep(run, OVER, lanes=16))
+    assert (found["cells"], found["done"]) == (16, 16)
+    for number in (0, 7, 10, 13):
+        cell = Path(run.out) / f"cells/{number:03d}"
+        alone = dataclasses.replace(from_json(cell / "config.json"), out=str(tmp_path / f"alone{number}"))
+        train(dataclasses.replace(alone, mesh=(8, 1, 1)))
+        np.testing.assert_allclose(curve(cell), curve(alone.out), rtol=1e-5)
+        a, b = (json.loads((Path(folder) / "summary.json").read_text()) for folder in (cell, alone.out))
+        for key in ("valid_loss", "held_out_loss"):
+            assert a["after"][key] == pytest.approx(b["after"][key], rel=1e-5)
+        shapes = [{k: x["shape"] for k, x in leaves(folder, 12)["trainable"].items()} for folder in (cell, alone.out)]
+        assert shapes[0] == shapes[1], "what was filled up is cut off again"
+    rows = [json.loads(line) for line in (Path(run.out) / "results.jsonl").read_text().splitlines()]
+    assert [row["cell"] for row in rows] == list(range(16))
+    assert rows[5] | {"optim.lr": "2e-3", "method.rank": "2", "seed": "1", "status": "done"} == rows[5]
+    assert found["best"]["valid_loss"] == min(row["valid_loss"] for row in rows)
+    assert all((Path(run.out) / name).exists() for name in ("table.md", "curves.png", "heat.png"))
+
+
+def test_a_lane_that_diverges_stops_alone(run, tmp_path, capsys):
+    """The others are bit for bit what they are without it; it saves nothing more."""
+    for name, rate in (("well", "3e-3"), ("ill", "1e38")):
+        one = dataclasses.replace(run, max_bad=4, out=str(tmp_path / name))
+        execute(Sweep(one, (f"optim.lr=1e-3,{rate},2e-3",), lanes=3))
+    for cell in ("000", "002"):
+        assert leaves(tmp_path / "ill/cells" / cell, 12) == leaves(tmp_path / "well/cells" / cell, 12)
+    assert "cell 1 (lr=1e38) diverged" in capsys.readouterr().err
+    rows = [json.loads(line) for line in (tmp_path / "ill/results.jsonl").read_text().splitlines()]
+    assert [row["status"] for row in rows] == ["done", "diverged", "done"]
+    assert (tmp_path / "ill/cells/001/bad_rows.json").exists()
+    assert not Checkpoints(tmp_path / "ill/cells/001/checkpoints").steps() or max(
+        Checkpoints(tmp_path / "ill/cells/001/checkpoints").steps()) < 12  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", ["save.manifest@8:fail", "step@7:term"])
+def test_a_sweep_goes_on_bit_for_bit(fault, run, tmp_path, monkeypatch):
+    """Ended in the second chunk's save, or by a signal; three cells in chunks of two: one lane is filled up."""
+    over, whole = ("optim.lr=1e-3,2e-3,4e-3",), dataclasses.replace(run, out=str(tmp_path / "whole"))
+    execute(Sweep(whole, over, lanes=2))
+    with monkeypatch.context() as patch:
+        patch.setenv(VARIABLE, fault)
+        with pytest.raises((InputError, Stopped)):
+            execute(Sweep(run, over, lanes=2))
+    assert not (Path(run.out) / "cells/002").exists()
+    again = dataclasses.replace(run, resume="auto")
+    execute(Sweep(again, over, lanes=2))
+    for cell in ("000", "001", "002"):
+        folders = [Path(out) / "cells" / cell for out in (whole.out, run.out)]
+        assert leaves(folders[0], 12) == leaves(folders[1], 12)
+        steps = [[r["step"] for r in read_metrics(f) if "loss" in r] for f in folders]
+        assert steps[0][-1] == steps[1][-1] == 12
+        assert len(set(steps[1])) == len(steps[1])
+    before = (Path(run.out) / "results.jsonl").read_text()
+    execute(Sweep(again, over, lanes=2))
+    assert (Path(run.out) / "results.jsonl").read_text() == before, "nothing was left to do"
+    said(lambda: execute(Sweep(again, ("optim.lr=1e-3,2e-3",))), "--resume: over.0", "put that back")
+
+
+def test_halving_keeps_the_best(run):
+    found = execute(Sweep(dataclasses.replace(run, save_every=0), ("optim.lr=1e-5,1e-4,1e-3,2e-2",), halve=2, lanes=4))
+    assert (found["done"], found["stopped"]) == (1, 3)
+    rows = [json.loads(line) for line in (Path(run.out) / "results.jsonl").read_text().splitlines()]
+    assert [row["steps"] for row in rows] == [3, 3, 6, 12], "larger rates fall faster here"
+    assert leaves(Path(run.out) / "cells/002", 6), "what stopped can be gone on with"
+
+
+def test_which_cells_are_one_program(run, tmp_path):
+    def parts(*over, method="lora"):
+        start = dataclasses.replace(run, method=peft.methods[method]())
+        ground = Ground()
+        found, apart = groups(ground.settled(cells(start, over, tmp_path)), ground.model)
+        return [[cell.number for cell in g.cells] for g in found], apart, found
+
+    numbers = ("optim.lr=1e-3,2e-3", "optim.weight_decay=0,0.1", "optim.clip=0,1", "method.dropout=0,0.1")
+    assert parts(*numbers, "method.alpha=8,16", "method.rank=2,3")[0] == [list(range(64))]
+    one, _, (group,) = parts("optim.clip=0,1", "method.rank=2,4")
+    assert one == [[0, 1, 2, 3]]
+    assert (group.value("optim.clip", 0), group.value("optim.clip", 2)) == (np.inf, 1.0)
+    assert [group.value("method.alpha", i) for i in (0, 1)] == [32.0, 16.0], "twice the columns, each half as much"
+    warmups = [[0, 2], [1, 3]], {"optim.warmup": "the program depends on it"}
+    assert parts("seed=0..1", "optim.warmup=2,4")[:2] == warmups
+    assert parts("method.rank=2,4", method="pissa")[:2] == ([[0], [1]], {"method.rank": "arrays of other shapes"})
+    assert parts("method.alpha=4,8", method="pissa")[0] == [[0], [1]], "each leaves another base"
+    assert parts("seed=0..1", method="pissa")[0] == [[0, 1]]
+    three, why, _ = parts("method=lora,dora", "optim.lr=1e-3,2e-3", "accumulate=1,2")
+    assert three == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert why == {"method": "another program", "accumulate": "another program"}
+    assert parts("method.tokens=2,3", method="prompt")[0] == [[0], [1]]
+    assert parts("method.where=linear,mlp")[0] == [[0], [1]]
+    assert [balanced(16, 6, 1), balanced(3, 16, 8), balanced(20, 16, 8), balanced(5, 1, 1)] == [6, 3, 16, 1]
+
+
+@pytest.mark.parametrize("method", [m for m in CASES.values() if isinstance(m, LoRA)], ids=lambda m: type(m).__name__)
+def test_a_padded_rank_computes_what_its_own_does(method):
+    """Logits; and gradients, which are zero where it is filled up, so that no optimizer of it moves."""
+    small = dataclasses.replace(method, rank=2, ranks=(), alphas=())
+    big = dataclasses.replace(small, rank=5)
+    if (padded := small.padded(big)) is None:
+        return
+    base, batch = make_base(), make_batch()
+    own = shaken(small.init(jax.random.key(1), base.params))
+    like = jax.eval_shape(big.init, jax.random.key(1), base.params)
+    wide = jax.tree.map(lambda x, w: jnp.pad(x, [(0, b - a) for a, b in zip(x.shape, w.shape, strict=True)]), own, like)
+    both = (evaluator(base.model, m)(base.params, t, batch) for m, t in ((padded, wide), (small, own)))
+    close(*both)
+
+    def loss(method, trainable):
+        return evaluator(base.model, method)(base.params, trainable, batch)[1].sum()
+
+    grads, mine = jax.grad(lambda t: loss(padded, t))(wide), jax.grad(lambda t: loss(small, t))(own)
+    cut = jax.tree.map(lambda g, x: g[tuple(map(slice, x.shape))], grads, own)
+    close(cut, mine, 1e-4)
+    rest = jax.tree.map(lambda g, x: g.at[tuple(map(slice, x.shape))].set(0.0), grads, own)
+    assert all(not np.any(x) for x in jax.tree.leaves(rest))
+
+
+@pytest.mark.parametrize(("over", "words"), [
+    ((), ("nothing to sweep over", "--over FIELD=VALUE")),
+    (("optim.lrr=1",), ("optim has no 'lrr'; did you mean lr?",)),
+    (("optimizer.lr=1",), ("run has no 'optimizer'", "did you mean optim?")),
+    (("optim.lr=",), ("--over optim.lr=: no value",)),
+    (("optim.lr",), ("no value; FIELD=VALUE,VALUE",)),
+    (("seed=5..2",), ("no value",)),
+    (("optim.lr=fast",), ("'fast', wanted a finite number",)),
+    (("optim.lr=-1",), ("--over optim.lr=-1", "wanted a finite number of 0 or more")),
+    (("method.rank=0,4",), ("lora: rank 0: wanted 1 or more",)),
+    (("optim.lr=1e-3,1e-3",), ("a value is there twice",)),
+    (("seed=0", "seed=1"), ("this axis is there twice",)),
+    (("method=lora,dorra",), ("unknown method 'dorra'; did you mean dora?",)),
+    (("method=lora,prompt", "method.rank=2"), ("prompt has no 'rank'",)),
+    (("out=a,b",), ("a sweep sets this itself",)),
+    (("method.ranks=3",), ("is no axis; only numbers, words and switches are",)),
+    (("optim.schedule=cosine,line",), ("'line', wanted one of constant, linear, cosine, wsd",)),
+    (("seed=0..99", "eval_rows=0..99"), ("10,000 cells, more than 4,096",)),
+])  # fmt: skip
+def test_axes_that_are_none(over, words, run, tmp_path):
+    run = dataclasses.replace(run, method=LoRA())
+    said(lambda: execute(Sweep(run, over)), *words)
+    assert not Path(run.out).exists()
+
+
+def test_axes():
+    assert axis("seed=0..3,7") == ("seed", ["0", "1", "2", "3", "7"])
+    assert axis("optim.weight-decay=0.1") == ("optim.weight_decay", ["0.1"])
+    start = dataclasses.replace(from_dict(), method=LoRA())
+    made = changed(start, {"method.rank": "4", "method": "dora", "data.pack": "false", "optim.name": "muon"})
+    assert (type(made.method).__name__, made.method.rank, made.data.pack, made.optim.name) == ("DoRA", 4, False, "muon")
+
+
+def from_dict():
+    """A run of the recipe."""
+    from graftax.train.recipes import recipes
+
+    return recipes["sft"]()
+
+
+def test_folders_and_flags(run, tmp_path, capsys):
+    (Path(run.out)).mkdir()
+    (Path(run.out) / "x").write_text("")
+    said(lambda: execute(Sweep(run, ("seed=0",))), "is not an empty folder; take another, or go on with --resume")
+    resumed = dataclasses.replace(run, resume="auto")
+    said(lambda: execute(Sweep(resumed, ("seed=0",))), "holds no sweep (it has x)")
+    said(lambda: Sweep(run, ("seed=0",), halve=1), "--halve 1", "wanted 2 or more")
+    said(lambda: Sweep(dataclasses.replace(run, mesh=(2, 4, 1)), ("seed=0",)), "--mesh: a sweep lays its lanes")
+    with pytest.raises(SystemExit) as ended:
+        main(["sweep", "sft", "--base", run.base, "--over", "optim.lr=1", "--lanes", "many"])
+    assert ended.value.code == 2
+    assert "--lanes many: a whole number is wanted" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["sweep", "--help"])
+    assert "Example: graftax sweep sft" in capsys.readouterr().out
+
+
+def test_what_a_picture_shows():
+    rows = [{"lr": "1", "seed": "0", "loss": 2.0}, {"lr": "1", "seed": "1", "loss": 4.0}, {"lr": "2", "seed": "0"}]
+    assert gathered(rows, ["lr"], [], "loss") == {(): {("1",): [2.0, 4.0]}}
