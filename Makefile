@@ -17,6 +17,7 @@ lint: .venv/.ready
 bench: .venv/.ready
 	$(BIN)/python -m graftax.train.bench $(ARGS)
 	$(BIN)/python -m graftax.train.bench.safety
+	$(BIN)/python -m graftax.train.bench.lanes
 
 bench-methods: .venv/.ready
 	$(BIN)/python -m graftax.train.bench.methods $(ARGS)

@@ -14,7 +14,7 @@ from ..model import Config
 from ..model.hf_files import empty, header, read_json
 from .base import Method
 from .hf_build import build
-from .hf_constants import ask, constants, held, joined, parted
+from .hf_constants import ask, constants, held, joined, parted, remember, remembered
 from .hf_entries import entries, filled, kind_of
 from .hf_types import complete
 from .hf_write import config_of, plain
@@ -48,8 +48,9 @@ def load(folder: str | Path, config: Config, params: Any) -> tuple[Method, Any]:
     structure = jax.eval_shape(method.init, jax.random.key(0), params)
     tensors = parted(c, tensors, structure, folder)
     found = entries(method, structure, config)
-    method, tensors = constants(method, c, tensors, found, structure, params, folder)
+    method, tensors, tables = constants(method, c, tensors, found, structure, params, folder)
     agree(folder, {e.name: tuple(e.of(structure).shape) for e in found}, tensors)
+    remember(method, tables)
     return method, filled(structure, found, tensors)
 
 
@@ -58,11 +59,12 @@ def save(
 ) -> None:
     """Write an adapter as PeftModel.save_pretrained does; `base` is the model's name, for whoever loads it.
 
-    With the base's `params` the file has the tables beside an adapted one too, as HF's has. Raises InputError for a
-    method that HF PEFT does not have; nothing is left then.
+    The file has the tables beside an adapted one too, as HF's has: those of the base's `params`, or without them those
+    of the file that `load` took the method from. Raises InputError for a method that HF PEFT does not have; nothing is
+    left then.
     """
     folder, whole = empty(folder), config_of(method, trainable, config, base)
-    tensors = named_tensors(config, method, trainable)
+    tensors = remembered(method) | named_tensors(config, method, trainable)
     method, trainable = plain(method, trainable, config)
     tensors |= held(method, trainable, config, entries(method, trainable, config), params)
     from safetensors.numpy import save as packed  # its save_file makes files that only their owner can read
@@ -78,11 +80,11 @@ def type_of(method: Method) -> str:
     return "LN_TUNING" if type(method).__name__ == "LNTuning" else kind_of(method)
 
 
-def named_tensors(config: Config, method: Method, trainable: Any) -> dict[str, np.ndarray]:
-    """{name in an adapter file: array, fp32} of a trainable tree, or of anything of its shape, such as gradients."""
+def named_tensors(config: Config, method: Method, trainable: Any, gradient: bool = False) -> dict[str, np.ndarray]:
+    """{name in an adapter file: array, fp32} of a trainable tree; or of its gradient, that of the file's arrays."""
     method, trainable = plain(method, trainable, config)
     found = entries(method, trainable, config)
-    return joined({e.name: np.asarray(e.of(trainable), np.float32) for e in found})
+    return joined({e.name: np.asarray(e.of(trainable, gradient), np.float32) for e in found})
 
 
 def read(folder: Path) -> dict[str, np.ndarray]:

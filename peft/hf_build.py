@@ -23,9 +23,12 @@ def build(c: dict[str, Any], config: Config, where: str) -> Method:
         return _before_the_text(kind, c, config, where)
     picked = resolve(c, config, where)
     if c["peft_type"] == "LN_TUNING":
-        return _class("LNTuning")(where=where_of(_places(picked.values()), config.L))
-    _refuse(c, picked, config, where)
-    mains = [_ia3(c, picked, config)] if c["peft_type"] == "IA3" else list(_groups(kind, c, picked, config))
+        if odd := [m for m, at in picked.items() if at.kind != "norm"]:
+            raise InputError(f"{where}: LN_TUNING of {odd[0]}, which is no norm, is not known here; leave it out")
+        mains: list[Method] = [_class("LNTuning")(where=where_of(_places(picked.values()), config.L))]
+    else:
+        _refuse(c, picked, config, where)
+        mains = [_ia3(c, picked, config)] if c["peft_type"] == "IA3" else list(_groups(kind, c, picked, config))
     first, last = _beside(c, picked, config, where)
     every = [*first, *mains, *last]
     return every[0] if len(every) == 1 else chain(*every)
@@ -43,6 +46,9 @@ def _before_the_text(kind: Kind, c: dict[str, Any], config: Config, where: str) 
         fields["init_from"] = "vocab" if c["prompt_tuning_init"] == "SAMPLE_VOCAB" else "random"
     if c["peft_type"] == "ADAPTION_PROMPT":
         fields["behind"] = family_of(config) == "gpt2"
+        if config.o_bias and not fields["behind"]:
+            raise InputError(f"{where}: the output of attention has a bias in this base, which HF PEFT adds a second "
+                             "time behind an adaption prompt; that is not here")  # fmt: skip
     if c["peft_type"] == "TRAINABLE_TOKENS":
         table = next(m for m, at in modules(config).items() if at.path == "embed/table")
         wanted = [c["target_modules"]] if isinstance(c["target_modules"], str) else c["target_modules"] or ()
@@ -126,10 +132,7 @@ def _beside(
         elif not found:
             raise InputError(f"{where}: modules_to_save {name!r} is no module of this base{nearest(name, every)}")
         elif config.tied and any(at.path == "embed/table" for at in found.values()):
-            raise InputError(
-                f"{where}: modules_to_save {name!r}: the output projection of this base is the same table, and HF PEFT "
-                "trains a copy for the lookup alone; that is not here"
-            )
+            first.append(_class("Lookup")())  # HF PEFT trains a copy for the lookup alone
         else:
             places += _places(found.values())
     if places:  # one Subset: two could not both have an array

@@ -37,7 +37,8 @@ _NUMBERS: _Rule = (lambda v: isinstance(v, dict) and all(map(_number, v.values()
 _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern", "feedforward_modules"), _NAMES),
     **dict.fromkeys(("init_lora_weights", "init_weights"), _START),
-    **dict.fromkeys(("random_seed", "total_step", "oft_block_size", "boft_block_size"), _WHOLE),
+    **dict.fromkeys(("random_seed", "total_step", "oft_block_size", "boft_block_size", "random_loc_seed",
+                     "projection_prng_key"), _WHOLE),
     **dict.fromkeys(("rank_pattern", "n_frequency_pattern", "block_size_pattern"),
                     (_ranks, "an object of whole numbers of 1 or more")),
     **dict.fromkeys(("lora_alpha", "alpha", "randlora_alpha"), (_number, "a finite number")),

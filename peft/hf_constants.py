@@ -67,8 +67,9 @@ def joined(tensors: Tensors) -> Tensors:
 def constants(
     method: Method, c: Mapping[str, Any], tensors: Tensors, found: list[Entry], structure: Any, params: Any,
     where: Path,
-) -> tuple[Method, Tensors]:  # fmt: skip
-    """(the method with the file's constants, the tensors that are left). InputError where one is not as it must be."""
+) -> tuple[Method, Tensors, Tensors]:  # fmt: skip
+    """(the method with the file's constants, the tensors that are left, tables of the base). InputError where one is
+    not as it must be."""
     tensors, made = dict(tensors), []
     for branch, part in parts(method):
         tree = structure[branch] if branch else structure
@@ -77,10 +78,23 @@ def constants(
         elif isinstance(part, shira.SHiRA):
             part = _places(part, tensors, [e for e in found if e.branch == branch], tree, params, where)
         made.append((branch, part))
-    if c.get("init_lora_weights") in ("pissa", "olora"):  # what is left of the head; it is computed here
-        tensors.pop(f"{PREFIX}lm_head.base_layer.weight", None)
-    _tables(tensors, found, params, where)
-    return (Chain(tuple(made)) if isinstance(method, Chain) else made[0][1]), tensors
+    tables, head = {}, f"{PREFIX}lm_head.base_layer.weight"
+    if c.get("init_lora_weights") in ("pissa", "olora") and head in tensors:  # what is left of it; it is computed here
+        tables[head] = tensors.pop(head)
+    tables |= _tables(tensors, found, params, where)
+    return (Chain(tuple(made)) if isinstance(method, Chain) else made[0][1]), tensors, tables
+
+
+def remember(method: Method, tables: Tensors) -> None:
+    """Keep a file's copies of the base's tables with the method made of it: they are none of its fields, and a run
+    does not store them, but `save` without the base writes them again."""
+    if tables:
+        object.__setattr__(method, "_tables", tables)
+
+
+def remembered(method: Method) -> Tensors:
+    """What `remember` has kept."""
+    return dict(getattr(method, "_tables", {}))
 
 
 def _projections(part: Any, c: Mapping[str, Any], tensors: Tensors, tree: Any, params: Any, where: Path) -> Any:
@@ -123,17 +137,19 @@ def _places(part: Any, tensors: Tensors, found: list[Entry], tree: Any, params: 
     return dataclasses.replace(part, given=Given(**found_at))
 
 
-def _tables(tensors: Tensors, found: list[Entry], params: Any, where: Path) -> None:
-    """Drop the frozen tables that HF PEFT writes beside an adapted one; InputError if they are not the base's."""
-    flat, taken = named(params), {e.name for e in found}
+def _tables(tensors: Tensors, found: list[Entry], params: Any, where: Path) -> Tensors:
+    """Take out the frozen tables that HF PEFT writes beside an adapted one; InputError if they are not the base's."""
+    flat, taken, tables = named(params), {e.name for e in found}, {}
     for name in [n for n in tensors if n.endswith(".base_layer.weight") and n not in taken]:
         path = "head/matrix" if name == f"{PREFIX}lm_head.base_layer.weight" else "embed/table"
         base = flat.get(path, flat["embed/table"])
         x, base = tensors.pop(name), np.asarray(base, np.float32)
+        tables[name] = x
         base = base.T if path == "head/matrix" and path in flat else base
         if x.shape != base.shape or not np.allclose(np.float32(x), base, rtol=1e-2, atol=1e-4):
             raise InputError(f"{where}: {name} {list(x.shape)} is not the base's: the adapter is of another base, "
                              "or of this one with tokens added; give it that base")  # fmt: skip
+    return tables
 
 
 def left_out(part: Any) -> bool:

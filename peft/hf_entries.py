@@ -28,11 +28,12 @@ class Entry(NamedTuple):
     leaf: str  # empty: the key holds the array itself
     layer: int | None  # index into a stacked array
 
-    def of(self, trainable: Any) -> Any:
-        """The array as the file has it; of shapes, its shape."""
+    def of(self, trainable: Any, gradient: bool = False) -> Any:
+        """The array as the file has it; of shapes, its shape; of gradients, that of the file's array."""
+        form = self.form.slope or self.form.theirs if gradient else self.form.theirs
         at = trainable[self.branch] if self.branch else trainable
         at = at[self.key][self.leaf] if self.leaf else at[self.key]
-        take = lambda x: self.form.theirs(x if self.layer is None else x[self.layer])  # noqa: E731
+        take = lambda x: form(x if self.layer is None else x[self.layer])  # noqa: E731
         return jax.eval_shape(take, at) if isinstance(at, jax.ShapeDtypeStruct) else take(at)
 
 
@@ -99,6 +100,9 @@ def _names(
     if type(part).__name__ == "Head":
         yield "head", f"{PREFIX}lm_head.weight", TURNED
         return
+    if type(part).__name__ == "Lookup":
+        yield "table", f"{PREFIX}{next(m for m, at in mods.items() if at.path == path)}.weight", SAME
+        return
     if kind == "PREFIX_TUNING":  # joined in the file
         yield "", f"prompt_embeddings.{layer}.{path[-1]}", SAME
         return
@@ -118,14 +122,17 @@ def _names(
             raise InputError(f"{type(part).__name__} of {key}: HF PEFT has no {leaf} there; merge it: --format hf")
         suffix, form = known[leaf]
         if kind == "PROMPT_TUNING":  # put behind the scale of Gemma's embeddings there, before it here
-            yield leaf, suffix, _times(config.embed_scale)
+            yield leaf, suffix, _times(config.embed_scale, form)
+        elif (kind, leaf) == ("HIRA", "b") and path == "embed/table":  # likewise
+            yield leaf, f"{PREFIX}{module}.{suffix}", _times(config.embed_scale, form)
         else:
             yield leaf, f"{PREFIX}{module}.{suffix}", form
 
 
-def _times(by: float) -> Form:
+def _times(by: float, form: Form) -> Form:
     """Theirs is `by` times ours."""
-    return SAME if by == 1 else Form(lambda x: x / by, lambda x: x * by)
+    return form if by == 1 else Form(lambda x: form.ours(x) / by, lambda x: form.theirs(x) * by,
+                                     lambda x: form.theirs(x) / by)  # fmt: skip
 
 
 def _absolute(

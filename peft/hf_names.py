@@ -76,6 +76,9 @@ def resolve(c: Mapping[str, Any], config: Config, where: str) -> dict[str, Modul
         picked = [m for m, at in found.items() if at.kind == "matrix" and at.path != "head/matrix"]
     else:
         picked = [m for m in found if _matches(m, wanted) and _layer(m, wanted, c)]
+        if config.tied and _matches("lm_head", wanted) and not _matches("lm_head", c.get("exclude_modules") or []):
+            raise InputError(f"{where}: target_modules has lm_head, which is the token table of this base: HF PEFT "
+                             "adapts the output projection alone then, which is not here; leave it out")  # fmt: skip
     kept, left_out = _listed(c.get("modules_to_save")), _listed(c.get("exclude_modules"))
     if isinstance(c.get("exclude_modules"), str):
         picked = [m for m in picked if not re.fullmatch(c["exclude_modules"], m)]
@@ -102,7 +105,7 @@ def _matches(module: str, wanted: Any) -> bool:
 def _layer(module: str, wanted: Any, c: Mapping[str, Any]) -> bool:
     """Whether layers_to_transform lets a module through; a target that is a whole path always passes."""
     only = c.get("layers_to_transform")
-    if only is None or isinstance(wanted, str) or module in wanted:
+    if only is None or only == [] or isinstance(wanted, str) or module in wanted:
         return True
     patterns = c.get("layers_pattern") or []
     for pattern in [patterns] if isinstance(patterns, str) else patterns or [r"[^.]*"]:

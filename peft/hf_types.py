@@ -14,10 +14,11 @@ Config = dict[str, Any]
 
 
 class Form(NamedTuple):
-    """How one array lies here and there."""
+    """How one array lies here and there, and a gradient there, where it is not as the array."""
 
     ours: Callable[[Any], Any]
     theirs: Callable[[Any], Any]
+    slope: Callable[[Any], Any] | None = None
 
 
 SAME = Form(lambda x: x, lambda x: x)
@@ -231,6 +232,8 @@ def complete(c: Mapping[str, Any], where: str) -> Config:
             raise InputError(f"{where}: {key} = {value!r} is not understood, and may change what the adapter computes")
     check(c, kind.defaults, where)
     given = {k: v for k, v in c.items() if v is not None or kind.defaults.get(k) is None}
+    if str(given.get("init_lora_weights")).lower() in ("olora", "gaussian"):  # of these two HF takes any case
+        given["init_lora_weights"] = given["init_lora_weights"].lower()
     return {**kind.defaults, **given, "peft_type": name}
 
 

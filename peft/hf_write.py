@@ -63,7 +63,9 @@ def _config(method: Method, trainable: Any, config: Config, base: str) -> dict[s
     tree = {**kind.defaults, "peft_type": name, "base_model_name_or_path": base, "task_type": "CAUSAL_LM",
             "inference_mode": True, "revision": None, "peft_version": "0.21.2"}  # fmt: skip
     if not mains:
-        return tree | _of_base(links[0][1], config, every)
+        norms = [part for _, part in links if name != "LN_TUNING" or _of_norms(part, config)]
+        rest = [part for _, part in links if part not in norms]
+        return tree | _of_base(norms[0], config, every) | (_beside(rest, name, {}, every, config) if rest else {})
     if len(links) > 1 and name in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT"):
         raise InputError(f"{name} beside another method: an HF PEFT folder holds one; save each link by itself")
     at = {(m.path, m.layer): module for module, m in every.items()}
@@ -88,11 +90,13 @@ def _alone(links: list[Method], config: Config) -> str:
     if len(links) == 1 and kind_of(links[0]) == "TRAINABLE_TOKENS":
         return "TRAINABLE_TOKENS"
     names = [type(part).__name__ for part in links]
-    if len(links) == 1 and isinstance(links[0], Subset):
-        picked = select(links[0].where, shapes_of(config))
-        if all("norm/" in path for path in picked):
-            return "LN_TUNING"
+    if sum(_of_norms(part, config) for part in links) == 1:
+        return "LN_TUNING"
     raise InputError(f"{', '.join(names)}: HF PEFT has no file for it; merge it into the base: --format hf")
+
+
+def _of_norms(part: Method, config: Config) -> bool:
+    return isinstance(part, Subset) and all("norm/" in path for path in select(part.where, shapes_of(config)))
 
 
 def _of_base(part: Method, config: Config, every: Mapping[str, Module]) -> dict[str, Any]:
@@ -203,6 +207,9 @@ def _beside(
             continue
         if type(part).__name__ == "Head":
             whole.append("lm_head")
+            continue
+        if type(part).__name__ == "Lookup":
+            whole.append(next(m for m, at in every.items() if at.path == "embed/table"))
             continue
         if not isinstance(part, Subset):
             raise InputError(f"{type(part).__name__} beside {name}: HF PEFT has no file for it; merge it: --format hf")

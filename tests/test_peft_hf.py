@@ -51,17 +51,19 @@ def test_logits_gradients_and_the_same_file_again(case, tmp_path):
     expected = np.load(GOLDEN / case / "expected.npz")
     np.testing.assert_allclose(logits, expected["logits"], atol=1e-4, rtol=1e-4)
     np.testing.assert_allclose(value, expected["loss"], rtol=1e-5)
-    ours = adapters.named_tensors(config, method, grads)
+    ours = adapters.named_tensors(config, method, grads, gradient=True)
     theirs = {k.removeprefix("grad/"): v for k, v in expected.items() if k.startswith("grad/")}
     assert set(ours) == set(theirs)
     for name, gradient in theirs.items():
         error = np.linalg.norm(ours[name] - gradient)
         assert error <= 1e-4 * np.linalg.norm(gradient) + 1e-7, f"{name}: {error}"
-    adapters.save(tmp_path / "again", config, method, trainable, params=params)
-    before, after = load_file(GOLDEN / case / FILE), load_file(tmp_path / "again" / FILE)
-    assert set(after) == set(before)
-    for name, x in before.items():
-        np.testing.assert_array_equal(after[name], x, err_msg=name)
+    before = load_file(GOLDEN / case / FILE)
+    for name, given in (("again", {"params": params}), ("without the base", {})):
+        adapters.save(tmp_path / name, config, method, trainable, **given)
+        after = load_file(tmp_path / name / FILE)
+        assert set(after) == set(before)
+        for tensor, x in before.items():
+            np.testing.assert_array_equal(after[tensor], x, err_msg=tensor)
     again, t = adapters.load(tmp_path / "again", config, params)
     assert again == method
     close(t, trainable, 0)

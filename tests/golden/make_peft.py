@@ -1,15 +1,15 @@
 """Make tiny adapters with Hugging Face PEFT and what it computes with them, for a JAX test to compare to.
 
-    python PATH/tests/golden/make_peft.py [CASE ...]
+    python PATH/tests/golden/make_peft.py [BASE or CASE ...]
 
 Run it in an environment with torch, transformers and peft (made with 2.13, 5.23 and 0.21.2), from a folder that is not
-the root of this repository. Without CASE it makes both bases, all of `peft_cases.CASES`, and `counts.json`; "counts"
+the root of this repository. Without CASE it makes all bases, all of `peft_cases.CASES`, and `counts.json`; "counts"
 makes `counts.json` alone. The same versions give the same bytes.
 
-`peft/llama` and `peft/gpt2` are the base models. `peft/CASE/` holds `adapter_config.json` (its target_modules sorted)
-and `adapter_model.safetensors` as `PeftModel.save_pretrained` writes them, with every trainable value moved from where
-it starts, and `expected.npz`, computed in float32 with eager attention and without dropout by what `from_pretrained`
-reads back:
+`peft/llama`, `peft/gpt2` and `peft/gemma` are the base models. `peft/CASE/` holds `adapter_config.json` (its
+target_modules sorted) and `adapter_model.safetensors` as `PeftModel.save_pretrained` writes them, with every trainable
+value moved from where it starts, and `expected.npz`, computed in float32 with eager attention and without dropout by
+what `from_pretrained` reads back:
 
     ids [2, 12]          random tokens; 3 and 40 are in row 0 and 17 in row 1, which are the trainable tokens
     logits [2, 12, V]    at the places of `ids`; those of virtual tokens are cut off
@@ -230,11 +230,11 @@ def main(names):
     """Make the cases named, or the bases, all of the cases, and the counts."""
     logging.disable_progress_bar()
     warnings.simplefilter("ignore")
-    for name in () if names else BASES:
+    for name in [name for name in names if name in BASES] if names else BASES:
         make_model(BASES[name], zlib.crc32(name.encode()) % 10000).save_pretrained(HERE / name)
         (HERE / name / "generation_config.json").unlink(missing_ok=True)
     print("case                      files grads  scale change      gap least grad")
-    for name in [name for name in names or CASES if name != "counts"]:
+    for name in [name for name in names or CASES if name in CASES]:
         print(make_case(name), flush=True)
     if not names or "counts" in names:
         count_all()

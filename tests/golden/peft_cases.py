@@ -17,13 +17,19 @@ BASES = {
         **{"model_type": "gpt2", "n_layer": 2, "n_embd": 12, "n_head": 3, "n_positions": 48, "vocab_size": 53},
         **{"layer_norm_epsilon": 1e-3, "bos_token_id": 1, "eos_token_id": 2},
     },
+    "gemma": {  # a tied table whose rows are scaled, by 4
+        **{"model_type": "gemma2", "num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "vocab_size": 61},
+        **{"max_position_embeddings": 64, "rms_norm_eps": 1e-3, "query_pre_attn_scalar": 4, "sliding_window": 32},
+        **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None},
+    },
 }
 
 # square, narrower, wider, and from the wider back: [16, 16], [8, 16], [24, 16], [16, 24]
 _SOME = ["q_proj", "v_proj", "up_proj", "down_proj"]
 _WIDE = ["q_proj", "up_proj", "down_proj"]
 _CONV = ["c_attn", "c_proj", "c_fc"]
-_PLACES = {"llama": _SOME, "gpt2": _CONV}
+_PLACES = {"llama": _SOME, "gpt2": _CONV, "gemma": _SOME}
 
 CASES = {}
 
@@ -56,6 +62,8 @@ _add("lora_bias", "LoraConfig", _BOTH, _VO, r=2, lora_alpha=3, lora_bias=True)
 _add("lora_only", "LoraConfig", ("gpt2",), r=2, lora_alpha=3, bias="lora_only")
 _add("lora_all_bias", "LoraConfig", ("gpt2",), _VO, r=2, lora_alpha=3, bias="all", lora_bias=True)
 _add("lora_head", "LoraConfig", _BOTH, _VO, r=2, lora_alpha=3, modules_to_save=["lm_head"])
+_add("lora_wte", "LoraConfig", ("gpt2",), _VO, r=2, lora_alpha=3, modules_to_save=["wte"])
+_add("lora_wte_head", "LoraConfig", ("gpt2",), _VO, r=2, lora_alpha=3, modules_to_save=["wte", "lm_head"])
 _add("lora_embed", "LoraConfig", _BOTH, _EMBED, r=2, lora_alpha=3)
 _add("lora_lm_head", "LoraConfig", target_modules=["q_proj", "embed_tokens", "lm_head"], r=2, lora_alpha=3)
 _add(
@@ -109,12 +117,14 @@ _add(
 _add("shira", "ShiraConfig", r=2, random_seed=5)
 _add("c3a", "C3AConfig", block_size=4, block_size_pattern={"mlp.down_proj": 8})
 _add("ln", "LNTuningConfig", _BOTH, target_modules="default")
+_add("ln_head", "LNTuningConfig", _BOTH, target_modules="default", modules_to_save=["lm_head"])
 _add("tokens", "TrainableTokensConfig", _BOTH, target_modules="default", token_indices=[3, 17, 40])
 _add("hira", "HiraConfig", _BOTH, r=3)
+_add("hira_embed", "HiraConfig", ("llama", "gemma"), target_modules=["q_proj", "embed_tokens"], r=3)
 for _i in (1, 2, 4):
     _add(f"road_{_i}", "RoadConfig", target_modules=_WIDE, variant=f"road_{_i}", group_size=4)
 _NONE = {"target_modules": "default"}
-_add("prompt", "PromptTuningConfig", _BOTH, num_virtual_tokens=5, **_NONE)
+_add("prompt", "PromptTuningConfig", ("llama", "gpt2", "gemma"), num_virtual_tokens=5, **_NONE)
 _add("p_tuning", "PromptEncoderConfig", _BOTH, num_virtual_tokens=5, encoder_hidden_size=7, **_NONE)
 _add("prefix", "PrefixTuningConfig", _BOTH, num_virtual_tokens=5, **_NONE)
 _add("prefix_projection", "PrefixTuningConfig", num_virtual_tokens=5, prefix_projection=True, **_NONE)
