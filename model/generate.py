@@ -1,7 +1,7 @@
 """Generation with a key/value cache: prefill once, then one token a step, for prompts of different lengths."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -59,9 +59,9 @@ def empty_cache(config: Config, B: int, S: int) -> dict[str, Any]:
     return {"positions": slots + S, "segments": slots, "index": jnp.int32(0), "layers": layers}
 
 
-@partial(jax.jit, static_argnames=("model", "new", "stop", "how", "tokens"))
-def _run(model: Transformer, params: Any, past: Any, ids_BT: Array, lengths_B: Array, key: Array,
-         new: int, stop: tuple[int, ...], how: Sampling, tokens: int) -> Array:  # fmt: skip
+def decode(model: Transformer, params: Any, past: Any, ids_BT: Array, lengths_B: Array, key: Array,
+           new: int, stop: tuple[int, ...], how: Sampling, tokens: int) -> Array:  # fmt: skip
+    """ids [B, new] behind prompts that are padded to T: one prefill, then a token of each row a step."""
     B, T = ids_BT.shape
     context = Context(tokens, past)
     cache = empty_cache(model.config, B, tokens + T + new)
@@ -86,11 +86,17 @@ def _run(model: Transformer, params: Any, past: Any, ids_BT: Array, lengths_B: A
     return jax.lax.while_loop(lambda s: (s[0] < new) & ~s[3].all(), step, start)[-1]
 
 
+STATIC = ("model", "new", "stop", "how", "tokens")
+_decode = partial(jax.jit, static_argnames=STATIC)(decode)
+
+
 def generate(
     model: Transformer, params: Any, prompts: Sequence[Sequence[int]], new: int, *, stop: Sequence[int] = (),
     how: Sampling | None = None, key: Array | None = None, context: Context | None = None, pad_to: int = 32,
+    by: Callable[..., Array] = _decode,
 ) -> list[list[int]]:  # fmt: skip
-    """Up to `new` token ids behind each prompt, cut before the first stop token. `params` may be bound.
+    """Up to `new` token ids behind each prompt, cut before the first stop token. `params` may be bound, or whatever
+    `by`, which stands for `decode`, takes for them.
 
     Prompts are padded on the right to a multiple of `pad_to`, so that few shapes compile.
     Raises InputError for an empty prompt and for one that, with its answer, exceeds the context.
@@ -113,7 +119,7 @@ def generate(
         for row, prompt in zip(ids, prompts, strict=True):
             row[: len(prompt)] = prompt
         lengths = np.array([len(p) for p in prompts], np.int32)
-        out = _run(model, params, context.past, ids, lengths, key, new, tuple(stop), how, context.tokens)
+        out = by(model, params, context.past, ids, lengths, key, new, tuple(stop), how, context.tokens)
         return [_cut(row, stop) for row in fetch(out).tolist()]
 
     edge = _turning_point(model.config) - P

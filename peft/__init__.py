@@ -4,7 +4,7 @@ import importlib
 import pkgutil
 
 from ..model import Weight, static
-from . import arithmetic, hf, masks
+from . import arithmetic, hf, masks, rows
 from .base import Chain, Method, apply, chain, count, fold, merge, partition
 from .subset import Subset
 
@@ -19,6 +19,6 @@ for _name in ("method", "chain"):  # the base, and what only `chain` makes
 
 __all__ = [
     "Chain", "Method", "Subset", "Weight", "apply", "arithmetic", "chain", "count", "fold", "hf", "masks", "merge",
-    "methods", "partition",
+    "methods", "partition", "rows",
     "static", *sorted(c.__name__ for c in methods.values() if c is not Subset),
 ]  # fmt: skip
