@@ -85,6 +85,23 @@ def _compiles(pattern: str, where: str) -> None:
     except (re.error, OverflowError, RecursionError) as error:
         raise InputError(f"{where}: {reprlib.repr(pattern)} is not a pattern ({error}); mend it") from None
     # Python's re has no time limit, and somebody else wrote this: what could try for ever is not tried.
-    if re.search(r"[*+}|][^()]*\)+[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 6:
+    if _endless(re._parser.parse(pattern)) or len(re.findall(r"[*+{]", pattern)) > 6:  # type: ignore[attr-defined]
         raise InputError(f"{where}: {reprlib.repr(pattern)} repeats what repeats or branches, or repeats more than 6 "
                          "times, which can take for ever to match; write it simpler")  # fmt: skip
+
+
+def _endless(parsed: Any, inside: bool = False) -> bool:
+    """Whether a parsed pattern repeats what repeats, branches or may be left out: its ways to match can multiply."""
+    for op, args in parsed:
+        name = str(op)
+        if name == "BRANCH" and (inside or any(_endless(part) for part in args[1])):
+            return True
+        if name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
+            low, high, part = args
+            if (inside and low != high) or _endless(part, inside or int(high) > 1):
+                return True
+        if name in ("SUBPATTERN", "ATOMIC_GROUP", "ASSERT", "ASSERT_NOT"):
+            part = args if name == "ATOMIC_GROUP" else args[-1]
+            if _endless(part, inside):
+                return True
+    return False

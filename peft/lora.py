@@ -80,7 +80,7 @@ class LoRA(Method):
 
     def padded(self, largest: Self) -> Method | None:
         """A row of zeros of B against a column of zeros of A: neither ever has a gradient."""
-        if self.ranks or self.alphas:
+        if self.ranks or self.alphas or largest != dataclasses.replace(self, rank=largest.rank):
             return None
         alpha = self.alpha * self.scale(self.rank, 1.0) / self.scale(largest.rank, 1.0)
         return dataclasses.replace(largest, alpha=alpha)

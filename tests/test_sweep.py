@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 from pathlib import Path
 
 import jax
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from faulty import programs, runs  # noqa: F401
 from graftax import InputError, peft
-from graftax.peft import LoRA
+from graftax.peft import LoRA, Subset
 from graftax.train.checkpoint import Checkpoints
 from graftax.train.cli import main
 from graftax.train.config import Optim, from_json
@@ -18,6 +20,7 @@ from graftax.train.experiments.cells import axis, cells, changed
 from graftax.train.experiments.choose import balanced
 from graftax.train.experiments.ground import Ground
 from graftax.train.experiments.groups import groups
+from graftax.train.experiments.lanes import Stack
 from graftax.train.experiments.results import gathered
 from graftax.train.experiments.sweep import Sweep, execute
 from graftax.train.faults import VARIABLE
@@ -106,6 +109,14 @@ def test_a_sweep_goes_on_bit_for_bit(fault, run, tmp_path, monkeypatch):
     execute(Sweep(again, over, lanes=2))
     assert (Path(run.out) / "results.jsonl").read_text() == before, "nothing was left to do"
     said(lambda: execute(Sweep(again, ("optim.lr=1e-3,2e-3",))), "--resume: over.0", "put that back")
+    said(lambda: execute(Sweep(again, (*over, "seed=0"))), "--resume: over.1", "put that back")
+    for name in ("000", "002"):  # killed behind the last saves: what summary.json said is found again
+        path = Path(run.out) / "cells" / name / "summary.json"
+        told = json.loads(path.read_text())
+        path.unlink()
+        execute(Sweep(again, over, lanes=2))
+        now = json.loads(path.read_text())
+        assert {k: now[k] for k in now if k != "lanes"} == {k: told[k] for k in now if k != "lanes"}
 
 
 def test_halving_keeps_the_best(run):
@@ -114,6 +125,44 @@ def test_halving_keeps_the_best(run):
     rows = [json.loads(line) for line in (Path(run.out) / "results.jsonl").read_text().splitlines()]
     assert [row["steps"] for row in rows] == [3, 3, 6, 12], "larger rates fall faster here"
     assert leaves(Path(run.out) / "cells/002", 6), "what stopped can be gone on with"
+
+
+def test_halving_by_loss_alone(run, tmp_path):
+    """What is not finite is the worst, also before it has diverged; rungs may be one."""
+    over = ("optim.lr=1e38,3e-3,1e37,1e-4,1e36,1e-5",)
+    execute(Sweep(dataclasses.replace(run, steps=4, save_every=0), over, halve=3, lanes=6))
+    rows = [json.loads(line) for line in (Path(run.out) / "results.jsonl").read_text().splitlines()]
+    assert [row["steps"] for row in rows if "steps" in row and row["status"] == "done"] == [4]
+    assert rows[1]["status"] == "done"
+    assert {rows[i]["status"] for i in (0, 2, 4)} <= {"diverged"}
+    none = dataclasses.replace(run, data=dataclasses.replace(run.data, T=8), out=str(tmp_path / "none"))
+    said(lambda: execute(Sweep(dataclasses.replace(none), over, halve=3)), "T=8; raise T")
+
+
+def test_a_state_that_is_not_finite_ends_its_lane_alone(run):
+    over = ("optim.lr=1e-3,3e38,2e-3",)
+    execute(
+        Sweep(dataclasses.replace(run, optim=dataclasses.replace(run.optim, clip=0.0), save_every=2), over, lanes=3)
+    )
+    rows = [json.loads(line) for line in (Path(run.out) / "results.jsonl").read_text().splitlines()]
+    assert [row["status"] for row in rows] == ["done", "diverged", "done"]
+
+
+def test_a_signal_in_a_later_chunk(run, monkeypatch):
+    """It ends after the step under way, though an earlier chunk took more; and while nothing steps, at once."""
+    real, seen = Stack.take, []
+
+    def take(self, batch):
+        seen.append(len(seen))
+        if len(seen) == 15:  # the third step of the second chunk
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, batch)
+
+    monkeypatch.setattr(Stack, "take", take)
+    with pytest.raises(Stopped):
+        execute(Sweep(dataclasses.replace(run, save_every=0), ("optim.lr=1e-3,2e-3,3e-3",), lanes=1))
+    assert len(seen) == 15
+    assert Checkpoints(Path(run.out) / "cells/001/checkpoints").steps() == [3]
 
 
 def test_which_cells_are_one_program(run, tmp_path):
@@ -131,7 +180,8 @@ def test_which_cells_are_one_program(run, tmp_path):
     assert [group.value("method.alpha", i) for i in (0, 1)] == [32.0, 16.0], "twice the columns, each half as much"
     warmups = [[0, 2], [1, 3]], {"optim.warmup": "the program depends on it"}
     assert parts("seed=0..1", "optim.warmup=2,4")[:2] == warmups
-    assert parts("method.rank=2,4", method="pissa")[:2] == ([[0], [1]], {"method.rank": "arrays of other shapes"})
+    assert parts("method.rank=2,4", method="pissa")[:2] == ([[0], [1]], {"method.rank": "another program"})
+    assert parts("optim.name=muon", "method.rank=2,24")[0] == [[0], [1]], "its steps are scaled by an array's shape"
     assert parts("method.alpha=4,8", method="pissa")[0] == [[0], [1]], "each leaves another base"
     assert parts("seed=0..1", method="pissa")[0] == [[0, 1]]
     three, why, _ = parts("method=lora,dora", "optim.lr=1e-3,2e-3", "accumulate=1,2")
@@ -186,9 +236,28 @@ def test_a_padded_rank_computes_what_its_own_does(method):
     (("seed=0..99", "eval_rows=0..99"), ("10,000 cells, more than 4,096",)),
 ])  # fmt: skip
 def test_axes_that_are_none(over, words, run, tmp_path):
-    run = dataclasses.replace(run, method=LoRA())
+    run = dataclasses.replace(run, method=Subset() if "method=" in str(over) else LoRA())
     said(lambda: execute(Sweep(run, over)), *words)
     assert not Path(run.out).exists()
+
+
+@pytest.mark.parametrize(("change", "over", "words"), [
+    ({"method": LoRA(where="nonsense")}, ("method.rank=2,4",), ("nonsense",)),
+    ({"quantize": "int8", "method": Subset()}, ("optim.lr=1e-3,2e-3",), ("cannot train; narrow where=",)),
+    ({"method": LoRA(rank=2)}, ("method=lora,dora",), ("those of --method would be lost", "--over method.rank=4")),
+    ({"eval_every": 2}, ("seed=0..1",), ("--eval-every: a sweep has no such thing",)),
+    ({"resume": "7"}, ("seed=0..1",), ("--resume 7", "take --resume alone")),
+    ({"base": ""}, ("seed=0..1",), ("a sweep starts from a base",)),
+])  # fmt: skip
+def test_runs_that_no_sweep_has(change, over, words, run):
+    said(lambda: execute(Sweep(dataclasses.replace(run, **change), over)), *words)
+    assert not Path(run.out).exists(), "nothing is written"
+
+
+def test_steps_may_be_an_axis(run):
+    found = execute(Sweep(dataclasses.replace(run, save_every=0), ("steps=2,3",)))
+    assert found["done"] == 2
+    assert "| 3 |" in (Path(run.out) / "table.md").read_text()
 
 
 def test_axes():

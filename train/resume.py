@@ -115,7 +115,8 @@ def _facts(manifest: dict[str, Any], phase: Phase) -> str:
 def restore(phase: Phase, checkpoints: Checkpoints, step: int) -> tuple[int, int]:
     """Put a checkpoint into the phase. Returns the next row and the digest of the rows before it."""
     manifest, verify = checkpoints.manifest(step), phase.run.verify
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), phase.state)
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))  # noqa: E731
+    like = jax.tree.map(place, phase.state)  # a sweep has it on the host
     trainable = checkpoints.restore(step, "trainable", like.trainable, verify=verify)
     rest = checkpoints.restore(step, "optimizer", like._replace(trainable=None), verify=verify)
     phase.state = rest._replace(trainable=trainable)

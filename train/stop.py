@@ -61,6 +61,11 @@ class Stop:
         with self._change:
             self.last, self._free, self._begun = step, False, True
 
+    def rest(self) -> None:
+        """The loop is over, and what comes now may be left at any place until the next one begins."""
+        with self._change:
+            self._free, self._begun = True, False
+
     def may(self, step: int) -> bool:
         """Whether a step is to run."""
         with self._change:

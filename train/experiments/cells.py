@@ -14,7 +14,8 @@ from ..config import Run, close, method_class
 from ..typed import fits, said
 
 # What a sweep says for all of its cells.
-SHARED = ("out", "phase", "recipe", "mesh", "resume", "accept", "verify", "offload", "wandb", "tensorboard", "keep")
+SHARED = ("out", "phase", "recipe", "mesh", "resume", "accept", "verify", "offload", "wandb", "tensorboard", "keep",
+          "log_every", "save_every", "eval_every", "eval_rows", "score_base")  # fmt: skip
 MOST = 4096  # cells
 
 
@@ -36,8 +37,9 @@ def axis(text: str) -> tuple[str, list[str]]:
     name, equals, listed = text.partition("=")
     name, values = name.replace("-", "_"), []  # --optim.weight-decay is a flag, optim.weight_decay a field
     for value in filter(None, listed.split(",")):
-        ends = re.fullmatch(r"(\d+)\.\.(\d+)", value)
-        values += map(str, range(int(ends[1]), int(ends[2]) + 1)) if ends else [value]
+        ends = re.fullmatch(r"(\d{1,10})\.\.(\d{1,10})", value)
+        few = range(int(ends[1]), int(ends[2]) + 1)[: MOST + 1] if ends else ()
+        values += map(str, few) if ends else [value]
     if not equals or not name or not values:
         raise InputError(f"--over {text}: no value; FIELD=VALUE,VALUE,... is wanted, or FIELD=FIRST..LAST")
     if len(set(values)) < len(values):

@@ -47,6 +47,8 @@ def at_once(group: Group, ground: Ground, wanted: int, devices: list[Any]) -> in
     most = min(fit, n)
     said = f"a lane needs {size(lane)} beside the base's {size(weights)}, so {fit} fit"
     tries, found = [K for K in dict.fromkeys((most, most // 4, 1)) if K], {}
+    if len(tries) == 1:
+        return most
     for K in tries:
         found[K], compiling = timed(group, ground, K, devices)
         left = found[min(found, key=lambda k: found[k])] * n * group.run.steps

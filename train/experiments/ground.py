@@ -27,9 +27,11 @@ class Ground:
 
     def __init__(self) -> None:
         self.mesh = make_mesh((1, 1, 1), jax.devices()[:1])
+        self.whole = NamedSharding(self.mesh, P())
         self._base: tuple[Any, Loaded] | None = None
         self._rows: dict[Any, Any] = {}
         self._before: dict[Any, dict[str, float]] = {}
+        self._frozen: tuple[Any, Any] | None = None
 
     def base(self, run: Run) -> Loaded:
         """The base of a run."""
@@ -73,23 +75,31 @@ class Ground:
         return found
 
     def phase(self, run: Run) -> Phase:
-        """A cell's phase, at its beginning."""
+        """A cell's phase, at its beginning; its state is on the host."""
         base, (task, sft, valid), (model, params) = self.base(run), self.rows(run), self.model(run)
         first = start(run, jax.eval_shape(lambda: params))
         trainable = _begun(run.method, params, jax.random.key(run.seed + 1))
-        state = jax.device_put(init_state(trainable, first.tx, bool(run.optim.spike)), NamedSharding(self.mesh, P()))
+        state = jax.device_get(init_state(trainable, first.tx, bool(run.optim.spike)))
         sizes = {name: sum(x.size for x in jax.tree.leaves(tree))
                  for name, tree in (("base", params), ("trainable", trainable))}  # fmt: skip
         return Phase(
-            run, self.mesh, model, run.method, run.method.freeze(params), state, first.tx, sft.train, sft.digest,
+            run, self.mesh, model, run.method, self.frozen(run), state, first.tx, sft.train, sft.digest,
             base.tokenizer, base.held_out, task=task, valid=valid, base=base.fingerprint, totals=sizes,
             facts={"examples": sft.examples, "target tokens": sft.target_tokens}, lineage=base.lineage,
         )  # fmt: skip
 
+    def frozen(self, run: Run) -> Any:
+        """What stays of the base under a method, one copy of it for all cells that have that method."""
+        params = self.model(run)[1]
+        if self._frozen is None or self._frozen[0] != run.method or self._frozen[1][0] is not params:
+            self._frozen = run.method, (params, run.method.freeze(params))
+        return self._frozen[1][1]
+
     def before(self, run: Run) -> dict[str, float]:
         """What the base alone has: its loss on its own held-out rows, and on the task's validation rows."""
         base, (model, params), valid = self.base(run), self.model(run), self.rows(run)[2]
-        key = (run.base, run.eval_tokens, to_json(Run(data=run.data, seed=run.seed)))
+        what = (run.quantize, run.layers, run.dtype, run.remat)
+        key = (run.base, run.eval_tokens, to_json(Run(data=run.data, seed=run.seed)), *what)
         if key not in self._before:
             args, found = (model, params, Context()), {}
             if base.held_out:

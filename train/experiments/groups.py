@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ... import InputError
 from ...model import Transformer
 from ...peft import Method
 from ..config import Run, flat, method_to_dict, to_json
@@ -23,7 +24,7 @@ from ..step import make_train_step
 from .cells import Cell
 
 # Fields of a run that its program does not depend on: rows, and what is done between the steps.
-FREE = ("out", "seed", "epochs", "eval_every", "eval_tokens", "eval_rows", "score_base", "save_every", "log_every")
+FREE = ("out", "seed", "epochs", "eval_tokens", "max_bad")
 OFF = {"optim.clip": math.inf}  # what stands for 0, which means off, in an array
 
 
@@ -109,22 +110,24 @@ def _number(run: Run, name: str) -> bool:
 
 def _split(cells: list[Cell], model: Transformer, params: Any, apart: dict[str, str]) -> list[Group]:
     """Cells of one kind, by the numbers that must be the same in a program."""
-    run, methods = cells[0].run, [cell.run.method for cell in cells]
+    run, methods, grown = cells[0].run, [cell.run.method for cell in cells], ""
+    start(run, jax.eval_shape(lambda: params))  # a mistake in it is said as a run says it
     for field in dataclasses.fields(run.method):  # type: ignore[arg-type]
         name, values = field.name, [getattr(method, field.name) for method in methods]
         if type(values[0]) is int and len(set(values)) > 1:
             largest = [dataclasses.replace(method, **{name: max(values)}) for method in methods]  # type: ignore[type-var]
             padded = [m if m == big else m.padded(big) for m, big in zip(methods, largest, strict=True)]
-            if None in padded:
-                return _by(f"method.{name}", "arrays of other shapes", cells, model, params, apart)
-            methods = [m for m in padded if m is not None]
+            if None in padded or run.optim.name == "muon":  # whose steps are scaled by an array's shape
+                return _by(f"method.{name}", "another program", cells, model, params, apart)
+            methods, grown = [m for m in padded if m is not None], f"method.{name}"
     run = dataclasses.replace(run, method=methods[0])
     rows = [flat({"method": method_to_dict(m), "optim": dataclasses.asdict(cell.run.optim)})
             for m, cell in zip(methods, cells, strict=True)]  # fmt: skip
     varied = [k for k in rows[0] if len({json.dumps(row[k]) for row in rows}) > 1]
     for name in varied:
         if not _traces(run, methods, model, params, name):
-            return _by(name, "the program depends on it", cells, model, params, apart)
+            own = len({_get(cell.run, name) for cell in cells}) > 1  # else it differs by what ranks were filled up to
+            return _by(name if own else grown, "the program depends on it", cells, model, params, apart)
     return [Group(run, cells, methods, {name: [float(row[name]) for row in rows] for name in varied})]
 
 
@@ -141,14 +144,16 @@ def _traces(run: Run, methods: list[Method], model: Transformer, params: Any, na
     if not _number(run, name) or type(_get(run, name)) is not float or _get(run, name) is None:
         return False
     if type(run.method).freeze is not Method.freeze:
-        first, *others = ({id(x) for x in jax.tree.leaves(m.freeze(params))} for m in dict.fromkeys(methods))
-        if any(other != first for other in others):
+        first, *others = [jax.tree.leaves(m.freeze(params)) for m in dict.fromkeys(methods)]
+        if any(a is not b for other in others for a, b in zip(first, other, strict=True)):
             return False
     shapes = jax.eval_shape(lambda: params)
     try:
         frozen, state = start(run, shapes).made
         step, number = lane_step(model, run), {name: jax.ShapeDtypeStruct((), jnp.float32)}
         jax.eval_shape(step, state, frozen, batch_shapes(run), number)
+    except InputError:
+        raise
     except Exception:  # whatever jax, optax or a method says of a number that is no number
         return False
     return True

@@ -1,7 +1,7 @@
 """Lanes: cells that train as one program. Each is an ordinary run, with its folder, rows, log and checkpoints; only the
 step is computed for all of them at once, by `vmap` over what trains, on one frozen base."""
 
-import math
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from ... import InputError
 from .. import outcome
 from ..checkpoint import Checkpoints
+from ..commit import write_whole
 from ..loop import Course
 from ..phase import Phase
 from ..program import compiler_options, start
@@ -22,7 +23,7 @@ from ..resume import same_run
 from .cells import Cell
 from .ground import Ground
 from .groups import Group, batch_shapes, lane_step
-from .results import diverged
+from .results import diverged, told
 
 Tree = Any
 
@@ -37,9 +38,9 @@ class Stack:
     def __init__(self, group: Group, which: list[int], phases: list[Phase], K: int, devices: list[Any], ground: Ground):
         params = ground.model(group.run)[1]
         shapes = jax.eval_shape(lambda: params)
-        self.own = [jax.tree.map(_place, phase.state) for phase in phases]
+        self.own = [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), phase.state) for phase in phases]
         self.K, self.model = K, phases[0].model
-        n = math.gcd(K, len(devices))
+        n = min(K, len(devices))  # which K divides by: see `balanced`
         self.mesh = Mesh(np.array(devices[:n]), ("lanes",))
         self.split = NamedSharding(self.mesh, P("lanes"))
         like = start(group.run, shapes).made[1]
@@ -79,16 +80,10 @@ class Stack:
         return metrics
 
     def split_up(self) -> list[Tree]:
-        """Each lane's own state, without what it was filled up with."""
-        whole, found = jax.device_get(self.state), []
-        for k, own in enumerate(self.own):
-            cut = lambda x, like, k=k: jax.device_put(x[k][tuple(map(slice, like.shape))], like.sharding)  # noqa: E731
-            found.append(jax.tree.map(cut, whole, own))
-        return found
-
-
-def _place(x: Any) -> Any:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        """Each lane's own state, without what it was filled up with, on the host."""
+        whole = jax.device_get(self.state)
+        cut = lambda k: lambda x, like: x[k][tuple(map(slice, like.shape))]  # noqa: E731
+        return [jax.tree.map(cut(k), whole, own) for k, own in enumerate(self.own)]
 
 
 def _padded(x: Any, like: Any) -> Any:
@@ -102,19 +97,27 @@ class Lane:
     def __init__(self, cell: Cell, ground: Ground, guard: Any):
         self.cell, self.run, self.folder = cell, cell.run, Path(cell.run.out)
         self.phase = ground.phase(cell.run)
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", cell.run.keep, guard)
+        # Two at least: killed between the saves of two lanes, both have the step before.
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", max(cell.run.keep, 2), guard)
+        self.log: Any = None
         self.dead = diverged(cell)  # and stopped alone
         self.died = ""
 
     def begin(self, at: int) -> None:
-        """Go on from a step; later ones make way."""
+        """Go on from a step; later ones make way. A dead lane only keeps its place."""
+        if self.dead:
+            self.course = Course(self.phase, self.folder, self.checkpoints, None, [])
+            return
         outcome.make(self.folder)
+        if told(self.cell).get("steps", 0) > at:
+            (self.folder / "summary.json").unlink()
         steps = self.checkpoints.steps()
         mine = at if at in steps else None
         taken = same_run(self.phase, self.checkpoints.manifest(at)) if mine else []
         outcome.begin(self.phase, self.folder, self.checkpoints, at, [step for step in steps if step > at])
         self.course = Course(self.phase, self.folder, self.checkpoints, mine, taken)
-        self.log = Metrics(self.folder, self.course.first)
+        self.phase.state = jax.device_get(self.phase.state)
+        self.log = Metrics(self.folder, self.course.first, tensorboard=self.run.tensorboard)
 
     def feed(self) -> dict[str, np.ndarray]:
         """The next rows; a dead lane's have no targets, so that it changes nothing."""
@@ -123,7 +126,7 @@ class Lane:
 
     def took(self, steps: list[tuple[int, dict[str, Any]]], k: int, share: float) -> None:
         """What the steps gave in place k of a stack."""
-        for i, metrics in steps:
+        for i, metrics in steps if not self.dead else ():
             row = {name: values[k] for name, values in metrics.items()}
             self.course.took(i, row | {"update_rms": row["update_rms"] * share})
 
@@ -136,9 +139,15 @@ class Lane:
         except InputError as error:
             self.dead, self.died = True, str(error).partition(", so the run stops")[0]
 
+    def die(self, why: str) -> None:
+        """End the lane, with a mark in its folder that says so."""
+        self.dead, self.died = True, why
+        write_whole(self.folder / "bad_rows.json", json.dumps({"steps": {}, "why": why}, indent=1) + "\n")
+
     def close(self) -> None:
         """Close files and threads. InputError if the last save failed."""
-        self.log.close()
+        if self.log:
+            self.log.close()
         self.course.loader.close()
         self.checkpoints.close()
 
@@ -147,5 +156,6 @@ def common_step(lanes: list[Lane], until: int) -> int:
     """The newest step, no later than `until`, that every living lane has whole; 0: none."""
     living = [lane.checkpoints for lane in lanes if not lane.dead]
     steps = set.intersection(*(set(c.steps()) for c in living)) if living else set()
-    whole = (s for s in sorted(steps, reverse=True) if s <= until and not any(c.damage(s) for c in living))
+    verify = lanes[0].run.verify
+    whole = (s for s in sorted(steps, reverse=True) if s <= until and not any(c.damage(s, verify) for c in living))
     return next(whole, 0)

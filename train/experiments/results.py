@@ -33,19 +33,21 @@ def reached(cell: Cell) -> float:
 
 
 def result(cell: Cell) -> dict[str, Any]:
-    """One line of results.jsonl; a cell that has nothing yet has the status `waiting`."""
+    """One line of results.jsonl; a cell that has nothing yet has the status `waiting`. What is not finite is left out,
+    and its cell has diverged."""
     row: dict[str, Any] = {"cell": cell.number, **cell.values, "folder": f"cells/{cell.number:03d}"}
     if diverged(cell):
         return row | {"status": "diverged"}
     if not (said := told(cell)):
         return row | {"status": "waiting"}
-    after, before = said["after"], said["before"]
-    row |= {"status": said["status"], "steps": said["steps"], "loss": said["loss"], "trainable": said["trainable"]}
+    after, before, lanes = said["after"], said["before"], said.get("lanes", 1)
+    row |= {"status": said.get("status", "done"), "steps": said["steps"], "trainable": said["trainable"]}
     row |= {key: after[key] for key in ("valid_loss", "held_out_loss", "valid_scores") if key in after}
-    if "held_out_loss" in after:
+    row |= {"loss": said["loss"], "seconds_per_step": said["seconds_per_step"] / lanes, "lanes": lanes}
+    if "held_out_loss" in after and "held_out_loss" in before:
         row["forgetting"] = after["held_out_loss"] - before["held_out_loss"]
-    lanes = said.get("lanes", 1)
-    return row | {"seconds_per_step": said["seconds_per_step"] / lanes, "lanes": lanes}
+    bad = [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+    return {k: v for k, v in row.items() if k not in bad} | ({"status": "diverged"} if bad else {})
 
 
 def write(out: Path, made: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -91,7 +93,9 @@ def _table(have: list[Any], rest: list[Any], axes: list[str], key: str) -> list[
     for row in have + rest:
         numbers = [f"{row[k]:.4f}" if k in row else "" for k in shown]
         numbers += [f"{row['valid_scores'][k]:.4f}" if k in row.get("valid_scores", {}) else "" for k in scores]
-        lines.append([str(row["cell"]), *(row[a] for a in axes), *numbers, str(row.get("steps", "")), row["status"]])
+        lines.append(
+            [str(row["cell"]), *(str(row[a]) for a in axes), *numbers, str(row.get("steps", "")), row["status"]]
+        )
     return lines
 
 
@@ -99,7 +103,7 @@ def pictures(out: Path, rows: Sequence[dict[str, Any]], axes: Sequence[str], key
     """curves.png: the measure against the learning rate (or the first axis of numbers), a line for each value of
     another axis, seeds averaged, their range shaded. heat.png: the mean over both."""
     free = [a for a in axes if a != REPEATS]
-    numeric = [a for a in free if all(_number(row[a]) is not None for row in rows)]
+    numeric = [a for a in free if all(_number(str(row[a])) is not None for row in rows)]
     if not numeric:
         return
     x = "optim.lr" if "optim.lr" in numeric else numeric[0]
@@ -148,7 +152,7 @@ def _heat(plt: Any, out: Path, grid: Any, x: str, lines: Sequence[str], key: str
 
 def gathered(rows: Sequence[dict[str, Any]], inner: Sequence[str], outer: Sequence[str], key: str) -> dict[Any, Any]:
     """{values of outer: {values of inner: [measures]}} of the rows that have one."""
-    pick: Callable[[Any, Any], Any] = lambda row, names: tuple(row[n] for n in names)  # noqa: E731
+    pick: Callable[[Any, Any], Any] = lambda row, names: tuple(str(row[n]) for n in names)  # noqa: E731
     found: dict[Any, dict[Any, list[float]]] = {}
     for row in rows:
         if key in row:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ... import InputError
 from ...model.hf_files import read_json
+from ...peft import Subset
 from ..commit import write_whole
 from ..config import Run, flat, short, to_json
 from ..lock import NAME, Lock
@@ -60,13 +61,18 @@ class Sweep:
                 raise InputError(f"--{name} {getattr(self, name)}: wanted 0 or more")
         if self.run.mesh not in ((1, -1, 1), (1, 1, 1)):
             raise InputError("--mesh: a sweep lays its lanes over the devices, a lane on one; drop the flag")
-        if self.run.offload:
-            raise InputError("--offload: a sweep keeps the state of its lanes on the devices; drop the flag")
+        for name in ("offload", "wandb", "eval_every"):
+            if getattr(self.run, name):
+                raise InputError(f"--{name.replace('_', '-')}: a sweep has no such thing; drop the flag")
+        if self.run.resume not in ("never", "auto"):
+            raise InputError(f"--resume {self.run.resume}: a sweep goes on from its newest steps; take --resume alone")
+        if self.run.method != Subset() and any(text.startswith("method=") for text in self.over):
+            raise InputError("--over method=...: another method has other fields, so that those of --method would be "
+                             "lost; drop --method, and give fields as axes: --over method.rank=4")  # fmt: skip
 
     def rungs(self, steps: int) -> list[int]:
         """The steps at which all but the best stop, and the last: steps / halve^2, steps / halve, steps."""
-        eta = self.halve
-        return sorted({max(round(steps / eta**k), 1) for k in (2, 1, 0)}) if eta else [steps]
+        return [max(round(steps / self.halve**k), 1) for k in (2, 1, 0)] if self.halve else [steps]
 
 
 def sweep(args: list[str]) -> dict[str, Any]:
@@ -95,7 +101,8 @@ def sweep(args: list[str]) -> dict[str, Any]:
 def execute(plan: Sweep) -> dict[str, Any]:
     """Run a sweep, or go on with it; returns its best cell and where all are."""
     out, run = Path(plan.run.out), plan.run
-    made = cells(dataclasses.replace(run, resume="never", accept=""), plan.over, out)
+    accept = ",".join(word for word in run.accept.split(",") if word not in ("", "lock"))
+    made = cells(dataclasses.replace(run, resume="never", accept=accept), plan.over, out)
     said = {"run": json.loads(to_json(dataclasses.replace(run, out="", resume="never", accept=""))),
             "over": list(plan.over), "halve": plan.halve, "score": plan.score}  # fmt: skip
     _check_out(out, run.resume, said)
@@ -103,11 +110,12 @@ def execute(plan: Sweep) -> dict[str, Any]:
         stop = held.enter_context(Stop())
         ground = Ground()
         made = ground.settled(made)
+        work = Work(plan, ground, stop, made)
         make(out)
-        guard = held.enter_context(Lock(out, "lock" in run.accept.split(","))).check
+        work.guard = held.enter_context(Lock(out, "lock" in run.accept.split(","))).check
         if not (out / FILE).exists():
             write_whole(out / FILE, json.dumps(said, indent=1) + "\n")
-        Work(plan, ground, stop, guard).go(made)
+        work.go()
     return report(out, made)
 
 
@@ -123,7 +131,7 @@ def _check_out(out: Path, resume: str, said: dict[str, Any]) -> None:
     if not (out / FILE).exists():
         raise InputError(f"--resume: {out} holds no sweep (it has {', '.join(held[:3])}); correct --out")
     then, now = flat(read_json(out / FILE)), flat(said)
-    for key in sorted(now):
-        if then.get(key) != now[key] and key not in FREELY:
-            raise InputError(f"--resume: {key} is {short(now[key])}, the sweep in {out} began with "
+    for key in sorted({*then, *now}):
+        if then.get(key) != now.get(key) and key not in FREELY and not key.startswith("lanes"):
+            raise InputError(f"--resume: {key} is {short(now.get(key))}, the sweep in {out} began with "
                              f"{short(then.get(key))}; put that back, or take another --out")  # fmt: skip

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 
 import jax
 
+from ... import InputError
 from ...model.hf_files import read_json
 from .. import faults
 from ..commit import write_whole
 from ..evaluate import longest_answer, outputs
+from ..health import must_be_finite
 from ..loop import rank
 from ..outcome import evaluate, noted, summary
 from ..progress import clock, console
@@ -30,17 +33,22 @@ FILE = "sweep.json"
 class Work:
     """A sweep under way."""
 
-    def __init__(self, sweep: Any, ground: Ground, stop: Stop, guard: Any):
-        self.sweep, self.ground, self.stop, self.guard = sweep, ground, stop, guard
+    def __init__(self, sweep: Any, ground: Ground, stop: Stop, made: list[Cell]):
+        """Finds the programs, and says them. Writes nothing."""
+        self.sweep, self.ground, self.stop, self.made = sweep, ground, stop, made
         self.out, self.devices = Path(sweep.run.out), jax.devices()
+        self.guard: Any = lambda: None  # raises if another process writes here now
         self.seconds, self.since, self.taken, self.left = 0.0, 0.0, 0, 0  # in steps; lane-steps done here, and to do
+        self.groups, apart = groups(made, ground.model)
+        if sweep.halve and not all(ground.rows(cell.run)[2] for cell in made):
+            raise InputError("--halve: the task has no validation rows that fit into --data.T, so that nothing says "
+                             "which cells are the best; drop the flag, or give such rows")  # fmt: skip
+        announce(self.groups, apart, len(made))
 
-    def go(self, made: list[Cell]) -> None:
+    def go(self) -> None:
         """All cells to their end, or to the rung at which they stop."""
-        found, apart = groups(made, self.ground.model)
-        announce(found, apart, len(made))
-        most, alive = self._at_once(found), {cell.number for cell in made}
-        for rung in range(len(self.sweep.rungs(1 << 20))):
+        found, most, alive = self.groups, self._at_once(), {cell.number for cell in self.made}
+        for rung in range(len(self.sweep.rungs(1))):
             ends = [self.sweep.rungs(group.run.steps)[rung] for group in found]
             before = [self.sweep.rungs(group.run.steps)[rung - 1] if rung else 0 for group in found]
             parts = [[i for i, cell in enumerate(g.cells) if cell.number in alive] for g in found]
@@ -49,27 +57,27 @@ class Work:
                 K = balanced(len(part), lanes, len(self.devices)) if part else 1
                 for at in range(0, len(part), K):
                     self.advance(group, part[at : at + K], K, until)
-                    write(self.out, made)
-            alive = self._best(made, alive, rung)
+                    write(self.out, self.made)
+            alive = self._best(alive, rung)
 
-    def _at_once(self, found: list[Group]) -> list[int]:
+    def _at_once(self) -> list[int]:
         """How many lanes of each group at once: what sweep.json says, so that a resumed sweep is the same programs."""
         said = read_json(self.out / FILE)
         if "lanes" not in said:
-            said["lanes"] = [at_once(group, self.ground, self.sweep.lanes, self.devices) for group in found]
+            said["lanes"] = [at_once(group, self.ground, self.sweep.lanes, self.devices) for group in self.groups]
             write_whole(self.out / FILE, json.dumps(said, indent=1) + "\n")
         return said["lanes"]
 
-    def _best(self, made: list[Cell], alive: set[int], rung: int) -> set[int]:
-        """The cells that go on after a rung: those with the least loss there."""
+    def _best(self, alive: set[int], rung: int) -> set[int]:
+        """The cells that go on after a rung: those with the least validation loss there."""
         if not self.sweep.halve:
             return alive
         losses = {}
-        for cell in made:
+        for cell in self.made:
             if cell.number in alive and not diverged(cell):
                 at = self.sweep.rungs(cell.run.steps)[rung]
-                losses[cell.number] = rank(noted(Path(cell.run.out), at))
-        order = sorted(losses, key=lambda n: (losses[n] is None, losses[n], n))
+                losses[cell.number] = noted(Path(cell.run.out), at).get("valid_loss", math.nan)
+        order = sorted(losses, key=lambda n: (not math.isfinite(losses[n]), losses[n], n))
         return set(order[: max(len(alive) // self.sweep.halve, 1)])
 
     def advance(self, group: Group, which: list[int], K: int, until: int) -> None:
@@ -86,12 +94,15 @@ class Work:
                 with quiet(lane is not lanes[0]):
                     lane.begin(at)
                 held.callback(lane.close)
+                if lane.log and not noted(lane.folder, 0):
+                    lane.log.write({"step": 0, **self.ground.before(lane.run)})
             stack, i = None, at
-            if at < until:
+            if at < until and not all(lane.dead for lane in lanes):
                 stack = Stack(group, which, [lane.phase for lane in lanes], K, self.devices, self.ground)
                 i = self.steps(lanes, stack, at, until)
             self.save(lanes, stack, i, until)
-        if i < until:
+            self.stop.rest()
+        if i < until and not all(lane.dead for lane in lanes):
             console.print(f"stopped at step {i} of {until} of cells {chosen[0].number}-{chosen[-1].number}, saved; "
                           "go on with --resume", soft_wrap=True)  # fmt: skip
             raise Stopped
@@ -99,12 +110,14 @@ class Work:
     def steps(self, lanes: list[Lane], stack: Stack, at: int, until: int) -> int:
         """Steps at + 1 to `until`, or to where a signal ends them; returns the last."""
         run, pending, i = lanes[0].run, [], at
+        if self.stop.asked:  # before this loop: it has no step to end with
+            raise Stopped
         self.stop.begin(at)
-        self.since = time.perf_counter()
+        self.clock(lanes)
         while i < until:
             for lane in lanes:
                 lane.checkpoints.check()
-            if not self.stop.may(i + 1):
+            if self.stop.asked or not self.stop.may(i + 1) or all(lane.dead for lane in lanes):
                 break
             i += 1
             faults.at("step", i)
@@ -116,11 +129,18 @@ class Work:
             if saves:
                 self.take(lanes, stack, pending)
                 self.save(lanes, stack, i, until)
-                self.since = time.perf_counter()
-        if i < until:
+                self.clock(lanes)
+        if pending:
             self.take(lanes, stack, pending)
             self.log(lanes, i, until)
         return i
+
+    def clock(self, lanes: list[Lane]) -> None:
+        """Rates count from now on: what was before is no step."""
+        self.since = time.perf_counter()
+        for lane in lanes:
+            if lane.log:
+                lane.log.last = self.since
 
     def take(self, lanes: list[Lane], stack: Stack, pending: list[Any]) -> None:
         """Give each lane what the steps since the last time gave; one transfer for all."""
@@ -151,16 +171,23 @@ class Work:
     def save(self, lanes: list[Lane], stack: Stack | None, i: int, until: int) -> None:
         """Each living lane's checkpoint; at `until` with what it is worth."""
         for lane, state in zip(lanes, stack.split_up() if stack else [lane.phase.state for lane in lanes], strict=True):
-            if lane.dead:
+            if lane.dead or (stack is None and reached(lane.cell) >= until):
                 continue
-            lane.phase.state = state
-            found = self.judged(lane) if i == until else {}
-            if found:
+            lane.phase.state = jax.device_put(state, self.ground.whole)
+            try:
+                must_be_finite(lane.phase.state.trainable, i, lane.run)
+            except InputError as error:
+                lane.die(str(error))
+                console.print(f"cell {lane.cell.number} ({lane.cell.name}) diverged: {error}", soft_wrap=True)
+                continue
+            before = noted(lane.folder, i) if stack is None else {}  # killed behind the last save
+            found = before or (self.judged(lane) if i == until else {})
+            if found and not before:
                 lane.log.write({"step": i, **found})
             lane.course.save(rank(found))
             if i == until:
                 lane.checkpoints.wait()
-                said = summary(lane.phase, lane.folder, self.ground.before(lane.run), found, cost(stack))
+                said = summary(lane.phase, lane.folder, self.ground.before(lane.run), found, cost(stack, len(lanes)))
                 said |= {"status": "done" if i == lane.run.steps else "stopped", "steps": i}
                 write_whole(lane.folder / "summary.json", json.dumps(said, indent=1) + "\n")
             lane.phase.state = None  # type: ignore[assignment]  # the stack has it
@@ -168,8 +195,8 @@ class Work:
     def judged(self, lane: Lane) -> dict[str, Any]:
         """A lane's losses; at its end also the score of validation rows."""
         found, phase = evaluate(lane.phase, score=False), lane.phase
-        if self.sweep.score and lane.course.done == lane.run.steps:
-            rows = (phase.task.valid or phase.task.test)[: self.sweep.score]
+        if self.sweep.score and phase.task.valid and lane.course.done == lane.run.steps:
+            rows = phase.task.valid[: self.sweep.score]
             bound = phase.method.bind(phase.frozen, phase.state.trainable)
             args = (phase.model, bound, phase.method.context(phase.state.trainable))
             answers = outputs(*args, phase.tokenizer, rows, longest_answer(rows, phase.tokenizer))
@@ -177,11 +204,10 @@ class Work:
         return found
 
 
-def cost(stack: Stack | None) -> dict[str, Any]:
-    """What the compiler says of a stack's program."""
-    if stack is None:
-        return {}
-    return {"step_peak_bytes": stack.peak, "compile_seconds": round(stack.seconds, 2), "lanes": stack.K}
+def cost(stack: Stack | None, lanes: int) -> dict[str, Any]:
+    """What the compiler says of a stack's program, and how many cells share its steps."""
+    made = {"step_peak_bytes": stack.peak, "compile_seconds": round(stack.seconds, 2)} if stack else {}
+    return made | {"lanes": lanes}
 
 
 @contextlib.contextmanager
