@@ -1,6 +1,6 @@
 """LoRA: low-rank updates of matrices and tables (arXiv:2106.09685)."""
 
-import dataclasses
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Self
 
@@ -10,7 +10,7 @@ from jax import Array
 
 from ..model import Weight
 from .base import Method
-from .targets import Target, by_value, dropout, each_layer, layer_keys, layer_values, on, seeded, targets, uniform, wrap
+from .targets import Target, by_value, dropout, each_layer, layer_keys, layer_values, seeded, targets, uniform, wrap
 
 
 class LoRAWeight(Weight):
@@ -26,7 +26,6 @@ class LoRAWeight(Weight):
         return x @ self.w + (self.dropped(x) @ self.a) @ self.b
 
     def dropped(self, x: Array) -> Array:
-        """x, or what dropout leaves of it."""
         return x if self.seed is None else dropout(x, self.seed, self.dropout)
 
     def __getitem__(self, ids: Array) -> Array:
@@ -62,25 +61,20 @@ class LoRA(Method):
         return {t.key: each_layer(t, partial(one, t=t, rank=r), layer_keys(key, t, "a")) for t, r in found}
 
     def scale(self, rank: int, alpha: Any) -> Any:
-        """What A B is multiplied by."""
         return alpha / rank
 
     def factor(self, params: Any, key: str, arrays: dict[str, Array]) -> Any:
         """What B of one key is multiplied by: a number, or [L, 1, 1] where its layers differ."""
-        alpha = layer_values(self.alphas, self.alpha, params, key, "alpha rule")
-        return self.scale(arrays["b"].shape[-2], alpha)
+        return self.scale(arrays["b"].shape[-2], layer_values(self.alphas, self.alpha, params, key, "alpha rule"))
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
         scaled = {key: t | {"b": self.factor(params, key, t) * t["b"]} for key, t in trainable.items()}
         return wrap(params, scaled, self.weight, m=jnp.nan)
 
     def noisy(self, params: Any, trainable: Any, key: Array) -> dict[str, Any]:
-        bound = self.bind(params, trainable)
-        return seeded(bound, trainable, key, self.dropout) if on(self.dropout) else bound
+        return seeded(self.bind(params, trainable), trainable, key, self.dropout)
 
-    def padded(self, largest: Self) -> Method | None:
-        """A row of zeros of B against a column of zeros of A: neither ever has a gradient."""
-        if self.ranks or self.alphas or largest != dataclasses.replace(self, rank=largest.rank):
+    def padded(self, largest: Self) -> Method | None:  # zeros of A against zeros of B: neither has a gradient
+        if self.ranks or self.alphas or largest != replace(self, rank=largest.rank):
             return None
-        alpha = self.alpha * self.scale(self.rank, 1.0) / self.scale(largest.rank, 1.0)
-        return dataclasses.replace(largest, alpha=alpha)
+        return replace(largest, alpha=self.alpha * self.scale(self.rank, 1.0) / self.scale(largest.rank, 1.0))

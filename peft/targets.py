@@ -155,7 +155,10 @@ def on(number: Any) -> bool:
 
 
 def seeded(bound: Any, trainable: dict[str, Any], key: Array, rate: Any) -> dict[str, Any]:
-    """The bound base with a seed in each weight that the method has arrays for, so that it drops a part of its x."""
+    """The bound base with a seed in each weight that the method has arrays for, so that it drops a part of its x; as it
+    is where the rate is 0."""
+    if not on(rate):
+        return bound
     flat, touched = named(bound), {cut_key(k)[0] for k in trainable}
     seeds = {path: layer_seeds(key, path, flat[path]) for path in touched}
     rates = {p: jnp.broadcast_to(jnp.float32(rate), s.shape[:-1]) for p, s in seeds.items()}
