@@ -86,13 +86,14 @@ def floors(task: Task) -> dict[str, float]:
 
 
 def file_task(path: Path | str, fraction: float, seed: int = 0, bad: Bad = STRICT) -> Task:
-    """A user's rows: `fraction` of the prompts, by hash, are valid; there is no test part. Score: exact match.
+    """A user's rows: `fraction` of the prompts, by hash, are held out, half of them to choose by (valid) and half to
+    judge on (test); if they are too few for both, all are valid. Score: exact match.
 
     InputError: a bad row, unless `bad` says otherwise, or nothing left on one side.
     """
     if not 0 < fraction < 1:
         raise InputError(f"validation fraction {fraction}: a number between 0 and 1 is wanted")
-    parts: dict[bool, list[Row]] = {False: [], True: []}
+    parts: dict[str, list[Row]] = {"train": [], "valid": [], "test": []}
     for where, row in source_rows(str(path), bad):
         with bad:
             turns = messages(row, where, bad)
@@ -101,16 +102,21 @@ def file_task(path: Path | str, fraction: float, seed: int = 0, bad: Bad = STRIC
                 raise InputError(f"{where}: {said}; a reply by assistant is wanted, add one or drop the row")
             pair = len(turns) == 2 and turns[0]["role"] == "user"
             prompt = turns[0]["content"] if pair else turns[:-1]
-            held = is_held_out(f"{seed}/{json.dumps(prompt)}", fraction)  # by prompt: its repetitions stay on one side
-            parts[held].append({"prompt": prompt, "completion": turns[-1]["content"], "where": where})
-    train, dropped = drop_leaks(parts[False], parts[True], _words)
-    for found, name in ((train, "training"), (parts[True], "validation")):
+            said = f"{seed}/{json.dumps(prompt)}"  # by prompt: its repetitions stay on one side
+            part = ("test" if is_held_out(f"test/{said}", 0.5) else "valid") if is_held_out(said, fraction) else "train"
+            parts[part].append({"prompt": prompt, "completion": turns[-1]["content"], "where": where})
+    valid, test = parts["valid"], parts["test"]
+    train, dropped = drop_leaks(parts["train"], valid + test, _words)
+    valid, leaked = drop_leaks(valid, test, _words)
+    if not valid or not test:
+        valid, test = valid + test, []
+    for found, name in ((train, "training"), (valid, "validation")):
         if not found:
             bad.settle()
-            total = len(parts[False]) + len(parts[True])
+            total = sum(map(len, parts.values()))
             raise InputError(f"{path}: {total} rows leave none for {name} at fraction {fraction}; give more rows")
     score = lambda rows, outputs: {"exact_match": exact_match(rows, outputs)}  # noqa: E731
-    return Task(Path(path).stem, train, parts[True], [], score, None, dropped)
+    return Task(Path(path).stem, train, valid, test, score, None, dropped + leaked)
 
 
 def _lazy(module: str, name: str) -> Callable[[Path], Task]:

@@ -8,7 +8,7 @@ import sys
 from graftax.train import cli, loop
 from graftax.train.checkpoint import Checkpoints
 
-die, compile_, save = int(os.environ["DIE"]), loop._compile, Checkpoints.save
+die, compile_, save = int(os.environ["DIE"]), loop.compile_step, Checkpoints.save
 
 
 def compiled(phase):
@@ -22,6 +22,6 @@ def compiled(phase):
     return step, cost
 
 
-loop._compile = compiled
+loop.compile_step = compiled
 Checkpoints.save = lambda self, *args: (save(self, *args), self.wait())
 cli.main(sys.argv[1:])

@@ -23,7 +23,7 @@ CASES = ["pretrain", "full", "lora", "prompt"]
 @pytest.fixture(scope="session", autouse=True)
 def programs():
     """The step of a run is compiled once for all of its lives."""
-    real, kept = loop._compile, {}
+    real, kept = loop.compile_step, {}
     same = {"out": "", "resume": "never", "accept": "", "save_every": 0, "keep": 1, "max_bad": 0, "verify": "full"}
 
     def compile_(phase):
@@ -32,9 +32,9 @@ def programs():
             kept[key] = real(phase)
         return kept[key]
 
-    loop._compile = compile_
+    loop.compile_step = compile_
     yield kept
-    loop._compile = real
+    loop.compile_step = real
 
 
 @pytest.fixture(scope="session")

@@ -145,13 +145,15 @@ def test_file_task(tmp_path):
     rows[-1]["messages"].append({"role": "assistant", "content": "z"})
     path = write(tmp_path / "mine.jsonl", rows)
     task = file_task(path, 0.3, 1)
-    assert len(task.train) + len(task.valid) == 201
-    assert not {str(r["prompt"]) for r in task.train} & {str(r["prompt"]) for r in task.valid}
+    assert len(task.train) + len(task.valid) + len(task.test) == 201
+    prompts = [{str(r["prompt"]) for r in part} for part in (task.train, task.valid, task.test)]
+    assert all(prompts)
+    assert len(set.union(*prompts)) == sum(map(len, prompts)), "no prompt is in two parts"
     shuffled = file_task(write(tmp_path / "other.jsonl", rows[::-1]), 0.3, 1)
     assert {r["completion"] for r in shuffled.valid} == {r["completion"] for r in task.valid}
     assert {r["completion"] for r in file_task(path, 0.3, 2).valid} != {r["completion"] for r in task.valid}
     assert task.score(task.valid, ["no"] * len(task.valid)) == {"exact_match": 0.0}
-    chat = next(r for r in task.train + task.valid if isinstance(r["prompt"], list))
+    chat = next(r for r in task.train + task.valid + task.test if isinstance(r["prompt"], list))
     assert (len(chat["prompt"]), chat["completion"], chat["where"]) == (3, "z", f"{path}:201")
     assert next(task.pairs("train"))[0].startswith(f"{path}:")
 

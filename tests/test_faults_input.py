@@ -128,7 +128,7 @@ def test_repairs_are_what_they_say(tok, tmp_path):
     found = [row for _, row in rows(str(write(tmp_path / "a.jsonl", lines)), Bad("replace"))]
     assert found[0]["prompt"] == "caf\ufffd"
     task = file_task(write(tmp_path / "b.jsonl", [*good(), *lines[1:]]), 0.2, 0, Bad("replace", 1))
-    replies = {row["completion"] for row in task.train + task.valid}
+    replies = {row["completion"] for row in task.train + task.valid + task.test}
     assert {"b \ufffd", "4"} <= replies
     long = sft_rows([("f:1", {"prompt": "a", "completion": "b " * 99})], tok, 32, 0, bad=Bad("replace", 1))
     assert long.tokens == 32

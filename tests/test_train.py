@@ -94,7 +94,7 @@ def test_a_run_directory_holds_what_is_promised(base):
 
 def kill_at(monkeypatch, step):
     """Let the run die at the beginning of a step, with the save before it complete."""
-    real, save = loop._compile, Checkpoints.save
+    real, save = loop.compile_step, Checkpoints.save
     monkeypatch.setattr(Checkpoints, "save", lambda self, *args: (save(self, *args), self.wait()))
 
     def compiled(phase):
@@ -107,7 +107,7 @@ def kill_at(monkeypatch, step):
 
         return dying, cost
 
-    monkeypatch.setattr(loop, "_compile", compiled)
+    monkeypatch.setattr(loop, "compile_step", compiled)
 
 
 @pytest.mark.parametrize(

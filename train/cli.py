@@ -138,10 +138,8 @@ def _plan(args: list[str]) -> Any:
     return plan(args)
 
 
-def _sweep(args: list[str]) -> Any:
-    from .experiments.sweep import sweep
-
-    return sweep(args)
+def _experiment(name: str) -> Callable[[list[str]], Any]:
+    return lambda args: getattr(importlib.import_module(f".experiments.{name}", __package__), name)(args)
 
 
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], Any]]] = {
@@ -155,7 +153,14 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], Any]]] = {
         _train("finetune"),
     ),
     "plan": ("what a run needs, before it runs: graftax plan sft --base llama-3.1-8b --topology v5e:4x4", _plan),
-    "sweep": ("many variations of a fine-tune at once: graftax sweep sft --base RUN --over optim.lr=1e-3,3e-3", _sweep),
+    "sweep": (
+        "many variations of a fine-tune at once: graftax sweep sft --base RUN --over optim.lr=1e-3,3e-3",
+        _experiment("sweep"),
+    ),
+    "compare": (
+        "methods on one ground, with what noise lets one say: graftax compare --base RUN --task T --methods lora,ia3",
+        _experiment("compare"),
+    ),
     "eval": ("held-out loss and a task's score of a run: graftax eval RUN", _lazy("Eval")),
     "generate": ("text from a run or a Hugging Face model: graftax generate RUN --prompt TEXT", _lazy("Generate")),
     "merge": ("fold an adapter into its base, and check: graftax merge RUN --out FOLDER", _lazy("Merge", "export")),

@@ -101,9 +101,15 @@ def one_row(ids: Sequence[int], weights: Sequence[float], T: int) -> dict[str, n
     return row
 
 
+def evenly(rows: Sequence[Any], n: int = 0) -> list[Any]:
+    """At most n of the rows (0: all), evenly out of all of them: they may be sorted by their answers."""
+    n = min(n or len(rows), len(rows))
+    return [rows[i * len(rows) // n] for i in range(n)]
+
+
 def scored(task: Any, rows: int = 0) -> list[dict[str, Any]]:
-    """The rows a task is scored on, at most `rows` (0: all): its test, or the validation rows of a file of examples."""
-    return (task.test or task.valid)[: rows or None]
+    """The rows a task is scored on, at most `rows` (0: all): its test, or its validation rows where it has none."""
+    return evenly(task.test or task.valid, rows)
 
 
 def longest_answer(rows: Sequence[dict[str, Any]], tokenizer: Any) -> int:

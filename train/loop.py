@@ -72,7 +72,7 @@ def _go(phase: Phase, folder: Path, loop: "Course", stop: Stop) -> dict[str, Any
     begins = run.phase == "finetune" and not first and not before
     before = evaluate(phase, run.score_base) if begins else before
     faults.at("compile")
-    step, cost = _compile(phase)
+    step, cost = compile_step(phase)
     found = {} if first < run.steps else outcome.noted(folder, first)
     late = {} if first < run.steps or found else evaluate(phase)  # it was killed behind the last save
     stop.begin(first)
@@ -184,7 +184,7 @@ def row_sum(places: np.ndarray, rows: np.ndarray) -> int:
     return sum(int.from_bytes(hashlib.sha256(pair.tobytes()).digest(), "big") for pair in pairs)
 
 
-def _compile(phase: Phase) -> tuple[Any, dict[str, Any]]:
+def compile_step(phase: Phase) -> tuple[Any, dict[str, Any]]:
     """The compiled step, and what the compiler says of its time and memory."""
     began = time.perf_counter()
     lowered, options = lower(phase)

@@ -65,3 +65,12 @@ def sft() -> Run:
         data=Data(T=192, batch=8, held_out=0.1),
         optim=Optim(lr=1e-3),
     )
+
+
+@recipe
+def trial() -> Run:
+    """A short fine-tune, as `compare` and `decide` make many of: evaluated on few tokens, scored on 400 rows."""
+    run = sft()
+    return dataclasses.replace(
+        run, out="runs/trial", eval_rows=400, eval_tokens=4096, score_base=False, tensorboard=False
+    )

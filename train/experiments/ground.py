@@ -1,6 +1,7 @@
 """What cells stand on: bases and rows, each read once for all of them, and a phase of each cell."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from ... import InputError
 from ...model import Context, Transformer
 from ...model.sharding import make_mesh, put_batch
+from ..checkpoint import Checkpoints
 from ..config import Run, to_json
 from ..evaluate import held_out_losses, mean_loss
 from ..inputs import check_lengths, tuning_rows, validation_rows
@@ -94,6 +96,14 @@ class Ground:
         if self._frozen is None or self._frozen[0] != run.method or self._frozen[1][0] is not params:
             self._frozen = run.method, (params, run.method.freeze(params))
         return self._frozen[1][1]
+
+    def tuned(self, run: Run) -> Any:
+        """(model, bound parameters, context) of a cell that is done."""
+        model, params = self.model(run)
+        like = jax.eval_shape(lambda: run.method.init(jax.random.key(0), params))
+        with Checkpoints(Path(run.out) / "checkpoints") as checkpoints:
+            trainable = checkpoints.restore(run.steps, "trainable", like, None, run.verify)
+        return model, run.method.bind(params, trainable), run.method.context(trainable)
 
     def before(self, run: Run) -> dict[str, float]:
         """What the base alone has: its loss on its own held-out rows, and on the task's validation rows."""

@@ -8,6 +8,7 @@ by itself, as any run.
 import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from ..config import Run, flat, short, to_json
 from ..lock import NAME, Lock
 from ..outcome import make
 from ..stop import Stop
-from .cells import cells
+from .cells import Cell, cells
 from .ground import Ground
 from .results import report
 from .work import FILE, Work
 
 FREELY = ("run.log_every", "run.save_every", "run.keep", "run.tensorboard", "run.verify")  # may change on --resume
+CHOSEN = ("lanes", "steps")  # written beside what was asked for
 HELP = """graftax sweep RECIPE --over FIELD=VALUES ... [flags of graftax finetune]: many variations, as few programs
 
 Example: graftax sweep sft --base runs/five --data.task snips --data.root DATA --method lora \\
@@ -100,27 +102,46 @@ def sweep(args: list[str]) -> dict[str, Any]:
 
 def execute(plan: Sweep) -> dict[str, Any]:
     """Run a sweep, or go on with it; returns its best cell and where all are."""
-    out, run = Path(plan.run.out), plan.run
-    accept = ",".join(word for word in run.accept.split(",") if word not in ("", "lock"))
-    made = cells(dataclasses.replace(run, resume="never", accept=accept), plan.over, out)
-    said = {"run": json.loads(to_json(dataclasses.replace(run, out="", resume="never", accept=""))),
-            "over": list(plan.over), "halve": plan.halve, "score": plan.score}  # fmt: skip
-    _check_out(out, run.resume, said)
+    run = plan.run
+    made = cells(plain(run), plan.over, Path(run.out))
     with contextlib.ExitStack() as held:
         stop = held.enter_context(Stop())
-        ground = Ground()
-        made = ground.settled(made)
-        work = Work(plan, ground, stop, made)
-        make(out)
-        work.guard = held.enter_context(Lock(out, "lock" in run.accept.split(","))).check
-        if not (out / FILE).exists():
-            write_whole(out / FILE, json.dumps(said, indent=1) + "\n")
+        made = carry_out(plan, made, Ground(), stop)
+    return report(Path(run.out), made)
+
+
+def plain(run: Run) -> Run:
+    """The run that cells are made of: what is said of the folder of all of them is not theirs."""
+    accept = ",".join(word for word in run.accept.split(",") if word not in ("", "lock"))
+    return dataclasses.replace(run, resume="never", accept=accept)
+
+
+def carry_out(plan: Sweep, made: list[Cell], ground: Ground, stop: Stop) -> list[Cell]:
+    """All cells of a sweep to their ends, in its folder, with all said that their runs needed."""
+    out, run = Path(plan.run.out), plan.run
+    said = {"run": json.loads(to_json(dataclasses.replace(run, out="", resume="never", accept=""))),
+            "over": list(plan.over), "halve": plan.halve, "score": plan.score}  # fmt: skip
+    check_out(out, run.resume, said, FILE, "sweep")
+    made = ground.settled(made)
+    work = Work(plan, ground, stop, made)
+    with opened(out, run, said, FILE) as work.guard:
         work.go()
-    return report(out, made)
+    return made
 
 
-def _check_out(out: Path, resume: str, said: dict[str, Any]) -> None:
-    """InputError for a folder that is not this sweep's."""
+@contextlib.contextmanager
+def opened(out: Path, run: Run, said: dict[str, Any], file: str) -> Iterator[Any]:
+    """The folder of an experiment, with the file that says what it is, while no other process writes in it; gives what
+    raises if one does."""
+    make(out)
+    with Lock(out, "lock" in run.accept.split(",")) as lock:
+        if not (out / file).exists():
+            write_whole(out / file, json.dumps(said, indent=1) + "\n")
+        yield lock.check
+
+
+def check_out(out: Path, resume: str, said: dict[str, Any], file: str, what: str) -> None:
+    """InputError for a folder that does not hold this sweep, or whatever `file` makes of it."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; give a folder")
     held = sorted(p.name for p in out.iterdir() if p.name != NAME) if out.exists() else []
@@ -128,10 +149,10 @@ def _check_out(out: Path, resume: str, said: dict[str, Any]) -> None:
         return
     if resume == "never":
         raise InputError(f"--out {out} is not an empty folder; take another, or go on with --resume")
-    if not (out / FILE).exists():
-        raise InputError(f"--resume: {out} holds no sweep (it has {', '.join(held[:3])}); correct --out")
-    then, now = flat(read_json(out / FILE)), flat(said)
+    if not (out / file).exists():
+        raise InputError(f"--resume: {out} holds no {what} (it has {', '.join(held[:3])}); correct --out")
+    then, now = flat(read_json(out / file)), flat(said)
     for key in sorted({*then, *now}):
-        if then.get(key) != now.get(key) and key not in FREELY and not key.startswith("lanes"):
-            raise InputError(f"--resume: {key} is {short(now.get(key))}, the sweep in {out} began with "
+        if then.get(key) != now.get(key) and key not in FREELY and not key.startswith(CHOSEN):
+            raise InputError(f"--resume: {key} is {short(now.get(key))}, the {what} in {out} began with "
                              f"{short(then.get(key))}; put that back, or take another --out")  # fmt: skip

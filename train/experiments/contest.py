@@ -1,0 +1,171 @@
+"""A comparison under way: costs, then rates on seed 0, then more seeds at the best rate, then the test."""
+
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ... import InputError
+from ...model import Context
+from ...model.hf_files import read_json
+from ...peft import Method, Subset
+from ..bench.peer import threads
+from ..bench.table import cpu
+from ..checkpoint import Checkpoints, versions
+from ..commit import write_whole
+from ..config import Run, from_json
+from ..lineage import code, values
+from ..progress import clock, console
+from ..stop import Stop, Stopped
+from .cells import Cell
+from .costs import costs
+from .exam import Exam
+from .ground import Ground
+from .ledger import Ledger, Line
+from .results import diverged, told
+from .sweep import Sweep, carry_out
+
+FILE = "compare.json"
+LEAST = 20  # steps that a budget must leave for a training
+SPARE = 0.85  # part of a budget that is planned with
+
+
+class Contest:
+    """What is compared, and what is known of it."""
+
+    def __init__(self, plan: Any, methods: dict[str, Method], exams: list[Exam], ground: Ground, stop: Stop):
+        self.plan, self.methods, self.exams, self.ground, self.stop = plan, methods, exams, ground, stop
+        self.out = Path(plan.run.out)
+        self.ledger = Ledger(self.out / "results.jsonl")
+
+    def prepare(self, command: str) -> None:
+        """What is compared, what the base does untuned, and what a step of each method costs."""
+        plan, ledger, base = self.plan, self.ledger, self.ground.base(self.plan.run)
+        size = sum(x.size for x in jax.tree.leaves(base.base))
+        if not ledger.lines:
+            tasks = {e.name: {"metric": e.metric, "rows": len(e.rows), "shown": e.shown()} for e in self.exams}
+            ledger.add({
+                "kind": "setup", "command": command, "date": time.strftime("%Y-%m-%d"), "base": plan.run.base,
+                "fingerprint": base.fingerprint, "parameters": size, "tasks": tasks,
+                "methods": list(plan.methods), "factors": list(plan.factors), "seeds": plan.seeds,
+                "rows": [plan.run.data.batch, plan.run.data.T], "rate": plan.run.optim.lr,
+                "machine": f"{threads()} cores, {cpu()}", "versions": versions(), "code": code(),
+            })  # fmt: skip
+        for exam in self.exams:
+            if not ledger.find(kind="base", task=exam.name):
+                console.print(f"{exam.label}: {len(exam.rows)} test rows by the base as it is", soft_wrap=True)
+                began, run = time.perf_counter(), plan.run_of(exam.name, Subset(), 1.0)
+                before = self.ground.before(run)
+                if "valid_loss" not in before:
+                    raise InputError(f"--task {exam.name}: no validation row fits into --data.T {run.data.T}, so that "
+                                     "nothing chooses a rate; raise it, or give such rows")  # fmt: skip
+                evaluating = time.perf_counter() - began
+                sheet = exam.timed((*self.ground.model(run), Context()))
+                ledger.add({"kind": "base", "task": exam.name, **before, **sheet, "evaluating": evaluating})
+        first = self.exams[0].name
+        if missing := {n: plan.run_of(first, m, 1.0) for n, m in self.methods.items()
+                       if not ledger.find(kind="cost", method=n)}:  # fmt: skip
+            console.print(f"costs of {len(missing)} methods, a step each in turns")
+            for line in costs(missing, self.ground):
+                ledger.add(line)
+
+    def steps(self, began: float) -> int:
+        """The steps of a training: what --steps says, or what the budget leaves."""
+        plan, path = self.plan, self.out / FILE
+        if plan.run.steps:
+            return plan.run.steps
+        said = read_json(path)
+        if "steps" not in said:
+            cells = len(plan.factors) + plan.seeds - 1
+            lines = [self.ledger.find(kind="base", task=exam.name)[0] for exam in self.exams]
+            costs = [self.ledger.find(kind="cost", method=name)[0] for name in plan.methods]
+            fixed = len(costs) * sum(cells * line["evaluating"] + plan.seeds * line["seconds"] for line in lines)
+            fixed += 3 * sum(line["compile_seconds"] for line in costs) + time.monotonic() - began
+            a_step = cells * len(lines) * sum(line["seconds"] for line in costs)
+            steps = math.floor((plan.budget * 60 * SPARE - fixed) / a_step)
+            if steps < LEAST:
+                need = math.ceil((fixed + LEAST * a_step) / 60 / SPARE)
+                raise InputError(f"--budget {plan.budget:g}: {len(costs) * len(lines) * cells} trainings of {LEAST} "
+                                 f"steps, with what they are evaluated and scored on, need about {need} minutes; give "
+                                 "more, or fewer methods, tasks, seeds, or rows")  # fmt: skip
+            said["steps"] = steps
+            write_whole(path, json.dumps(said, indent=1) + "\n")
+            console.print(f"--budget {plan.budget:g}: {steps} steps a training, {clock(fixed)} for all else")
+        return said["steps"]
+
+    def train(self, steps: int) -> None:
+        """Both sweeps; a line for each cell of the first, and for each seed's run of the second."""
+        made = [(exam.name, name, factor, 0) for name in self.methods for exam in self.exams
+                for factor in self.plan.factors]  # fmt: skip
+        for (task, name, factor, _), cell in zip(made, self._sweep("search", made, steps), strict=True):
+            if not self.ledger.find(kind="search", task=task, method=name, factor=factor):
+                self.ledger.add({"kind": "search", "task": task, "method": name, "factor": factor, **_found(cell)})
+        best = {(e.name, name): chosen(self.ledger.lines, e.name, name) for name in self.methods for e in self.exams}
+        more = [(task, name, line["factor"], seed) for (task, name), line in best.items() if line
+                for seed in range(1, self.plan.seeds)]  # fmt: skip
+        runs = {(*pair, 0): line for pair, line in best.items() if line}
+        for (task, name, _, seed), cell in zip(more, self._sweep("seeds", more, steps) if more else [], strict=True):
+            runs[task, name, seed] = _found(cell)
+        self.runs = {key: runs[key] for key in sorted(runs, key=lambda k: (list(self.methods).index(k[1]), k))}
+
+    def _sweep(self, stage: str, made: list[Any], steps: int) -> list[Cell]:
+        """The cells of a sweep of its own, done."""
+        out, cells = self.out / stage, []
+        for n, (task, name, factor, seed) in enumerate(made):
+            run = self.plan.run_of(task, self.methods[name], factor, seed, steps)
+            values = {"data.task": task, "method": name, "optim.lr": f"{run.optim.lr:g}", "seed": str(seed)}
+            cells.append(Cell(n, values, dataclasses.replace(run, out=str(out / "cells" / f"{n:03d}"))))
+        shared = dataclasses.replace(self.plan.run, out=str(out), steps=steps)
+        shared = dataclasses.replace(shared, resume="auto" if out.exists() else "never")
+        console.print(f"{stage}: {len(cells)} trainings of {steps} steps")
+        return carry_out(Sweep(shared, (), lanes=self.plan.lanes), cells, self.ground, self.stop)
+
+    def test(self) -> None:
+        """Each chosen run's answers to the test."""
+        left = [key for key in self.runs if not self._tested(*key)]
+        began = time.monotonic()
+        for i, (task, name, seed) in enumerate(left):
+            if self.stop.asked:
+                raise Stopped
+            line, exam = self.runs[task, name, seed], next(e for e in self.exams if e.name == task)
+            kept = {k: line[k] for k in line if k not in ("kind", "factor")}
+            row = {"kind": "test", "task": task, "method": name, "seed": seed, **kept}
+            if line["status"] == "done":
+                row |= exam.timed(self.ground.tuned(self._run_of(line["folder"])))
+            self.ledger.add(row)
+            rest = (time.monotonic() - began) / (i + 1) * (len(left) - i - 1)
+            said = f"{exam.metric} {row['score']:.4f}" if "score" in row else line["status"]
+            console.print(f"test {i + 1}/{len(left)}: {exam.label} {name} seed {seed}: {said} · {clock(rest)} left")
+
+    def _tested(self, task: str, name: str, seed: int) -> list[Line]:
+        return self.ledger.find(kind="test", task=task, method=name, seed=seed)
+
+    def _run_of(self, folder: str) -> Run:
+        return dataclasses.replace(from_json(self.out / folder / "config.json"), out=str(self.out / folder))
+
+
+def chosen(lines: list[Line], task: str, method: str) -> Line | None:
+    """The rate with the least validation loss; None if none has any."""
+    tried = [line for line in lines if line["kind"] == "search" and (line["task"], line["method"]) == (task, method)]
+    return min((line for line in tried if line["status"] == "done"), key=lambda line: line["valid_loss"], default=None)
+
+
+def _found(cell: Cell) -> Line:
+    """What a cell found, and what it is known by."""
+    folder = Path(cell.run.out)
+    line = {"lr": cell.run.optim.lr, "steps": cell.run.steps, "status": "diverged",
+            "folder": str(Path(*folder.parts[-3:]))}  # fmt: skip
+    after, before = (told(cell).get(part, {}) for part in ("after", "before"))
+    if diverged(cell) or not math.isfinite(after.get("valid_loss", math.nan)):
+        return line
+    line |= {"status": "done", "valid_loss": after["valid_loss"], "loss": told(cell)["loss"]}
+    if "held_out_loss" in after and "held_out_loss" in before:
+        line["forgetting"] = after["held_out_loss"] - before["held_out_loss"]
+    manifest = Checkpoints(folder / "checkpoints").manifest(cell.run.steps)
+    digests = {"trainable": values(manifest), "rows": manifest["rows_digest"], "data": manifest["data"],
+               "tokenizer": manifest["tokenizer"]}  # fmt: skip
+    return line | {"digests": digests}

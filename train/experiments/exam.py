@@ -1,0 +1,72 @@
+"""Exams: the rows that a task is judged on, the score that counts, and answer sheets as lines of results."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ... import InputError
+from ..config import Run, close
+from ..evaluate import evenly, longest_answer, outputs
+from ..inputs import task_of
+from .ground import Ground
+from .noise import by_row
+
+SHOWN = 12  # rows whose answers are shown side by side
+BATCH = 50  # rows that are answered at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Exam:
+    """The test of a task, or its validation rows where it has none, which then judge and choose at once."""
+
+    name: str  # as it was given: a task's name, or a file
+    metric: str
+    task: Any
+    rows: tuple[Any, ...]
+    new: int  # tokens of the longest answer
+    tokenizer: Any
+
+    @property
+    def label(self) -> str:
+        """What it is called: a file by its name."""
+        return Path(self.name).name
+
+    @classmethod
+    def read(cls, said: str, run: Run, ground: Ground, metric: str = "") -> "Exam":
+        """TASK or TASK@METRIC, below a run's --data.root. InputError for a metric that the task does not have."""
+        name, at, asked = (said, "", "") if Path(said).exists() else said.partition("@")
+        task = task_of(dataclasses.replace(run.data, task=name), run.seed)
+        rows = evenly(task.test or task.valid, run.eval_rows)
+        if not rows:
+            raise InputError(f"--task {said}: no row to score; a test, or validation rows, are wanted")
+        has = list(task.score(rows, [row["completion"] for row in rows]))
+        metric = metric or asked
+        if (at or metric) and metric not in has:
+            raise InputError(f"{task.name} has no score {metric!r}{close(metric, has)}; it has {', '.join(has)}")
+        tokenizer = ground.base(run).tokenizer
+        return cls(name, metric or has[0], task, tuple(rows), longest_answer(rows, tokenizer), tokenizer)
+
+    def answers(self, bound: Any, rows: Sequence[Any] = ()) -> list[str]:
+        """What (model, bound parameters, context) answers, greedily; rows: others than the exam's."""
+        rows, (model, params, context) = rows or self.rows, bound
+        return outputs(model, params, context, self.tokenizer, rows, self.new, batch=min(BATCH, len(rows)))
+
+    def sheet(self, answers: Sequence[str]) -> dict[str, Any]:
+        """{"score", "scores": all that the task has, "marks" or "draws" for the bootstrap, "samples"}."""
+        rows, given = list(self.rows), list(answers)
+        scores = self.task.score(rows, given)
+        samples = evenly(given, SHOWN)
+        return {"score": scores[self.metric], "scores": scores,
+                **by_row(self.task.score, self.metric, rows, given), "samples": samples}  # fmt: skip
+
+    def shown(self) -> list[dict[str, str]]:
+        """The rows whose answers `sheet` keeps."""
+        return [{"prompt": str(row["prompt"]), "wanted": row["completion"]} for row in evenly(self.rows, SHOWN)]
+
+    def timed(self, bound: Any) -> dict[str, Any]:
+        """The sheet of all rows, and the seconds it took."""
+        began = time.perf_counter()
+        answers = self.answers(bound)
+        return self.sheet(answers) | {"seconds": time.perf_counter() - began}
