@@ -15,6 +15,7 @@ from .sft import messages
 from .sources import is_held_out
 from .sources import rows as source_rows
 
+MOST = 1000  # choices of a file of examples
 Row = dict[str, Any]  # {"prompt": str or earlier turns, "completion": str}, maybe "meta" and "where"
 Score = Callable[[list[Row], list[str]], dict[str, float]]
 
@@ -116,7 +117,14 @@ def file_task(path: Path | str, fraction: float, seed: int = 0, bad: Bad = STRIC
             total = sum(map(len, parts.values()))
             raise InputError(f"{path}: {total} rows leave none for {name} at fraction {fraction}; give more rows")
     score = lambda rows, outputs: {"exact_match": exact_match(rows, outputs)}  # noqa: E731
-    return Task(Path(path).stem, train, valid, test, score, None, dropped + leaked)
+    return Task(Path(path).stem, train, valid, test, score, _few(train, valid + test), dropped + leaked)
+
+
+def _few(train: list[Row], held: list[Row]) -> list[str] | None:
+    """The completions, if they are choices: no others are held out, and each stands in several rows."""
+    known = {row["completion"] for row in train}
+    few = 1 < len(known) <= min(MOST, len(train) / 4) and all(row["completion"] in known for row in held)
+    return sorted(known) if few else None
 
 
 def _lazy(module: str, name: str) -> Callable[[Path], Task]:

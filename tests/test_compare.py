@@ -286,7 +286,9 @@ def test_a_budget_says_how_many_steps(plan, done, tmp_path):
     least = dataclasses.replace(plan, run=short, budget=0.01)
     said(lambda: execute(least), "--budget 0.01: 18 trainings of 20 steps", "minutes; give more")
     shutil.copy(Path(plan.run.out) / "results.jsonl", tmp_path / "out")
-    under_way = contest.Contest(dataclasses.replace(least, budget=50.0), dict.fromkeys(plan.methods), [], None, None)
+    under_way = contest.Contest(
+        dataclasses.replace(least, budget=50.0), dict.fromkeys(plan.methods), [], None, None, "compare.json"
+    )
     under_way.exams = [type("Exam", (), {"name": line["task"]}) for line in found(done, kind="base")]
     steps = under_way.steps(time.monotonic())
     per_step = sum(line["seconds"] for line in found(done, kind="cost")) * 6

@@ -161,6 +161,10 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], Any]]] = {
         "methods on one ground, with what noise lets one say: graftax compare --base RUN --task T --methods lora,ia3",
         _experiment("compare"),
     ),
+    "decide": (
+        "the cheapest way to a target, all ways measured: graftax decide --base RUN --task T --target 'accuracy>=0.8'",
+        _experiment("decide"),
+    ),
     "eval": ("held-out loss and a task's score of a run: graftax eval RUN", _lazy("Eval")),
     "generate": ("text from a run or a Hugging Face model: graftax generate RUN --prompt TEXT", _lazy("Generate")),
     "merge": ("fold an adapter into its base, and check: graftax merge RUN --out FOLDER", _lazy("Merge", "export")),

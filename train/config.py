@@ -65,6 +65,7 @@ class Data:
     domains: tuple[tuple[str, str, float], ...] = ()  # (name, source, weight); `five:web` is a domain of five_domains
     task: str = ""  # fine-tuning: a task's name (see data/tasks.py) or a .jsonl/.csv/.parquet file of examples
     root: str = ""  # the folder that named tasks and five_domains read from
+    examples: int = 0  # fine-tuning: so many of the task's training examples, fewer being part of more; 0: all
     T: int = 256  # tokens in a row
     batch: int = 8  # rows in a step, over all devices
     pack: bool = True  # fine-tuning: several examples in a row
@@ -76,7 +77,7 @@ class Data:
     bad_cap: float = 0.01  # part of the rows that may be left out or repaired
 
     def __post_init__(self) -> None:
-        for field, least in (("T", 2), ("batch", 1), ("vocab", 1)):
+        for field, least in (("T", 2), ("batch", 1), ("vocab", 1), ("examples", 0)):
             if getattr(self, field) < least:
                 raise InputError(f"--data.{field} {getattr(self, field)}: wanted {least} or more")
         for field in ("held_out", "bad_cap"):

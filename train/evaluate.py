@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..data.loader import batches
-from ..data.pack import empty_row
 from ..data.sft import encode_examples, messages, render_prompts
 from ..model import Context, Sampling, Transformer, generate, token_losses
 from ..model.sharding import fetch
+from .choices import chat_tails, continuation_losses
 
 
 @partial(jax.jit, static_argnames=("model", "tokens", "chunk"))
@@ -65,12 +65,20 @@ def outputs(
     model: Transformer, bound: Any, context: Context, tokenizer: Any, rows: Sequence[dict[str, Any]],
     new: int, batch: int = 32, how: Sampling | None = None, progress: Callable[[int], None] = lambda n: None,
 ) -> list[str]:  # fmt: skip
-    """What the model answers to each row's prompt, up to `new` tokens. All prompts are padded to one length."""
+    """What the model answers to each row's prompt, up to `new` tokens."""
     prompts = render_prompts(_chats(rows), tokenizer)
-    answers = [""] * len(rows)
+    return replies(model, bound, context, tokenizer, prompts, new, batch, how, progress)
+
+
+def replies(
+    model: Transformer, bound: Any, context: Context, tokenizer: Any, prompts: Sequence[Sequence[int]],
+    new: int, batch: int = 32, how: Sampling | None = None, progress: Callable[[int], None] = lambda n: None,
+) -> list[str]:  # fmt: skip
+    """What the model writes behind each prompt of ids. All are padded to one length."""
+    answers = [""] * len(prompts)
     longest = -(-max(map(len, prompts)) // 32) * 32
-    for at in range(0, len(rows), batch):
-        taken = list(range(at, min(at + batch, len(rows))))
+    for at in range(0, len(prompts), batch):
+        taken = list(range(at, min(at + batch, len(prompts))))
         filled = taken + taken[:1] * (batch - len(taken))  # one batch size compiles once
         ids = generate(model, bound, [prompts[i] for i in filled], new, stop=tokenizer.stops,
                        how=how or Sampling(), context=context, key=jax.random.key(at), pad_to=longest)  # fmt: skip
@@ -82,23 +90,12 @@ def outputs(
 
 def choose(
     model: Transformer, bound: Any, context: Context, tokenizer: Any, rows: Sequence[dict[str, Any]],
-    choices: Sequence[str], batch: int = 32,
+    choices: Sequence[str], batch: int = 4,
 ) -> list[str]:  # fmt: skip
     """The choice with the highest log-probability as the answer to each row's prompt."""
-    pairs = [(row, choice) for row in rows for choice in choices]
-    examples = list(encode_examples(_chats([row | {"completion": c} for row, c in pairs]), tokenizer))
-    T = -(-max(len(ids) - 1 for ids, _ in examples) // 32) * 32
-    packed = [one_row(ids, weights, T) for ids, weights in examples]
-    losses = row_losses(model, bound, context, packed, batch).reshape(len(rows), len(choices))
+    tails = chat_tails(tokenizer, rows[0], choices)
+    losses = continuation_losses(model, bound, context, render_prompts(_chats(rows), tokenizer), tails, batch)
     return [choices[i] for i in losses.argmin(axis=1)]
-
-
-def one_row(ids: Sequence[int], weights: Sequence[float], T: int) -> dict[str, np.ndarray]:
-    """One example as a row of T: ids, shifted targets, weights, segment 1."""
-    row, n = empty_row(T), len(ids) - 1
-    row["ids"][:n], row["targets"][:n], row["weights"][:n] = ids[:-1], ids[1:], weights[1:]
-    row["segments"][:n], row["positions"][:n] = 1, np.arange(n)
-    return row
 
 
 def evenly(rows: Sequence[Any], n: int = 0) -> list[Any]:

@@ -76,7 +76,12 @@ def tuning_rows(data: Data, seed: int, tokenizer: Tokenizer, V: int) -> tuple[Ta
         )
     bad = Bad(data.bad, data.bad_cap)
     task = task_of(data, seed, bad)
-    sft = sft_rows(task.pairs(), tokenizer, data.T, seed, data.pack, bad)
+    pairs = list(task.pairs())
+    if data.examples > len(pairs):
+        raise InputError(f"--data.examples {data.examples:,}: {task.name} has {len(pairs):,} for training")
+    if data.examples:
+        pairs = [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))[: data.examples]]
+    sft = sft_rows(pairs, tokenizer, data.T, seed, data.pack, bad)
     _say(bad, task.dropped)
     return task, sft
 

@@ -18,12 +18,13 @@ from ...peft import Method, Subset, masks
 from ..config import Run, close, method_class, to_json
 from ..stop import Stop
 from .cells import changed
-from .contest import FILE, Contest
+from .contest import Contest, Entry
 from .exam import Exam
 from .findings import report
 from .ground import Ground
 from .sweep import Sweep, check_out, opened, plain
 
+FILE = "compare.json"
 MASKS = {"full": "all"}  # what people call a mask of which nothing is frozen
 HELP = """graftax compare --base RUN --task T [--task ...] --methods A,B,... : methods on one ground
 
@@ -74,9 +75,10 @@ class Compare:
 
         Sweep(self.run, (), lanes=self.lanes)  # what a sweep has not is said before anything runs
 
-    def run_of(self, task: str, method: Method, factor: float, seed: int = 0, steps: int = 1) -> Run:
+    def run_of(self, task: str, entry: Entry, factor: float, seed: int = 0, steps: int = 1) -> Run:
         """One training."""
-        data = dataclasses.replace(self.run.data, task=task)
+        method = entry.method
+        data = dataclasses.replace(self.run.data, task=task, examples=entry.examples or self.run.data.examples)
         optim = dataclasses.replace(self.run.optim, lr=float(f"{self.run.optim.lr * method.rate * factor:.4g}"))
         return dataclasses.replace(plain(self.run), method=method, data=data, optim=optim, seed=seed, steps=steps)
 
@@ -139,7 +141,7 @@ def _read(name: str, text: str) -> Any:
 def execute(plan: Compare, command: str = "") -> dict[str, Any]:
     """Compare, or go on with it; returns each task's table and where the reports are."""
     out, run, began = Path(plan.run.out), plan.run, time.monotonic()
-    methods = {said: method_of(said) for said in plan.methods}
+    entries = {said: Entry(method_of(said)) for said in plan.methods}
     said = {"run": json.loads(to_json(dataclasses.replace(run, out="", resume="never", accept=""))),
             **{key: getattr(plan, key) for key in ("factors", "seeds", "budget")},
             "tasks": list(plan.tasks), "methods": list(plan.methods)}  # fmt: skip
@@ -147,13 +149,10 @@ def execute(plan: Compare, command: str = "") -> dict[str, Any]:
     with contextlib.ExitStack() as held:
         stop, ground = held.enter_context(Stop()), Ground()
         exams = [Exam.read(text, run, ground) for text in plan.tasks]
-        for name, method in methods.items():
-            _finds(name, method, ground.model(run)[1])
+        for name, entry in entries.items():
+            _finds(name, entry.method, ground.model(run)[1])
         held.enter_context(opened(out, run, said, FILE))
-        contest = Contest(plan, methods, exams, ground, stop)
-        contest.prepare(command)
-        contest.train(contest.steps(began))
-        contest.test()
+        Contest(plan, entries, exams, ground, stop, FILE).go(command, began)
     return report(out)
 
 

@@ -5,7 +5,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -29,18 +29,32 @@ from .ledger import Ledger, Line
 from .results import diverged, told
 from .sweep import Sweep, carry_out
 
-FILE = "compare.json"
 LEAST = 20  # steps that a budget must leave for a training
 SPARE = 0.85  # part of a budget that is planned with
+
+
+class Entry(NamedTuple):
+    """What takes part: a method, maybe on a part of the training examples."""
+
+    method: Method
+    examples: int = 0  # 0: all
 
 
 class Contest:
     """What is compared, and what is known of it."""
 
-    def __init__(self, plan: Any, methods: dict[str, Method], exams: list[Exam], ground: Ground, stop: Stop):
-        self.plan, self.methods, self.exams, self.ground, self.stop = plan, methods, exams, ground, stop
-        self.out = Path(plan.run.out)
+    def __init__(
+        self, plan: Any, entries: dict[str, Entry], exams: list[Exam], ground: Ground, stop: Stop, file: str
+    ):  # fmt: skip
+        self.plan, self.entries, self.exams, self.ground, self.stop = plan, entries, exams, ground, stop
+        self.out, self.file = Path(plan.run.out), file
         self.ledger = Ledger(self.out / "results.jsonl")
+
+    def go(self, command: str, began: float) -> None:
+        """All of it, or what is left; began: when, by time.monotonic, as a budget counts from there."""
+        self.prepare(command)
+        self.train(self.steps(began))
+        self.test()
 
     def prepare(self, command: str) -> None:
         """What is compared, what the base does untuned, and what a step of each method costs."""
@@ -51,14 +65,14 @@ class Contest:
             ledger.add({
                 "kind": "setup", "command": command, "date": time.strftime("%Y-%m-%d"), "base": plan.run.base,
                 "fingerprint": base.fingerprint, "parameters": size, "tasks": tasks,
-                "methods": list(plan.methods), "factors": list(plan.factors), "seeds": plan.seeds,
+                "methods": list(self.entries), "factors": list(plan.factors), "seeds": plan.seeds,
                 "rows": [plan.run.data.batch, plan.run.data.T], "rate": plan.run.optim.lr,
                 "machine": f"{threads()} cores, {cpu()}", "versions": versions(), "code": code(),
             })  # fmt: skip
         for exam in self.exams:
             if not ledger.find(kind="base", task=exam.name):
                 console.print(f"{exam.label}: {len(exam.rows)} test rows by the base as it is", soft_wrap=True)
-                began, run = time.perf_counter(), plan.run_of(exam.name, Subset(), 1.0)
+                began, run = time.perf_counter(), plan.run_of(exam.name, Entry(Subset()), 1.0)
                 before = self.ground.before(run)
                 if "valid_loss" not in before:
                     raise InputError(f"--task {exam.name}: no validation row fits into --data.T {run.data.T}, so that "
@@ -66,23 +80,27 @@ class Contest:
                 evaluating = time.perf_counter() - began
                 sheet = exam.timed((*self.ground.model(run), Context()))
                 ledger.add({"kind": "base", "task": exam.name, **before, **sheet, "evaluating": evaluating})
-        first = self.exams[0].name
-        if missing := {n: plan.run_of(first, m, 1.0) for n, m in self.methods.items()
-                       if not ledger.find(kind="cost", method=n)}:  # fmt: skip
-            console.print(f"costs of {len(missing)} methods, a step each in turns")
-            for line in costs(missing, self.ground):
-                ledger.add(line)
+        same: dict[Method, list[str]] = {}
+        for name, entry in self.entries.items():
+            if not ledger.find(kind="cost", method=name):
+                same.setdefault(entry.method, []).append(name)
+        if same:
+            console.print(f"costs of {len(same)} methods, a step each in turns")
+            runs = {names[0]: plan.run_of(self.exams[0].name, Entry(method), 1.0) for method, names in same.items()}
+            for line, names in zip(costs(runs, self.ground), same.values(), strict=True):
+                for name in names:
+                    ledger.add(line | {"method": name})
 
     def steps(self, began: float) -> int:
         """The steps of a training: what --steps says, or what the budget leaves."""
-        plan, path = self.plan, self.out / FILE
+        plan, path = self.plan, self.out / self.file
         if plan.run.steps:
             return plan.run.steps
         said = read_json(path)
         if "steps" not in said:
             cells = len(plan.factors) + plan.seeds - 1
             lines = [self.ledger.find(kind="base", task=exam.name)[0] for exam in self.exams]
-            costs = [self.ledger.find(kind="cost", method=name)[0] for name in plan.methods]
+            costs = [self.ledger.find(kind="cost", method=name)[0] for name in self.entries]
             fixed = len(costs) * sum(cells * line["evaluating"] + plan.seeds * line["seconds"] for line in lines)
             fixed += 3 * sum(line["compile_seconds"] for line in costs) + time.monotonic() - began
             a_step = cells * len(lines) * sum(line["seconds"] for line in costs)
@@ -99,24 +117,24 @@ class Contest:
 
     def train(self, steps: int) -> None:
         """Both sweeps; a line for each cell of the first, and for each seed's run of the second."""
-        made = [(exam.name, name, factor, 0) for name in self.methods for exam in self.exams
+        made = [(exam.name, name, factor, 0) for name in self.entries for exam in self.exams
                 for factor in self.plan.factors]  # fmt: skip
         for (task, name, factor, _), cell in zip(made, self._sweep("search", made, steps), strict=True):
             if not self.ledger.find(kind="search", task=task, method=name, factor=factor):
                 self.ledger.add({"kind": "search", "task": task, "method": name, "factor": factor, **_found(cell)})
-        best = {(e.name, name): chosen(self.ledger.lines, e.name, name) for name in self.methods for e in self.exams}
+        best = {(e.name, name): chosen(self.ledger.lines, e.name, name) for name in self.entries for e in self.exams}
         more = [(task, name, line["factor"], seed) for (task, name), line in best.items() if line
                 for seed in range(1, self.plan.seeds)]  # fmt: skip
         runs = {(*pair, 0): line for pair, line in best.items() if line}
         for (task, name, _, seed), cell in zip(more, self._sweep("seeds", more, steps) if more else [], strict=True):
             runs[task, name, seed] = _found(cell)
-        self.runs = {key: runs[key] for key in sorted(runs, key=lambda k: (list(self.methods).index(k[1]), k))}
+        self.runs = {key: runs[key] for key in sorted(runs, key=lambda k: (list(self.entries).index(k[1]), k))}
 
     def _sweep(self, stage: str, made: list[Any], steps: int) -> list[Cell]:
         """The cells of a sweep of its own, done."""
         out, cells = self.out / stage, []
         for n, (task, name, factor, seed) in enumerate(made):
-            run = self.plan.run_of(task, self.methods[name], factor, seed, steps)
+            run = self.plan.run_of(task, self.entries[name], factor, seed, steps)
             values = {"data.task": task, "method": name, "optim.lr": f"{run.optim.lr:g}", "seed": str(seed)}
             cells.append(Cell(n, values, dataclasses.replace(run, out=str(out / "cells" / f"{n:03d}"))))
         shared = dataclasses.replace(self.plan.run, out=str(out), steps=steps)
@@ -134,6 +152,7 @@ class Contest:
             line, exam = self.runs[task, name, seed], next(e for e in self.exams if e.name == task)
             kept = {k: line[k] for k in line if k not in ("kind", "factor")}
             row = {"kind": "test", "task": task, "method": name, "seed": seed, **kept}
+            row |= {"examples": n} if (n := self.entries[name].examples) else {}
             if line["status"] == "done":
                 row |= exam.timed(self.ground.tuned(self._run_of(line["folder"])))
             self.ledger.add(row)

@@ -39,6 +39,7 @@ def costs(runs: dict[str, Any], ground: Ground) -> Iterator[dict[str, Any]]:
         size, trains = nbytes(phase.state.trainable), phase.totals["trainable"]
         facts[name] = {"trainable": trains, "share": trains / phase.totals["base"], "artifact_bytes": size,
                        "peak_bytes": cost["step_peak_bytes"], "flops": flops(run, ground),
+                       "virtual": run.method.context(phase.state.trainable).length,
                        "compile_seconds": cost["compile_seconds"]}  # fmt: skip
     batch = {name: np.ones((first.data.batch, first.data.T), dtype) for name, dtype in KEYS.items()}
     batch, took = jax.device_put(batch, ground.whole), {name: np.zeros((TURNS, STEPS)) for name in live}

@@ -1,0 +1,53 @@
+"""Continuations of a prompt that is read once have the losses that each has alone."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from graftax import InputError
+from graftax.model import Transformer, forward
+from graftax.peft import LoRA, Prefix, Prompt, Subset
+from graftax.train import choices
+from tiny import CONFIG, make_base, shaken
+
+PROMPTS = [[5, 6, 7, 8, 9], [3], [11, 12, 13]]
+TAILS = [[20, 21], [22], [20, 23, 24, 25], [26, 27], [28, 29, 30]]
+
+
+def alone(model, bound, context, prompt, tail):
+    """-log p of a tail, in a row of its own."""
+    logits, _ = forward(model, bound, jnp.array([[*prompt, *tail[:-1]]]), context=context)
+    picked = jax.nn.log_softmax(logits[0])[jnp.arange(len(prompt) - 1, len(prompt) + len(tail) - 1), jnp.array(tail)]
+    return -float(picked.sum())
+
+
+@pytest.mark.parametrize("width", [1024, 12])
+@pytest.mark.parametrize("method", [Subset("all"), LoRA(rank=2), Prompt(tokens=3), Prefix(tokens=3)], ids=str)
+def test_many_are_as_each_alone(method, width, monkeypatch):
+    monkeypatch.setattr(choices, "WIDTH", width)
+    base = make_base()
+    trainable = shaken(method.init(jax.random.key(1), base.params))
+    args = (base.model, method.bind(base.params, trainable), method.context(trainable))
+    found = choices.continuation_losses(*args, PROMPTS, TAILS, batch=2)
+    wanted = [[alone(*args, prompt, tail) for tail in TAILS] for prompt in PROMPTS]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    pairs = [(PROMPTS[0], TAILS[2]), (PROMPTS[1], TAILS[1])]
+    np.testing.assert_allclose(choices.pair_losses(*args, pairs), [wanted[0][2], wanted[1][1]], rtol=1e-5, atol=1e-5)
+
+
+def test_a_window_sees_no_more_than_it_should():
+    base = make_base()
+    model = Transformer(dataclasses.replace(CONFIG, windows=(2, 0)))
+    method = Subset("all")
+    args = (model, base.params, method.context({}))
+    found = choices.continuation_losses(*args, PROMPTS, TAILS)
+    np.testing.assert_allclose(found, [[alone(*args, p, t) for t in TAILS] for p in PROMPTS], rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_is_no_prompt_and_no_choice():
+    base = make_base()
+    for prompts, tails in (([[]], TAILS), (PROMPTS, [[]])):
+        with pytest.raises(InputError, match="is empty"):
+            choices.continuation_losses(base.model, base.params, Subset("all").context({}), prompts, tails)

@@ -1,0 +1,226 @@
+"""A decision: every option is scored and costed on one ground; the cheapest that reaches the target is named."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from faulty import programs, runs  # noqa: F401
+from graftax.peft import LoRA
+from graftax.train.cli import main
+from graftax.train.config import Optim
+from graftax.train.experiments import advice, curve
+from graftax.train.experiments.decide import Decide, decide, execute
+from graftax.train.experiments.ground import Ground
+from graftax.train.experiments.ledger import found, read
+from graftax.train.experiments.prompts import Form, by_lot, by_states, by_words
+from graftax.train.runs import load_run
+from test_faults_input import said
+
+WORDS = [f"{a}{b}" for a in "bdk" for b in ("an", "om", "it")]
+
+
+@pytest.fixture(scope="module")
+def plan(runs, tmp_path_factory):  # noqa: F811
+    """On the tiny base, whose answers are the words that stand in the question."""
+    folder = tmp_path_factory.mktemp("decide")
+    rows = [{"prompt": f"say {word}, {word}: {i}", "completion": word} for i in range(20) for word in WORDS]
+    (folder / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    run = dataclasses.replace(runs["lora"], mesh=(1, -1, 1), steps=6, save_every=0, log_every=3, eval_rows=8)
+    run = dataclasses.replace(run, optim=Optim(lr=4e-3), out=str(folder / "out"))
+    few = {"factors": (1.0,), "seeds": 1, "lanes": 4}
+    return Decide(run, str(folder / "words.jsonl"), "exact_match>=0.5", "norms", (20, 40), 2, **few)
+
+
+@pytest.fixture(scope="module")
+def done(plan):
+    """(what it returned, the lines of its results)."""
+    return execute(plan, "graftax decide ..."), read(Path(plan.run.out) / "results.jsonl")
+
+
+def test_every_option_is_there(plan, done):
+    told, lines = done
+    names = [row["option"] for row in told["options"]]
+    ways = ("zero-shot", "2 examples by lot", "2 nearest examples by BM25", "2 nearest examples by the base's states")
+    assert names == [
+        "the nearest example's answer (BM25), no model",
+        *(name for way in ways for name in (way, f"{way}, the likeliest choice")),
+        "lora on 20 examples", "lora on 40 examples", "lora on all examples", "mask norms", "full fine-tuning",
+    ]  # fmt: skip
+    by_name = {row["option"]: row for row in told["options"]}
+    assert by_name["zero-shot"]["prompt tokens"] < by_name["2 examples by lot"]["prompt tokens"]
+    assert by_name["zero-shot"]["in all, FLOPs"] == 100_000 * by_name["zero-shot"]["a request, FLOPs"]
+    trained = by_name["lora on 20 examples"]
+    assert trained["to train, FLOPs"] == pytest.approx(
+        6 * found(lines, kind="cost", method="mask norms")[0]["flops"], rel=0.3
+    )
+    assert trained["in all, FLOPs"] == trained["to train, FLOPs"] + 100_000 * trained["a request, FLOPs"]
+    text = (Path(plan.run.out) / "decision.md").read_text("utf-8")
+    assert all(f"| {name} |" in text for name in names)
+    assert told["decision"] in text
+    copied = found(lines, name="the nearest example's answer (BM25), no model")[0]
+    assert copied["score"] >= 0.9, "the word stands in the question, and in the nearest example"
+    assert told["decision"].startswith("The cheapest that surely reaches exact_match >= 0.5 is the nearest example's")
+
+
+def test_the_trained_ones_are_runs_on_so_many_examples(plan, done):
+    _, lines = done
+    line = found(lines, kind="test", method="lora on 40 examples")[0]
+    got = load_run(Path(plan.run.out) / line["folder"])
+    assert got.run.data.examples == 40
+    assert got.run.method == LoRA(rank=2)
+    assert got.manifest["rows"]["examples"] == 40
+    few, more = (found(lines, kind="test", method=f"lora on {n} examples")[0]["digests"]["data"] for n in (20, 40))
+    assert few != more
+
+
+def test_it_goes_on(plan, done):
+    """What is in results.jsonl is not done again, and says the same."""
+    again = dataclasses.replace(plan, run=dataclasses.replace(plan.run, resume="auto"))
+    told, lines = done
+    assert execute(again) == told
+    assert read(Path(plan.run.out) / "results.jsonl") == lines
+    said(
+        lambda: execute(dataclasses.replace(again, target="exact_match>=0.6")), "--resume: target", "take another --out"
+    )
+    said(lambda: execute(plan), "is not an empty folder")
+
+
+def test_what_stands_before_a_row_is_near(plan):
+    ground = Ground()
+    (model, params), tokenizer = ground.model(plan.run), ground.base(plan.run).tokenizer
+    train = [{"prompt": f"say {word} {i}", "completion": word} for i in range(4) for word in WORDS]
+    rows = [{"prompt": f"say {word} 9", "completion": word} for word in WORDS]
+    for near in (by_words(train, rows, 3), by_states(model, params, tokenizer, train, rows, 3)):
+        assert near.shape == (len(rows), 3)
+        right = [train[some[-1]]["completion"] == row["completion"] for some, row in zip(near, rows, strict=True)]
+        assert np.mean(right) > 0.7
+    lot = by_lot(train, rows, 3)
+    assert (lot == lot[0]).all()
+    one = by_states(model, params, tokenizer, train, rows[:1], 3)
+    assert (one == by_states(model, params, tokenizer, train, rows, 3)[:1]).all(), "padding changes nothing"
+
+
+def test_forms(plan):
+    tokenizer = Ground().base(plan.run).tokenizer
+    row, shots = {"prompt": "say it", "completion": "it"}, [{"prompt": "say om", "completion": "om"}] * 3
+    plain, chat = (Form(kind, tokenizer, 40) for kind in ("plain", "chat"))
+    assert plain.text(row, shots[:1]) == "say om\nom\n\nsay it\n"
+    assert tokenizer.decode(plain.prompts([row], [shots[:1]])[0]) == "say om\nom\n\nsay it\n"
+    assert plain.cut("\nan it\nsay") == "an it"
+    for form in (plain, chat):
+        (tail,) = form.tails(row, ["it"])
+        assert tokenizer.decode(tail).strip() == "it"
+        lengths = [len(Form(form.kind, tokenizer, n).prompts([row], [shots])[0]) for n in (40, 25, 12)]
+        assert lengths == sorted(lengths, reverse=True)
+        assert lengths[-1] <= 12, "examples make way"
+    said(lambda: Form("plain", tokenizer, 2).prompts([row], [shots]), "do not fit into the base's 2", "say it")
+
+
+def test_a_curve_is_found_again():
+    sizes, true = [100, 300, 1000, 10000], curve.Curve(3.0, 0.4)
+    errors = [true.error(n) for n in sizes]
+    draws = np.array(errors)[:, None] * np.exp(np.random.default_rng(0).normal(0, 0.02, (4, 200)))
+    look = curve.outlook(sizes, draws, errors, true.error(50_000))
+    assert look.curve == pytest.approx(true)
+    assert look.needed == pytest.approx(50_000, rel=1e-6)
+    assert look.needed_low < 50_000 < look.needed_high
+    assert look.missed == pytest.approx(0, abs=1e-9)
+    assert curve.outlook(sizes, draws, errors, 0.0).needed == math.inf, "no error at all is out of reach"
+    assert curve.fit(sizes, [0.3] * 4).examples(0.1) == math.inf
+    assert math.isnan(curve.outlook(sizes[:2], draws[:2], errors[:2], 0.1).missed)
+
+
+def results(target, scores, gold=1.0):
+    """Lines of results by hand: {name: (share of right answers, FLOPs to train, FLOPs of a request)}."""
+    n, lines = 200, []
+    lines.append({"kind": "setup", "command": "c", "date": "d", "base": "b", "fingerprint": "f", "parameters": 9,
+                  "seeds": 1, "tasks": {"t": {"metric": "accuracy", "rows": n, "shown": []}}, "factors": [1.0], "rows": [1, 1],
+                  "methods": [k for k, v in scores.items() if v[1]], "rate": 1.0, "machine": "m", "versions": {},
+                  "code": ""})  # fmt: skip
+    sizes = {k: 10 ** (i + 2) for i, k in enumerate(k for k in scores if k.startswith("lora"))}
+    lines.append({"kind": "asked", "target": target, "requests": 1000, "shots": 2, "examples": 10_000, "sizes": sizes,
+                  "peft": {"name": "lora"}, "gold": gold, "prompt_tokens": 9.0, "request_tokens": 10.0,
+                  "request_flops": 10.0})  # fmt: skip
+    for name, (right, train, request) in scores.items():
+        marks = [1.0] * round(right * n) + [0.0] * (n - round(right * n))
+        sheet = {"score": sum(marks) / n, "marks": marks, "samples": []}
+        if train:
+            lines.append(
+                {"kind": "cost", "method": name, "flops": train, "seconds": 1.0, "virtual": 0, "artifact_bytes": 8}
+            )
+            lines.append({"kind": "search", "task": "t", "method": name, "steps": 1})
+            lines.append({"kind": "test", "task": "t", "method": name, "seed": 0, "steps": 1, "seconds": 1.0,
+                          "examples": sizes.get(name, 0), **sheet})  # fmt: skip
+        else:
+            lines.append({"kind": "option", "name": name, "examples": 0, "request_flops": request,
+                          "request_seconds": 0.1, "prompt_tokens": 9.0, "bytes": 0, **sheet})  # fmt: skip
+    lines.append({"kind": "base", "task": "t", "score": 0.0, "samples": []})
+    return lines
+
+
+def test_the_cheapest_that_surely_reaches_the_target():
+    few = {
+        "zero-shot": (0.2, 0, 10.0),
+        "retrieved": (0.7, 0, 100.0),
+        "lora on 100": (0.6, 5e3, 0),
+        "lora on all": (0.9, 1e4, 0),
+    }
+    made = {option.name: option for option in advice.options(results(0.5, few))}
+    assert made["retrieved"].flops(1000) == 1e5
+    assert made["lora on all"].flops(1000) == 2e4
+    text = advice.decision(results(0.5, few))
+    assert text.startswith("The cheapest that surely reaches accuracy >= 0.5 is lora on 100: 0.600")
+    assert "for 1.5e+04 FLOPs over 1,000 requests (5e+03 to train)" in text
+    assert "The next is lora on all with 0.900" in text
+    assert "With fewer than about 56 requests retrieved would be cheaper." in text
+    assert "would let zero-shot do" in text
+    assert "The error of lora falls as n^-" in text
+    close = advice.decision(results(0.59, few))
+    assert close.startswith("The cheapest that surely reaches accuracy >= 0.59 is lora on all")
+    unsure = advice.decision(results(0.88, few))
+    assert unsure.startswith("The cheapest that reaches accuracy >= 0.88 is lora on all")
+    assert "may find that it misses" in unsure
+
+
+def test_a_target_out_of_reach():
+    few = {"zero-shot": (0.2, 0, 10.0), "lora on 100": (0.4, 5e3, 0), "lora on all": (0.6, 1e4, 0)}
+    text = advice.decision(results(0.8, few))
+    assert text.startswith("No option reaches accuracy >= 0.8: the best is lora on all with 0.600")
+    assert "it would take about" in text
+    assert "a better base" in text
+    assert "no number of examples" in advice.decision(results(1.0, few))
+    assert "no number of examples" in advice.decision(results(0.8, few | {"lora on all": (0.4, 1e4, 0)}))
+    assert "falls as" not in advice.decision(results(0.9, {"zero-shot": (0.2, 0, 1.0)}))
+
+
+BAD = {
+    "": ("--target is missing",),
+    "--target accuracy": ("--target accuracy: wanted METRIC>=X",),
+    "--target accuracy>=lots": ("--target accuracy>=lots: wanted METRIC>=X",),
+    "--target bleu>=0.5": ("words has no score 'bleu'", "it has exact_match"),
+    "--target exact_match>=0.5 --sizes 0": ("--sizes 0: ",),
+    "--target exact_match>=0.5 --sizes many": ("--sizes many: numbers",),
+    "--target exact_match>=0.5 --shots 0": ("--shots 0: wanted 1 or more",),
+    "--target exact_match>=0.5 --requests -1": ("--requests -1: wanted 0 or more",),
+    "--target exact_match>=0.5 --mask nowhere": ("no method or mask 'nowhere'",),
+    "--target exact_match>=0.5 --method nothing": ("unknown method 'nothing'",),
+    "--target exact_match>=0.5 --budget 3": ("how long does each train?",),
+}
+
+
+@pytest.mark.parametrize("flags", BAD, ids=str)
+def test_bad_input_is_one_line(flags, plan, tmp_path):
+    out = tmp_path / "out"
+    args = ["--task", plan.task, "--base", plan.run.base, "--out", str(out), "--data.T", "32", "--steps", "5"]
+    said(lambda: decide([*flags.split(), *args]), *BAD[flags])
+    said(lambda: decide(["--target", "x>=1", "--steps", "5"]), "give --task")
+    assert not out.exists(), "nothing is written"
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["decide", "--help"])
+    assert "--target" in capsys.readouterr().out

@@ -1,0 +1,166 @@
+"""`graftax decide`: every way to a task's target that needs no new code, measured on one ground, the cheapest named.
+
+In order of what they need: no model (the nearest example's answer), a prompt (with none, some, or the nearest worked
+examples; answers free, or the likeliest of the task's choices), a trained method on 100, 300, 1000, all examples, a
+mask, all parameters. The trained ones are a comparison (contest.py), so rates are chosen on validation rows there too.
+"""
+
+import contextlib
+import dataclasses
+import json
+import re
+import shlex
+import time
+from pathlib import Path
+from typing import Any
+
+from ... import InputError
+from ...peft import Subset
+from ..config import Run, method_to_dict, to_json
+from ..stop import Stop
+from .advice import report
+from .compare import Compare, method_of
+from .contest import Contest, Entry
+from .exam import Exam
+from .ground import Ground
+from .prompting import Prompting
+from .sweep import check_out, opened
+
+FILE = "decide.json"
+HELP = """graftax decide --base RUN --task T --target METRIC>=X: the cheapest way to a target, all ways measured
+
+Example: graftax decide --base runs/five --data.root DATA --task clinc150 --target 'accuracy>=0.8' --budget 30
+
+  --task T      a task's name, or a file of examples
+  --target      which of the task's scores is wanted, and how high: 'accuracy>=0.8'
+  --method M    what is trained beside the base (lora), with its --method.fields
+  --mask W      what is trained of the base itself (last_2)
+  --sizes       how many examples it gets, commas between (100,300,1000), and all of them
+  --shots N     worked examples in a prompt (8), fewer where they do not fit
+  --requests N  how many will be answered once it is deployed (100000): what they cost counts as the training does
+  --budget      minutes for the trainings: how many steps each has is measured. Or say --steps N
+  --factors, --seeds, --lanes, --eval-rows, --out (runs/decide), --resume: as in graftax compare --help
+  Any other flag of graftax finetune: --data.T, --data.batch, --optim.lr (of full fine-tuning), ...
+
+Ends with one paragraph: the cheapest that reaches the target, by FLOPs of its trainings (all rates tried) and of the
+requests, and what would change the answer. OUT/decision.md has the table, OUT/results.jsonl all that was found."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Decide:
+    """What is wanted, and what is tried."""
+
+    run: Run  # its method is the one that is trained on growing parts of the examples
+    task: str
+    target: str  # METRIC>=X
+    mask: str = "last_2"
+    sizes: tuple[int, ...] = (100, 300, 1000)
+    shots: int = 8
+    requests: int = 100_000
+    factors: tuple[float, ...] = (0.333, 1.0, 3.0)
+    seeds: int = 2
+    budget: float = 0.0
+    lanes: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.task:
+            raise InputError("nothing to decide: give --task (see `graftax decide --help`)")
+        self._parts()
+        for name, least in (("shots", 1), ("requests", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"--{name} {getattr(self, name)}: wanted {least} or more")
+        if not self.sizes or min(self.sizes) < 1 or len(set(self.sizes)) < len(self.sizes):
+            raise InputError(f"--sizes {','.join(map(str, self.sizes))}: different numbers of 1 or more are wanted")
+        self.comparison()
+
+    @property
+    def metric(self) -> str:
+        """Which score."""
+        return self._parts()[1]
+
+    @property
+    def wanted(self) -> float:
+        """How high."""
+        return float(self._parts()[2])
+
+    def _parts(self) -> Any:
+        found = re.fullmatch(r"\s*(\w+)\s*>=\s*([0-9.]+(?:e-?\d+)?)\s*", self.target)
+        try:
+            float(found[2] if found else "")
+        except ValueError:
+            said = "wanted METRIC>=X, as in 'accuracy>=0.8' (quoted, or the shell takes > for a file)"
+            raise InputError(f"--target {self.target or 'is missing'}: {said}") from None
+        return found
+
+    def comparison(self) -> Compare:
+        """What shares out the trainings."""
+        names = tuple(self.entries(10**9))
+        return Compare(self.run, (self.task,), names, self.factors, self.seeds, self.budget, self.lanes)
+
+    def entries(self, n: int) -> dict[str, Entry]:
+        """{name: what is trained}, of n examples."""
+        method = self.run.method
+        name = type(method).__name__.lower()
+        sizes = {f"{name} on {size:,} examples": Entry(method, size) for size in sorted(self.sizes) if size < n}
+        return {**sizes, f"{name} on all examples": Entry(method), f"mask {self.mask}": Entry(method_of(self.mask)),
+                "full fine-tuning": Entry(Subset("all"))}  # fmt: skip
+
+
+def decide(args: list[str]) -> dict[str, Any]:
+    """The command."""
+    from ..cli import run_of, take
+
+    if not args or "--help" in args or "-h" in args:
+        print(HELP)
+        raise SystemExit(0)
+    command = shlex.join(["graftax", "decide", *(arg for arg in args if not arg.startswith("--resume"))])
+    given: dict[str, Any] = {"task": "", "target": ""}
+    for name in ("task", "target", "mask", "sizes", "shots", "requests", "factors", "seeds", "budget", "lanes"):
+        text, args = take(args, f"--{name}")
+        if text is not None:
+            given[name] = _read(name, text)
+    named = any(arg.split("=")[0] == "--method" or arg.startswith("--method.") for arg in args)
+    args = args if args and not args[0].startswith("-") else ["trial", *args]
+    run = run_of("finetune", args if named else [*args, "--method", "lora"])
+    run = dataclasses.replace(run, out="runs/decide") if run.out == "runs/trial" else run
+    return execute(Decide(run, **given), command)
+
+
+def _read(name: str, text: str) -> Any:
+    kinds: dict[str, Any] = {"sizes": int, "factors": float, "budget": float, "shots": int, "requests": int,
+                             "seeds": int, "lanes": int}  # fmt: skip
+    try:
+        if name in ("sizes", "factors"):
+            return tuple(kinds[name](part) for part in text.split(","))
+        return kinds.get(name, str)(text)
+    except ValueError:
+        wanted = "numbers, commas between, are" if name in ("sizes", "factors") else "a number is"
+        raise InputError(f"--{name} {text}: {wanted} wanted") from None
+
+
+def execute(plan: Decide, command: str = "") -> dict[str, Any]:
+    """Measure, or go on; returns the table and the decision."""
+    out, run, began = Path(plan.run.out), plan.run, time.monotonic()
+    keys = ("task", "target", "mask", "sizes", "shots", "requests", "factors", "seeds", "budget")
+    said = {"run": json.loads(to_json(dataclasses.replace(run, out="", resume="never", accept=""))),
+            **{key: getattr(plan, key) for key in keys}}  # fmt: skip
+    check_out(out, run.resume, json.loads(json.dumps(said)), FILE, "decision")
+    with contextlib.ExitStack() as held:
+        stop, ground = held.enter_context(Stop()), Ground()
+        exam = Exam.read(plan.task, run, ground, plan.metric)
+        entries = plan.entries(len(exam.task.train))
+        held.enter_context(opened(out, run, said, FILE))
+        contest = Contest(plan.comparison(), entries, [exam], ground, stop, FILE)
+        contest.prepare(command)
+        prompting = Prompting(plan, exam, ground, contest.ledger, stop)
+        if not contest.ledger.find(kind="asked"):
+            n = len(exam.task.train)
+            sizes = {name: entry.examples or n for name, entry in entries.items() if entry.method == run.method}
+            contest.ledger.add({
+                "kind": "asked", "target": plan.wanted, "requests": plan.requests, "shots": plan.shots, "examples": n,
+                "sizes": sizes, "peft": method_to_dict(run.method), "gold": exam.gold(), **prompting.request(),
+            })  # fmt: skip
+        prompting.go()
+        contest.train(contest.steps(began))
+        contest.test()
+    return report(out)
