@@ -3,7 +3,7 @@
 from .config import Config
 from .generate import Sampling, generate
 from .init import init, resize, restack, shapes_of
-from .loss import token_losses
+from .loss import token_losses, token_scores
 from .presets import presets
 from .rope import Rope
 from .transformer import Context, Transformer, forward
@@ -11,5 +11,5 @@ from .weight import Weight, matmul, static
 
 __all__ = [
     "Config", "Context", "Rope", "Sampling", "Transformer", "Weight", "forward", "generate", "init", "matmul",
-    "presets", "resize", "restack", "shapes_of", "static", "token_losses",
+    "presets", "resize", "restack", "shapes_of", "static", "token_losses", "token_scores",
 ]  # fmt: skip

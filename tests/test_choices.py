@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from graftax import InputError
-from graftax.model import Transformer, forward
+from graftax.model import Transformer, forward, generate
 from graftax.peft import LoRA, Prefix, Prompt, Subset
 from graftax.train import choices
 from tiny import CONFIG, make_base, shaken
@@ -34,7 +34,14 @@ def test_many_are_as_each_alone(method, width, monkeypatch):
     wanted = [[alone(*args, prompt, tail) for tail in TAILS] for prompt in PROMPTS]
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
     pairs = [(PROMPTS[0], TAILS[2]), (PROMPTS[1], TAILS[1])]
-    np.testing.assert_allclose(choices.pair_losses(*args, pairs), [wanted[0][2], wanted[1][1]], rtol=1e-5, atol=1e-5)
+    losses, greedy = choices.pair_scores(*args, pairs)
+    np.testing.assert_allclose(losses, [wanted[0][2], wanted[1][1]], rtol=1e-5, atol=1e-5)
+    written = generate(args[0], args[1], PROMPTS, 3, context=args[2])
+    likely = [(prompt, tail) for prompt, tail in zip(PROMPTS, written, strict=True)]
+    assert choices.pair_scores(*args, likely)[1].all()
+    other = [(prompt, [*tail[:2], (tail[2] + 1) % 60]) for prompt, tail in likely]
+    assert not choices.pair_scores(*args, other)[1].any()
+    assert not greedy.any()
 
 
 def test_a_window_sees_no_more_than_it_should():

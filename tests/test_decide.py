@@ -26,7 +26,7 @@ WORDS = [f"{a}{b}" for a in "bdk" for b in ("an", "om", "it")]
 def plan(runs, tmp_path_factory):  # noqa: F811
     """On the tiny base, whose answers are the words that stand in the question."""
     folder = tmp_path_factory.mktemp("decide")
-    rows = [{"prompt": f"say {word}, {word}: {i}", "completion": word} for i in range(20) for word in WORDS]
+    rows = [{"prompt": f"{word} {word} {i}", "completion": word} for i in range(20) for word in WORDS]
     (folder / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     run = dataclasses.replace(runs["lora"], mesh=(1, -1, 1), steps=6, save_every=0, log_every=3, eval_rows=8)
     run = dataclasses.replace(run, optim=Optim(lr=4e-3), out=str(folder / "out"))

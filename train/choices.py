@@ -16,7 +16,7 @@ from .. import InputError
 from ..data.loader import batches
 from ..data.pack import empty_row
 from ..data.sft import encode_examples, messages, render_prompts
-from ..model import Context, Transformer, token_losses
+from ..model import Context, Transformer, token_scores
 from ..model.attention import VIRTUAL
 from ..model.sharding import fetch
 
@@ -24,10 +24,12 @@ WIDTH = 1024  # positions of a row, if one continuation does not need more
 
 
 @partial(jax.jit, static_argnames=("model", "tokens", "n", "chunk"))
-def _losses(model: Transformer, bound: Any, past: Any, batch: Any, tokens: int, n: int, chunk: int = 8192) -> Any:
-    nll_BT = token_losses(model, bound, batch, Context(tokens, past), chunk) * (batch["weights"] > 0)
-    sums = partial(jax.ops.segment_sum, num_segments=n + 1)
-    return jax.vmap(sums)(nll_BT, jnp.maximum(batch["segments"], 0))[:, 1:]
+def _scores(model: Transformer, bound: Any, past: Any, batch: Any, tokens: int, n: int, chunk: int = 8192) -> Any:
+    """(loss, whether each token is the likeliest) of each segment of each row [B, n]."""
+    nll_BT, best_BT = token_scores(model, bound, batch, Context(tokens, past), chunk)
+    due_BT, at_BT = batch["weights"] > 0, jnp.maximum(batch["segments"], 0)
+    sums = jax.vmap(partial(jax.ops.segment_sum, num_segments=n + 1))
+    return sums(nll_BT * due_BT, at_BT)[:, 1:], sums((due_BT & ~best_BT).astype(jnp.int32), at_BT)[:, 1:] == 0
 
 
 def continuation_losses(
@@ -45,26 +47,31 @@ def continuation_losses(
     n = max(map(len, groups))
     T = -(-(lead + room) // 32) * 32
     rows = [_row(prompt, [tails[i] for i in group], T) for prompt in prompts for group in groups]
-    sums = _summed(model, bound, context, rows, n, batch).reshape(len(prompts), len(groups), n)
+    sums = _of_segments(model, bound, context, rows, n, batch)[0].reshape(len(prompts), len(groups), n)
     return np.concatenate([sums[:, g, : len(group)] for g, group in enumerate(groups)], axis=1)
 
 
-def pair_losses(
+def pair_scores(
     model: Transformer, bound: Any, context: Context, pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-    batch: int = 8,
-) -> np.ndarray:  # fmt: skip
-    """-log p(tail | prompt) of each (prompt, tail) [pairs] in nats."""
-    T = -(-max(len(prompt) - 1 + len(tail) for prompt, tail in pairs) // 32) * 32
-    return _summed(model, bound, context, [_row(prompt, [tail], T) for prompt, tail in pairs], 1, batch)[:, 0]
+    batch: int = 8, T: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """(-log p(tail | prompt) in nats, whether the tail is what greedy decoding writes) of each (prompt, tail) [pairs].
+
+    T: positions of a row; 0: as many as the longest pair needs.
+    """
+    T = T or -(-max(len(prompt) - 1 + len(tail) for prompt, tail in pairs) // 32) * 32
+    rows = [_row(prompt, [tail], T) for prompt, tail in pairs]
+    losses, greedy = _of_segments(model, bound, context, rows, 1, batch)
+    return losses[:, 0], greedy[:, 0]
 
 
-def _summed(model: Any, bound: Any, context: Context, rows: Sequence[Any], n: int, batch: int) -> np.ndarray:
-    """The loss of each of a row's n segments [rows, n]."""
+def _of_segments(model: Any, bound: Any, context: Context, rows: Sequence[Any], n: int, batch: int) -> Any:
+    """`_scores` of all rows [rows, n]."""
     found = []
     for b in batches(rows, batch):
         b = {k: b[k] for k in ("ids", "targets", "weights", "segments", "positions")}
-        found.append(fetch(_losses(model, bound, context.past, b, context.tokens, n)))
-    return np.concatenate(found)[: len(rows)]
+        found.append(jax.tree.map(fetch, _scores(model, bound, context.past, b, context.tokens, n)))
+    return [np.concatenate(some)[: len(rows)] for some in zip(*found, strict=True)]
 
 
 def _groups(tails: Sequence[Sequence[int]], room: int, most: int) -> Iterator[list[int]]:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from ...model import Context
-from ..choices import continuation_losses, pair_losses
+from ..choices import continuation_losses, pair_scores
 from ..evaluate import evenly, replies
 from ..progress import console
 from ..stop import Stop, Stopped
@@ -104,7 +104,7 @@ class Prompting:
             prompts = form.prompts(rows, shots)
             tails = [form.tails(row, [row["completion"]])[0] for row in rows]
             pairs = list(zip(prompts, tails, strict=True))
-            losses[form.kind] = float(pair_losses(self.model, self.params, Context(), pairs).mean())
+            losses[form.kind] = float(pair_scores(self.model, self.params, Context(), pairs)[0].mean())
         best = min(self.forms, key=lambda form: losses[form.kind])
         self.ledger.add({"kind": "form", "form": best.kind, "losses": losses})
         said = ", ".join(f"{kind} {loss:.2f}" for kind, loss in losses.items())
