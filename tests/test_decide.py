@@ -137,9 +137,9 @@ def results(target, scores, gold=1.0):
     """Lines of results by hand: {name: (share of right answers, FLOPs to train, FLOPs of a request)}."""
     n, lines = 200, []
     lines.append({"kind": "setup", "command": "c", "date": "d", "base": "b", "fingerprint": "f", "parameters": 9,
-                  "seeds": 1, "tasks": {"t": {"metric": "accuracy", "rows": n, "shown": []}}, "factors": [1.0], "rows": [1, 1],
-                  "methods": [k for k, v in scores.items() if v[1]], "rate": 1.0, "machine": "m", "versions": {},
-                  "code": ""})  # fmt: skip
+                  "seeds": 1, "tasks": {"t": {"metric": "accuracy", "rows": n, "shown": []}}, "factors": [1.0],
+                  "rows": [1, 1], "methods": [k for k, v in scores.items() if v[1]], "rate": 1.0, "machine": "m",
+                  "versions": {}, "code": ""})  # fmt: skip
     sizes = {k: 10 ** (i + 2) for i, k in enumerate(k for k in scores if k.startswith("lora"))}
     lines.append({"kind": "asked", "target": target, "requests": 1000, "shots": 2, "examples": 10_000, "sizes": sizes,
                   "peft": {"name": "lora"}, "gold": gold, "prompt_tokens": 9.0, "request_tokens": 10.0,

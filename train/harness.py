@@ -2,9 +2,9 @@
 
     python -m graftax.train.harness --model graftax --model_args run=runs/sft --tasks FOLDER/task.yaml --limit 100
 
-or in Python `lm_eval.simple_evaluate(model=harness.model("runs/sft"), tasks=[...])`. A run is whatever `load_run` takes: a
-run directory, a Hugging Face folder or hub id, an HF PEFT folder. What is measured is what the harness's own `hf` model
-measures of the same weights: the same ids, windows and truncation from the left.
+or in Python `lm_eval.simple_evaluate(model=harness.model("runs/sft"), tasks=[...])`. A run is whatever `load_run`
+takes: a run directory, a Hugging Face folder or hub id, an HF PEFT folder. What is measured is what the harness's own `hf`
+model measures of the same weights: the same ids, windows and truncation from the left.
 """
 
 import json
