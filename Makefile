@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench bench-methods
+.PHONY: demo test lint bench
 demo: .venv/.ready
 	$(BIN)/graftax demo
 
@@ -18,9 +18,6 @@ bench: .venv/.ready
 	$(BIN)/python -m graftax.train.bench $(ARGS)
 	$(BIN)/python -m graftax.train.bench.safety
 	$(BIN)/python -m graftax.train.bench.lanes
-
-bench-methods: .venv/.ready
-	$(BIN)/python -m graftax.train.bench.methods $(ARGS)
 
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

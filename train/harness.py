@@ -3,10 +3,12 @@
     python -m graftax.train.harness --model graftax --model_args run=runs/sft --tasks FOLDER/task.yaml --limit 100
 
 or in Python `lm_eval.simple_evaluate(model=harness.model("runs/sft"), tasks=[...])`. A run is whatever `load_run`
-takes: a run directory, a Hugging Face folder or hub id, an HF PEFT folder. What is measured is what the harness's own `hf`
-model measures of the same weights: the same ids, windows and truncation from the left.
+takes: a run directory, a Hugging Face folder or hub id, an HF PEFT folder. What is measured is what the harness's own
+`hf` model measures of the same folder: the same ids, windows and truncation from the left. (A run's own tokenizer puts
+bos before a text, as in pretraining; the tokenizer of its export to Hugging Face does not.)
 """
 
+import importlib
 import json
 import sys
 from collections import defaultdict
@@ -136,21 +138,23 @@ def _sampling(asked: dict[str, Any]) -> Sampling:
     )
 
 
-def model_class() -> Any:
-    """The class that the harness registers as `graftax`. InputError where the harness is not installed."""
+def installed(module: str) -> Any:
+    """A module of the harness. InputError where it is not installed."""
     try:
-        from lm_eval.api.model import LM
+        return importlib.import_module(module)
     except ImportError:
         raise InputError("lm-evaluation-harness is not installed; pip install 'graftax[lm_eval]'") from None
 
-    class Graftax(Harness, LM):  # the harness takes no model that is not an LM
-        """A graftax run."""
 
-        def __init__(self, *args: Any, **kwargs: Any):
-            LM.__init__(self)
-            Harness.__init__(self, *args, **kwargs)
+def model_class() -> Any:
+    """The class that the harness registers as `graftax`: it takes no model that is not an LM of its own."""
+    LM = installed("lm_eval.api.model").LM
 
-    return Graftax
+    def begin(self: Any, *args: Any, **kwargs: Any) -> None:
+        LM.__init__(self)
+        Harness.__init__(self, *args, **kwargs)
+
+    return type("Graftax", (Harness, LM), {"__init__": begin})
 
 
 def model(run: str, **kwargs: Any) -> Any:
@@ -160,12 +164,8 @@ def model(run: str, **kwargs: Any) -> Any:
 
 def main() -> None:
     """The harness's own command, with the model `graftax`."""
-    register = model_class()
-    from lm_eval.__main__ import cli_evaluate
-    from lm_eval.api.registry import register_model
-
-    register_model("graftax")(register)
-    cli_evaluate()
+    installed("lm_eval.api.registry").register_model("graftax")(model_class())
+    installed("lm_eval.__main__").cli_evaluate()
 
 
 if __name__ == "__main__":
