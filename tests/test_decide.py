@@ -16,6 +16,7 @@ from graftax.train.experiments.decide import Decide, decide, execute
 from graftax.train.experiments.ground import Ground
 from graftax.train.experiments.ledger import found, read
 from graftax.train.experiments.prompts import Form, by_lot, by_states, by_words
+from graftax.train.inputs import tuning_rows
 from graftax.train.runs import load_run
 from test_faults_input import said
 
@@ -74,6 +75,20 @@ def test_the_trained_ones_are_runs_on_so_many_examples(plan, done):
     assert got.manifest["rows"]["examples"] == 40
     few, more = (found(lines, kind="test", method=f"lora on {n} examples")[0]["digests"]["data"] for n in (20, 40))
     assert few != more
+
+
+def test_fewer_examples_are_part_of_more(plan):
+    base = Ground().base(plan.run)
+    kept = []
+    for n in (5, 20, 0):
+        data = dataclasses.replace(plan.run.data, task=plan.task, examples=n)
+        task, sft = tuning_rows(data, 0, base.tokenizer, base.config.V)
+        rows = {tuple(row["ids"][row["segments"] == s]) for row in sft.rows for s in set(row["segments"]) - {0}}
+        kept.append(rows)
+        assert sft.examples == (n or len(task.train))
+    assert kept[0] < kept[1] < kept[2]
+    many = dataclasses.replace(plan.run.data, task=plan.task, examples=1000)
+    said(lambda: tuning_rows(many, 0, base.tokenizer, base.config.V), "--data.examples 1,000: words has 1")
 
 
 def test_it_goes_on(plan, done):

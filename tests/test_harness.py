@@ -5,16 +5,16 @@ import importlib.util
 import json
 from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 from faulty import programs, runs  # noqa: F401
 from graftax import InputError
 from graftax.data.sft import render_prompt
-from graftax.model import forward, generate
+from graftax.model import generate
 from graftax.train import harness
 from graftax.train.harness import Harness
 from graftax.train.loop import train
+from test_choices import table
 
 TEXT = "The with statement wraps a block. The if statement is used for conditional execution, and so on: "
 
@@ -37,12 +37,13 @@ def asked(*args):
 
 
 def logp(model, ids, start):
-    """log p of ids[start:] behind those before them, and whether each is the likeliest: one row, no padding."""
+    """log p of ids[start:] behind those before them, and whether each is the likeliest: one row, padded behind."""
     one, params, context = model.bound
-    logits, _ = forward(one, params, np.array([ids[:-1]]), context=context)
-    table = np.asarray(jax.nn.log_softmax(logits[0]))
+    padded = np.zeros(32, np.int32)
+    padded[: len(ids) - 1] = ids[:-1]
+    found = np.asarray(table(one, params, context.past, padded, context.tokens))
     at = range(start - 1, len(ids) - 1)
-    return sum(float(table[i, ids[i + 1]]) for i in at), all(table[i].argmax() == ids[i + 1] for i in at)
+    return sum(float(found[i, ids[i + 1]]) for i in at), all(found[i].argmax() == ids[i + 1] for i in at)
 
 
 def test_loglikelihood(model):

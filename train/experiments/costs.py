@@ -28,10 +28,10 @@ def flops(run: Any, ground: Ground) -> float:
 def costs(runs: dict[str, Any], ground: Ground) -> Iterator[dict[str, Any]]:
     """A line of results for each run: {name: run}. `ratio` is a step's time over that of full fine-tuning, which takes
     its turns too, whether it is among them or not: the median over the turns of the fastest step of each."""
-    first = next(iter(runs.values()))
-    full = {"": dataclasses.replace(first, method=Subset("all"))}
-    live, facts = {}, {}
-    for name, run in (full | runs).items():
+    first, live, facts = next(iter(runs.values())), {}, {}
+    full = next((name for name, run in runs.items() if run.method == Subset("all")), "")
+    others = {} if full else {"": dataclasses.replace(first, method=Subset("all"))}
+    for name, run in (others | runs).items():
         phase = ground.phase(run)
         phase.state = jax.device_put(phase.state, ground.whole)
         step, cost = compile_step(phase)
@@ -53,4 +53,4 @@ def costs(runs: dict[str, Any], ground: Ground) -> Iterator[dict[str, Any]]:
     best = {name: seconds[:, 1:].min(axis=1) for name, seconds in took.items()}
     for name in runs:
         yield {"kind": "cost", "method": name, **facts[name], "seconds": float(np.median(best[name])),
-               "ratio": float(np.median(best[name] / best[""]))}  # fmt: skip
+               "ratio": float(np.median(best[name] / best[full]))}  # fmt: skip
