@@ -33,10 +33,12 @@ def ledger(folder):
     """A file of results made by hand: two methods are as good as each other, two are worse."""
     draw = np.random.default_rng(1)
     prompts = [{"prompt": f"say {i} </script><b>&amp;|", "wanted": f"w{i}"} for i in range(12)]
-    tasks = {t: {"metric": "accuracy", "rows": ROWS, "shown": prompts} for t in ("one", "dir/two.jsonl")}
+    tasks = {
+        t: {"metric": "accuracy", "rows": ROWS, "part": "test", "shown": prompts} for t in ("one", "dir/two.jsonl")
+    }
     lines = [{"kind": "setup", "command": "graftax compare", "date": "today", "base": "runs/five", "parameters": 1000,
-              "fingerprint": "f" * 64, "tasks": tasks, "methods": list(SCORES), "factors": [0.3, 1.0, 3.0],
-              "seeds": SEEDS, "rows": [4, 32], "rate": 1e-3, "machine": "two cores", "versions": {"jax": "1"},
+              "out": "runs/out", "fingerprint": "f" * 64, "tasks": tasks, "methods": list(SCORES),
+              "factors": [0.3, 1.0, 3.0], "seeds": SEEDS, "rows": [4, 32], "rate": 1e-3, "machine": "two cores", "versions": {"jax": "1"},
               "code": ""}]  # fmt: skip
     for task in tasks:
         lines.append({"kind": "base", "task": task, "score": 0.01, "scores": {}, "samples": ["?"] * 12, "seconds": 1.0})
@@ -104,6 +106,16 @@ def test_the_bootstrap_tells_equals_apart_as_rarely_as_it_says():
     assert covered >= 105
 
 
+def test_edges_of_the_noise():
+    sure = [{"score": 1.0, "marks": [1.0] * 8}]
+    assert noise.verdict({"a": sure}).methods["a"].low == pytest.approx(0.676, abs=0.001), "Wilson's, of 8 of 8"
+    assert noise.verdict({}).methods == {}
+    drawn = [{"score": 0.3, "draws": [0.3] * noise.FEW}]
+    assert set(noise.verdict({"a": sure, "b": drawn}).methods) == {"a", "b"}, "as many draws as the fewest have"
+    few = lambda rows, answers: {"of_a": 0.5} if any(r["a"] for r in rows) else {}  # noqa: E731
+    assert set(noise.by_row(few, "of_a", [{"a": i == 0} for i in range(3)], "xyz")["draws"]) == {0.5}
+
+
 def test_scores_that_are_no_means_are_drawn_again():
     rows, answers = [{"completion": str(i)} for i in range(9)], ["0"] * 9
     least = lambda rows, answers: {"least": float(min(len(rows), 5))}  # noqa: E731
@@ -135,7 +147,7 @@ def test_the_reports_say_what_the_results_say(written):
     assert costs[2] == ["full", "10,000", "10 %", "3.9 KiB", "976.6 KiB", "1.00", "100", "1.00"]
     runs_ = tables(text)[-1]
     assert len(runs_) == 2 + 2 * len(SCORES) * SEEDS
-    assert runs_[2][4:] == ["graftax finetune seeds/cells/000/config.json --out again", "a" * 12, "b" * 12]
+    assert runs_[2][4:] == ["graftax finetune runs/out/seeds/cells/000/config.json --out again", "a" * 12, "b" * 12]
 
 
 def test_what_diverged_and_what_beats_nothing(tmp_path):
@@ -145,7 +157,9 @@ def test_what_diverged_and_what_beats_nothing(tmp_path):
     lines = [line | ({"score": 0.9} if line["kind"] == "base" and line["task"] == "one" else {}) for line in lines]
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     words = report(tmp_path)["tasks"]
-    assert words["one"]["words"] == ["No method is above the base as it is, which has 0.900: train longer, or on more."]
+    none, lost = words["one"]["words"]
+    assert none == "No method is above the base as it is, which has 0.900: train longer, or on more."
+    assert lost.endswith(": ia3.")
     assert any("diverged" in said and said.endswith(": ia3.") for said in words["dir/two.jsonl"]["words"])
 
 
@@ -205,7 +219,7 @@ def test_the_page_is_clicked_through(written, browser):
         details.find_element("css selector", "summary").click()
     assert css(".samples td")[0].text == "say 0 </script><b>&amp;|", "text of a data set is text"
     assert css("td.right")
-    assert css("#runs td")[4].text.startswith("graftax finetune seeds/cells/000/config.json")
+    assert css("#runs td")[4].text.startswith("graftax finetune runs/out/seeds/cells/000/config.json")
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0, "self-contained"
 
@@ -243,7 +257,7 @@ def test_a_comparison_is_what_it_says(plan, done):
     line = found(done, kind="test", method="lora:rank=2", seed=1)[0]
     got = load_run(out / line["folder"])
     assert got.run.method == LoRA(rank=2)
-    task = task_of(got.run.data, got.run.seed)
+    task = task_of(got.run.data)
     assert task.test
     assert not {r["prompt"] for r in task.test} & {r["prompt"] for r in task.valid}
     answers = outputs(*got.bound, got.tokenizer, task.test, longest_answer(task.test, got.tokenizer))
@@ -306,7 +320,7 @@ BAD = {
     "--task T --methods lora,lora:rnak=3": ("--methods lora:rnak=3: ", "no 'rnak'", "rank"),
     "--task T --methods lora,lora:rank=x": ("--methods lora:rank=x: ", "'x', wanted"),
     "--task T --methods lora,lora:rank=0": ("--methods lora:rank=0: ", "wanted"),
-    "--task T --methods lora,subset:where=nope": ("--methods subset:where=nope: ", "nope"),
+    "--task T --methods lora,subset:where=nope": ("subset:where=nope: ", "nope"),
     "--task T@bleu --methods lora,full": ("no score 'bleu'", "it has exact_match"),
     "--task nothing.jsonl --methods lora,full": ("nothing.jsonl",),
     "--task T --methods lora,full --budget 3": ("how long does each train?", "one of the two"),
@@ -315,6 +329,9 @@ BAD = {
     "--task T --methods lora,full --seeds two": ("--seeds two: a whole number is wanted",),
     "--task T --methods lora,full --factors 1,-1": ("--factors: finite numbers above 0",),
     "--task T --methods lora,full --factors one": ("--factors one: numbers",),
+    "--task T --task T@exact_match --methods lora,full": ("a task is there twice",),
+    "--task T --methods lora,full --data.T 4": ("a row holds T=4",),
+    "--task T --methods lora,full --quantize int8": ("full: ", "quantised"),
     "--task T --methods lora,full --wandb x": ("--wandb: a sweep has no such thing",),
     "--task T --methods lora,full --lanes -1": ("--lanes -1: wanted 0 or more",),
     "--task T --methods lora,full --what 1": ("unknown flag --what",),
@@ -325,8 +342,8 @@ BAD = {
 def test_bad_input_is_one_line(flags, plan, tmp_path):
     task, out = plan.tasks[0], tmp_path / "out"
     steps = [] if "--steps" in flags else ["--steps", "5"]
-    given = [word.replace("T", task) if word in ("T", "T@bleu") else word for word in flags.split()]
-    said(lambda: compare([*given, *steps, "--base", plan.run.base, "--out", str(out), "--data.T", "32"]), *BAD[flags])
+    given = [re.sub("^T(?=@|$)", lambda _: task, word) for word in flags.split()]
+    said(lambda: compare(["--base", plan.run.base, "--out", str(out), "--data.T", "32", *steps, *given]), *BAD[flags])
     assert not out.exists(), "nothing is written"
 
 

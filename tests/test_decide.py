@@ -15,7 +15,8 @@ from graftax.train.experiments import advice, curve
 from graftax.train.experiments.decide import Decide, decide, execute
 from graftax.train.experiments.ground import Ground
 from graftax.train.experiments.ledger import found, read
-from graftax.train.experiments.prompts import Form, by_lot, by_states, by_words
+from graftax.train.experiments.prompts import Form
+from graftax.train.experiments.shelf import Lot, States, Words
 from graftax.train.inputs import tuning_rows
 from graftax.train.runs import load_run
 from test_faults_input import said
@@ -108,14 +109,21 @@ def test_what_stands_before_a_row_is_near(plan):
     (model, params), tokenizer = ground.model(plan.run), ground.base(plan.run).tokenizer
     train = [{"prompt": f"say {word} {i}", "completion": word} for i in range(4) for word in WORDS]
     rows = [{"prompt": f"say {word} 9", "completion": word} for word in WORDS]
-    for near in (by_words(train, rows, 3), by_states(model, params, tokenizer, train, rows, 3)):
+    states = States(train, model, params, tokenizer)
+    for shelf in (Words(train), states):
+        near = shelf.nearest(rows, 3)
         assert near.shape == (len(rows), 3)
         right = [train[some[-1]]["completion"] == row["completion"] for some, row in zip(near, rows, strict=True)]
         assert np.mean(right) > 0.7
-    lot = by_lot(train, rows, 3)
+    lot = Lot(train).nearest(rows, 3)
     assert (lot == lot[0]).all()
-    one = by_states(model, params, tokenizer, train, rows[:1], 3)
-    assert (one == by_states(model, params, tokenizer, train, rows, 3)[:1]).all(), "padding changes nothing"
+    assert (states.nearest(rows[:1], 3) == states.nearest(rows, 3)[:1]).all(), "padding changes nothing"
+    assert states.bytes == Words(train).bytes + 4 * len(train) * model.config.D
+    assert states.made_flops == pytest.approx(len(train) * states.flops)
+    short = [{"prompt": f"{i} + {i}", "completion": str(2 * i)} for i in range(9)]
+    assert Words(short).nearest([{"prompt": "7 + 7"}], 1)[0, 0] == 7, "words of one character are words"
+    assert Words([{"prompt": "?!", "completion": ""}] * 4).nearest([{"prompt": "..."}], 2).shape == (1, 2)
+    assert Words(short).nearest([{"prompt": "unheard"}], 2).shape == (1, 2)
 
 
 def test_forms(plan):
@@ -171,7 +179,8 @@ def results(target, scores, gold=1.0):
                           "examples": sizes.get(name, 0), **sheet})  # fmt: skip
         else:
             lines.append({"kind": "option", "name": name, "examples": 0, "request_flops": request,
-                          "request_seconds": 0.1, "prompt_tokens": 9.0, "bytes": 0, **sheet})  # fmt: skip
+                          "made_flops": 0.0, "made_seconds": 0.0, "request_seconds": 0.1, "prompt_tokens": 9.0,
+                          "bytes": 0, **sheet})  # fmt: skip
     lines.append({"kind": "base", "task": "t", "score": 0.0, "samples": []})
     return lines
 
@@ -193,6 +202,7 @@ def test_the_cheapest_that_surely_reaches_the_target():
     assert "With fewer than about 56 requests retrieved would be cheaper." in text
     assert "would let zero-shot do" in text
     assert "The error of lora falls as n^-" in text
+    assert "100 were enough for the target." in text
     close = advice.decision(results(0.59, few))
     assert close.startswith("The cheapest that surely reaches accuracy >= 0.59 is lora on all")
     unsure = advice.decision(results(0.88, few))
@@ -207,6 +217,7 @@ def test_a_target_out_of_reach():
     assert "it would take about" in text
     assert "a better base" in text
     assert "no number of examples" in advice.decision(results(1.0, few))
+    assert "does not fall with more examples" in advice.decision(results(0.8, few | {"lora on all": (0.4, 1e4, 0)}))
     assert "no number of examples" in advice.decision(results(0.8, few | {"lora on all": (0.4, 1e4, 0)}))
     assert "falls as" not in advice.decision(results(0.9, {"zero-shot": (0.2, 0, 1.0)}))
 
@@ -222,6 +233,12 @@ BAD = {
     "--target exact_match>=0.5 --requests -1": ("--requests -1: wanted 0 or more",),
     "--target exact_match>=0.5 --mask nowhere": ("no method or mask 'nowhere'",),
     "--target exact_match>=0.5 --method nothing": ("unknown method 'nothing'",),
+    "--target exact_match>=0.5 --data.examples 9": ("--data.examples: give --sizes",),
+    "--target exact_match>=0.5 --quantize int8": ("--quantize: ", "graftax compare"),
+    "--target exact_match>=0.5 --mask layers": ("no method or mask 'layers'",),
+    "--target exact_match>=0.5 --method.where nope": ("lora on 100 examples: ", "nope"),
+    "--target exact_match>=0.5 --method.rank x": ("--method.rank", "x"),
+    "--target exact_match>=0.5 --data.T 4": ("a row holds T=4",),
     "--target exact_match>=0.5 --budget 3": ("how long does each train?",),
 }
 
@@ -230,7 +247,7 @@ BAD = {
 def test_bad_input_is_one_line(flags, plan, tmp_path):
     out = tmp_path / "out"
     args = ["--task", plan.task, "--base", plan.run.base, "--out", str(out), "--data.T", "32", "--steps", "5"]
-    said(lambda: decide([*flags.split(), *args]), *BAD[flags])
+    said(lambda: decide([*args, *flags.split()]), *BAD[flags])
     said(lambda: decide(["--target", "x>=1", "--steps", "5"]), "give --task")
     assert not out.exists(), "nothing is written"
 

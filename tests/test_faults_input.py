@@ -106,7 +106,7 @@ def test_or_left_out_or_repaired_and_counted(name, policy, tok, tmp_path, capsys
     assert lines[0] == f"--data.bad {policy}: {1 - n} of 41 rows left out, {n} repaired"
     assert lines[1].startswith(f"{'repaired' if n else 'left out'}: {path}:41: ")
     data = Data(task=str(path), held_out=0.2, bad=policy, bad_cap=1)
-    assert task_of(data, 0).valid == task.valid  # as `graftax eval` reads the same rows
+    assert task_of(data).valid == task.valid  # as `graftax eval` reads the same rows
     clean = write(tmp_path / "clean.jsonl", good())
     if not n:  # what is left out leaves no trace
         assert sft.digest == tuned(clean, tok)[1].digest

@@ -89,6 +89,8 @@ def test_a_chat_goes_through_the_template(model):
     text = model.apply_chat_template(turns)
     assert model._ids(text) == render_prompt(turns, model.tokenizer)
     assert model._ids(text + "so") == render_prompt(turns, model.tokenizer) + model.tokenizer.encode("so")
+    begun = model.apply_chat_template([*turns, {"role": "assistant", "content": "de"}], add_generation_prompt=False)
+    assert model._ids(begun) == render_prompt(turns, model.tokenizer) + model.tokenizer.encode("de")
     (prompt, tail) = model._pair(text, "der")
     assert (prompt, tail) == (render_prompt(turns, model.tokenizer)[-(17 - len(tail)) :], model.tokenizer.encode("der"))
 

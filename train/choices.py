@@ -39,12 +39,8 @@ def continuation_losses(
     """-log p(tail | prompt) [prompts, tails] in nats. InputError for an empty prompt or tail."""
     if not all(prompts) or not all(tails):
         raise InputError("a prompt or a continuation is empty: each wants one token or more")
-    # A window would hide a prompt's beginning from what stands far behind it; learned positions end with the context.
-    together = not any(model.config.windows) and model.config.rope is not None
-    lead, longest = max(map(len, prompts)) - 1, max(map(len, tails))
-    room = max(min(sum(map(len, tails)), WIDTH - lead), longest) if together else longest
-    groups = list(_groups(tails, room, len(tails) if together else 1))
-    n = max(map(len, groups))
+    groups, room = _plan(model, prompts, tails)
+    n, lead = max(map(len, groups)), max(map(len, prompts)) - 1
     T = -(-(lead + room) // 32) * 32
     rows = [_row(prompt, [tails[i] for i in group], T) for prompt in prompts for group in groups]
     sums = _of_segments(model, bound, context, rows, n, batch)[0].reshape(len(prompts), len(groups), n)
@@ -72,6 +68,20 @@ def _of_segments(model: Any, bound: Any, context: Context, rows: Sequence[Any], 
         b = {k: b[k] for k in ("ids", "targets", "weights", "segments", "positions")}
         found.append(jax.tree.map(fetch, _scores(model, bound, context.past, b, context.tokens, n)))
     return [np.concatenate(some)[: len(rows)] for some in zip(*found, strict=True)]
+
+
+def _plan(model: Transformer, prompts: Sequence[Any], tails: Sequence[Any]) -> tuple[list[list[int]], int]:
+    """(which tails share a row, positions that they have there)."""
+    # A window would hide a prompt's beginning from what stands far behind it; learned positions end with the context.
+    together = not any(model.config.windows) and model.config.rope is not None
+    lead, longest = max(map(len, prompts)) - 1, max(map(len, tails))
+    room = max(min(sum(map(len, tails)), WIDTH - lead), longest) if together else longest
+    return list(_groups(tails, room, len(tails) if together else 1)), room
+
+
+def readings(model: Transformer, prompts: Sequence[Any], tails: Sequence[Any]) -> int:
+    """How often `continuation_losses` reads each prompt."""
+    return len(_plan(model, prompts, tails)[0])
 
 
 def _groups(tails: Sequence[Sequence[int]], room: int, most: int) -> Iterator[list[int]]:

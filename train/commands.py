@@ -54,7 +54,7 @@ class Eval:
                 console.print(f"{name}: loss {v['loss']:.4f} · perplexity {v['perplexity']:.2f} · "
                               f"bits per byte {v['bits_per_byte']:.4f} (zlib {v['zlib']:.2f})")  # fmt: skip
         if data.task:
-            task = task_of(data, got.run.seed)
+            task = task_of(data)
             rows = scored(task, self.rows)
             if self.choices:
                 if task.choices is None:

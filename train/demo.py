@@ -55,7 +55,7 @@ def demo(config: Demo) -> dict[str, Any]:
     base = recipes["embedded"]()
     train(dataclasses.replace(base, out=str(out / "base"), steps=config.pretrain_steps, seed=config.seed, eval_every=0))
     data = Data(task=TASK, T=192, batch=10)
-    task = task_of(data, config.seed)
+    task = task_of(data)
     floor = floors(task)
     _title(f"2. Tune it on {TASK}: {len(task.train):,} functions to learn from, {len(task.test)} unseen ones to score")
     console.print("   (the unseen functions stand in no row of pretraining or tuning)")

@@ -66,7 +66,7 @@ def outputs(
     new: int, batch: int = 32, how: Sampling | None = None, progress: Callable[[int], None] = lambda n: None,
 ) -> list[str]:  # fmt: skip
     """What the model answers to each row's prompt, up to `new` tokens."""
-    prompts = render_prompts(_chats(rows), tokenizer)
+    prompts = render_prompts(chats(rows), tokenizer)
     return replies(model, bound, context, tokenizer, prompts, new, batch, how, progress)
 
 
@@ -94,7 +94,7 @@ def choose(
 ) -> list[str]:  # fmt: skip
     """The choice with the highest log-probability as the answer to each row's prompt."""
     tails = chat_tails(tokenizer, rows[0], choices)
-    losses = continuation_losses(model, bound, context, render_prompts(_chats(rows), tokenizer), tails, batch)
+    losses = continuation_losses(model, bound, context, render_prompts(chats(rows), tokenizer), tails, batch)
     return [choices[i] for i in losses.argmin(axis=1)]
 
 
@@ -111,8 +111,9 @@ def scored(task: Any, rows: int = 0) -> list[dict[str, Any]]:
 
 def longest_answer(rows: Sequence[dict[str, Any]], tokenizer: Any) -> int:
     """Tokens of the longest reply, its end and what the template puts before it included."""
-    return max(int(np.sum(weights)) for _, weights in encode_examples(_chats(rows), tokenizer))
+    return max(int(np.sum(weights)) for _, weights in encode_examples(chats(rows), tokenizer))
 
 
-def _chats(rows: Sequence[dict[str, Any]]) -> list[tuple[str, Any]]:
+def chats(rows: Sequence[dict[str, Any]]) -> list[tuple[str, Any]]:
+    """(where, messages) of rows, as they are rendered."""
     return [(where := f"row {i}", messages(row, where)) for i, row in enumerate(rows, 1)]

@@ -55,6 +55,7 @@ class Harness:
         for said, which in groups.items():
             asked = json.loads(said)
             until = [asked["until"]] if isinstance(asked.get("until"), str) else asked.get("until") or []
+            until = [stop for stop in until if stop]
             new = min(int(asked.get("max_gen_toks", NEW)), self.longest - 1)
             prompts = [self._ids(requests[i].args[0])[-(self.longest - new) :] for i in which]
             for i, text in zip(which, self._written(prompts, new, until, _sampling(asked)), strict=True):
@@ -63,7 +64,7 @@ class Harness:
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A text that stands for messages; they become ids when it is read, as in training."""
-        return CHAT + json.dumps(chat_history if add_generation_prompt else [*chat_history, None])
+        return CHAT + json.dumps(chat_history)  # where it does not end with a question, the last reply goes on
 
     def chat_template(self, chat_template: Any = False) -> str:
         """What fingerprints the template."""
@@ -79,11 +80,13 @@ class Harness:
         if not text.startswith(CHAT):
             return list(self.tokenizer.prompt(text)) or [self.tokenizer.bos]
         turns, end = json.JSONDecoder().raw_decode(text, len(CHAT))
-        turns = [turn for turn in turns if turn]
-        return render_prompt(turns, self.tokenizer) + self.tokenizer.encode(text[end:])
+        began = turns.pop(-1) if turns[-1]["role"] == "assistant" else {"content": ""}  # a reply that is to go on
+        return render_prompt(turns, self.tokenizer) + self.tokenizer.encode(began["content"] + text[end:])
 
     def _pair(self, context: str, continuation: str) -> tuple[Ids, Ids]:
         """(prompt, tail): the ids of both together, cut where those of the context end; its last spaces go on."""
+        if not context:
+            return [self.tokenizer.bos], self._whole(self.tokenizer.encode(continuation), continuation, context)
         cut = len(context.rstrip()) if context.strip() and not context.startswith(CHAT) else len(context)
         context, continuation = context[:cut], context[cut:] + continuation
         prompt = self._ids(context)
@@ -91,10 +94,14 @@ class Harness:
             tail = self.tokenizer.encode(continuation)
         else:
             tail = self._ids(context + continuation)[len(prompt) :]
+        tail = self._whole(tail, continuation, context)
+        return prompt[-(self.longest + 1 - len(tail)) :], tail
+
+    def _whole(self, tail: Ids, continuation: str, context: str) -> Ids:
+        """As much of a tail as the model holds. InputError for an empty one."""
         if not tail:
             raise InputError(f"a continuation is empty: {continuation!r} behind {context[-40:]!r}")
-        tail = tail[-self.longest :]
-        return prompt[-(self.longest + 1 - len(tail)) :], tail
+        return tail[-self.longest :]
 
     def _windows(self, ids: Ids) -> Iterator[tuple[Ids, Ids]]:
         whole = [self.tokenizer.bos, *ids]

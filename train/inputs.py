@@ -75,7 +75,7 @@ def tuning_rows(data: Data, seed: int, tokenizer: Tokenizer, V: int) -> tuple[Ta
             "give the tokenizer that the base was trained with"
         )
     bad = Bad(data.bad, data.bad_cap)
-    task = task_of(data, seed, bad)
+    task = task_of(data, bad)
     pairs = list(task.pairs())
     if data.examples > len(pairs):
         raise InputError(f"--data.examples {data.examples:,}: {task.name} has {len(pairs):,} for training")
@@ -117,8 +117,9 @@ def check_tokenizer(tokenizer: Tokenizer, digest: str, where: Path) -> None:
         )
 
 
-def task_of(data: Data, seed: int, bad: Bad | None = None) -> Task:
-    """The task of a fine-tuning run: a known name below --data.root, or a file of examples."""
+def task_of(data: Data, bad: Bad | None = None) -> Task:
+    """The task of a fine-tuning run: a known name below --data.root, or a file of examples, which is cut into parts in
+    the same way whatever the run's seed: no seed trains on what another is judged by."""
     if not data.task:
         raise InputError("nothing to tune on: give --data FILE.jsonl, or --data.task with one of " + ", ".join(tasks))
     if data.task in tasks:
@@ -127,7 +128,7 @@ def task_of(data: Data, seed: int, bad: Bad | None = None) -> Task:
         return tasks[data.task](Path(data.root or "."))
     if not Path(data.task).suffix and not Path(data.task).exists():
         raise InputError(f"no task and no file {data.task!r}{close(data.task, tasks)}; tasks: {', '.join(tasks)}")
-    return file_task(Path(data.task), data.held_out, seed, bad or Bad(data.bad, data.bad_cap))
+    return file_task(Path(data.task), data.held_out, 0, bad or Bad(data.bad, data.bad_cap))
 
 
 def save_held_out(path: Path, held_out: dict[str, HeldOut]) -> None:

@@ -12,9 +12,9 @@ from ..commit import write_whole
 from ..progress import clock, console
 from ..report import size
 from .curve import Outlook, outlook
-from .findings import Grid, facts, judged, number, runs, samples, word
+from .findings import CHOSEN, LOST, Grid, facts, judged, number, runs, samples, word
 from .ledger import Line, found, read
-from .noise import Estimate, drawn, verdict
+from .noise import Estimate, averaged, verdict
 from .page import table
 
 RULE = ("An option reaches the target if its score does, surely if the lower end of its 95 % interval does. Of those "
@@ -46,8 +46,9 @@ def options(lines: list[Line]) -> list[Option]:
     asked = found(lines, kind="asked")[0]
     prompted = found(lines, kind="option")
     seen = verdict({line["name"]: [line] for line in prompted}).methods if prompted else {}
-    made = [Option(line["name"], seen[line["name"]], line["examples"], 0.0, 0.0, line["request_flops"],
-                   line["request_seconds"], line["prompt_tokens"], line["bytes"]) for line in prompted]  # fmt: skip
+    made = [Option(line["name"], seen[line["name"]], line["examples"], line["made_flops"], line["made_seconds"],
+                   line["request_flops"], line["request_seconds"], line["prompt_tokens"], line["bytes"])
+            for line in prompted]  # fmt: skip
     sheets, _ = judged(lines, task)
     trained = verdict(sheets).methods if sheets else {}
     costs = {line["method"]: line for line in found(lines, kind="cost")}
@@ -81,12 +82,19 @@ def foretold(lines: list[Line], target: float) -> tuple[list[int], Outlook] | No
         return None
     sizes = [asked["sizes"][name] for name in whole]
     means = [asked["gold"] - float(np.mean([line["score"] for line in tested])) for tested in whole.values()]
-    draws = asked["gold"] - np.array([np.mean([drawn(line) for line in tested], axis=0) for tested in whole.values()])
+    draws = asked["gold"] - averaged(whole)
     return sizes, outlook(sizes, draws, means, asked["gold"] - target)
 
 
 def decision(lines: list[Line]) -> str:
     """One plain paragraph."""
+    (task, about), *_ = found(lines, kind="setup")[0]["tasks"].items()
+    _, lost = judged(lines, task)
+    said = [_decided(lines), *([LOST + f"{', '.join(lost)}."] if lost else [])]
+    return " ".join([*said, *([CHOSEN] if about.get("part") == "validation" else [])])
+
+
+def _decided(lines: list[Line]) -> str:
     asked, setup = found(lines, kind="asked")[0], found(lines, kind="setup")[0]
     metric = next(iter(setup["tasks"].values()))["metric"]
     made, target, requests = options(lines), asked["target"], asked["requests"]
@@ -107,8 +115,9 @@ def decision(lines: list[Line]) -> str:
     able = [o for o in made if (o.estimate.low if sure else o.estimate.mean) >= target and o is not best]
     if able:
         second = min(able, key=lambda option: option.flops(requests))
-        times = second.flops(requests) / best.flops(requests) if best.flops(requests) else math.inf
-        said.append(f"The next is {second.name} with {scored(second)}, at {times:.2g} times that.")
+        times = f"{second.flops(requests) / best.flops(requests):.2g} times that" if best.flops(requests) else (
+            f"{second.flops(requests):.2g}")  # fmt: skip
+        said.append(f"The next is {second.name} with {scored(second)}, at {times}.")
     said += changes(made, able, best, target, requests)
     top = max(made, key=lambda option: option.estimate.mean)
     if top is not best:
@@ -134,7 +143,7 @@ def changes(
             said.append((abs(math.log(cross / max(requests, 1))), f"With {way} than about {cross:,.0f} requests "
                          f"{other.name} would be cheaper."))  # fmt: skip
     said = [text for _, text in sorted(said)[:1]]
-    less = [o for o in made if o.estimate.low < target and o.flops(requests) < best.flops(requests)]
+    less = [o for o in made if 0 < o.estimate.low < target and o.flops(requests) < best.flops(requests)]
     if less:
         lower = max(less, key=lambda option: option.estimate.low)
         said.append(f"A target of {lower.estimate.low:.3f} or less would let {lower.name} do, for "
@@ -150,11 +159,15 @@ def more(lines: list[Line], target: float) -> str:
     sizes, look = seen
     name = asked["peft"].get("name", "the method")
     said = f"The error of {name} falls as n^-{look.curve.c:.2f} with n examples"
-    if math.isfinite(look.missed):
+    if look.curve.c <= 0.005:
+        said = f"The error of {name} does not fall with more examples"
+    elif math.isfinite(look.missed):
         said += f" (a fit to fewer than {sizes[-1]:,} foretold {sizes[-1]:,}'s to within {abs(look.missed):.3f})"
-    if look.needed <= sizes[-1]:
-        return f"{said}; {look.needed:,.0f} examples would do ({look.needed_low:,.0f} to {look.needed_high:,.0f})."
-    if look.needed > 100 * sizes[-1]:
+    options_ = {option.name: option.estimate.mean for option in options(lines)}
+    enough = [n for name, n in asked["sizes"].items() if options_.get(name, -math.inf) >= target]
+    if enough:
+        return f"{said}; {min(enough):,} were enough for the target."
+    if not look.needed <= 100 * sizes[-1]:
         return f"{said}: no number of examples that could be got would reach the target."
     high = f"{look.needed_high:,.0f}" if look.needed_high < 1e9 else "more than could be got"
     return (f"{said}: it would take about {look.needed:,.0f} examples ({look.needed_low:,.0f} to {high}), of which "

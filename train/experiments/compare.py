@@ -16,6 +16,7 @@ from typing import Any
 from ... import InputError, peft
 from ...peft import Method, Subset, masks
 from ..config import Run, close, method_class, to_json
+from ..phase import with_ids
 from ..stop import Stop
 from .cells import changed
 from .contest import Contest, Entry
@@ -149,15 +150,12 @@ def execute(plan: Compare, command: str = "") -> dict[str, Any]:
     with contextlib.ExitStack() as held:
         stop, ground = held.enter_context(Stop()), Ground()
         exams = [Exam.read(text, run, ground) for text in plan.tasks]
-        for name, entry in entries.items():
-            _finds(name, entry.method, ground.model(run)[1])
+        if len({exam.name for exam in exams}) < len(exams):
+            raise InputError("--task: a task is there twice; one score of it counts, and results.jsonl has all of them")
+        tokenizer = ground.base(run).tokenizer
+        entries = {name: Entry(with_ids(entry.method, tokenizer)) for name, entry in entries.items()}
+        contest = Contest(plan, entries, exams, ground, stop, FILE)
+        contest.check()
         held.enter_context(opened(out, run, said, FILE))
-        Contest(plan, entries, exams, ground, stop, FILE).go(command, began)
+        contest.go(command, began)
     return report(out)
-
-
-def _finds(name: str, method: Method, params: Any) -> None:
-    try:
-        peft.count(method, params)
-    except InputError as error:
-        raise InputError(f"--methods {name}: {error}") from None

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ... import InputError
+from ... import InputError, peft
 from ...model import Context
 from ...model.hf_files import read_json
 from ...peft import Method, Subset
@@ -61,22 +61,22 @@ class Contest:
         plan, ledger, base = self.plan, self.ledger, self.ground.base(self.plan.run)
         size = sum(x.size for x in jax.tree.leaves(base.base))
         if not ledger.lines:
-            tasks = {e.name: {"metric": e.metric, "rows": len(e.rows), "shown": e.shown()} for e in self.exams}
+            tasks = {e.name: {"metric": e.metric, "rows": len(e.rows), "part": e.part, "digest": e.digest,
+                              "shown": e.shown()} for e in self.exams}  # fmt: skip
             ledger.add({
-                "kind": "setup", "command": command, "date": time.strftime("%Y-%m-%d"), "base": plan.run.base,
-                "fingerprint": base.fingerprint, "parameters": size, "tasks": tasks,
+                "kind": "setup", "command": command, "date": time.strftime("%Y-%m-%d"), "out": plan.run.out,
+                "base": plan.run.base, "fingerprint": base.fingerprint, "parameters": size, "tasks": tasks,
+                "reference": self.reference,
                 "methods": list(self.entries), "factors": list(plan.factors), "seeds": plan.seeds,
                 "rows": [plan.run.data.batch, plan.run.data.T], "rate": plan.run.optim.lr,
                 "machine": f"{threads()} cores, {cpu()}", "versions": versions(), "code": code(),
             })  # fmt: skip
+        self._same(ledger.find(kind="setup")[0], base.fingerprint)
         for exam in self.exams:
             if not ledger.find(kind="base", task=exam.name):
                 console.print(f"{exam.label}: {len(exam.rows)} test rows by the base as it is", soft_wrap=True)
                 began, run = time.perf_counter(), plan.run_of(exam.name, Entry(Subset()), 1.0)
                 before = self.ground.before(run)
-                if "valid_loss" not in before:
-                    raise InputError(f"--task {exam.name}: no validation row fits into --data.T {run.data.T}, so that "
-                                     "nothing chooses a rate; raise it, or give such rows")  # fmt: skip
                 evaluating = time.perf_counter() - began
                 sheet = exam.timed((*self.ground.model(run), Context()))
                 ledger.add({"kind": "base", "task": exam.name, **before, **sheet, "evaluating": evaluating})
@@ -87,9 +87,39 @@ class Contest:
         if same:
             console.print(f"costs of {len(same)} methods, a step each in turns")
             runs = {names[0]: plan.run_of(self.exams[0].name, Entry(method), 1.0) for method, names in same.items()}
-            for line, names in zip(costs(runs, self.ground), same.values(), strict=True):
+            for line, names in zip(costs(runs, self.ground, bool(plan.run.quantize)), same.values(), strict=True):
                 for name in names:
                     ledger.add(line | {"method": name})
+
+    def check(self) -> None:
+        """InputError for what would be found too late: rows that do not fit, nothing that chooses a rate, a method that
+        finds nothing in the base. Before anything is written."""
+        for exam in self.exams:
+            run = self.plan.run_of(exam.name, Entry(Subset()), 1.0)
+            if not self.ground.rows(run)[2]:
+                raise InputError(f"--task {exam.name}: no validation row fits into --data.T {run.data.T}, so that "
+                                 "nothing chooses a rate; raise it, or give such rows")  # fmt: skip
+        for name, entry in self.entries.items():
+            try:
+                peft.count(entry.method, self.ground.model(self.plan.run)[1])
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from None
+
+    @property
+    def reference(self) -> str:
+        """What times are compared with: full fine-tuning, but of a quantised base, which nothing trains all of."""
+        return next(iter(self.entries)) if self.plan.run.quantize else "full"
+
+    def _same(self, setup: Line, fingerprint: str) -> None:
+        """InputError if what was found before is of another base, or of other rows."""
+        here = {"the base": fingerprint} | {f"the test of {e.label}": e.digest for e in self.exams}
+        then = {"the base": setup["fingerprint"]} | {
+            f"the test of {e.label}": setup["tasks"][e.name].get("digest", e.digest) for e in self.exams
+        }  # fmt: skip
+        for what, digest in here.items():
+            if digest != then[what]:
+                raise InputError(f"--resume: {what} is not what it was when {self.out} began (sha256 {digest[:12]}, "
+                                 f"was {then[what][:12]}); put it back, or take another --out")  # fmt: skip
 
     def steps(self, began: float) -> int:
         """The steps of a training: what --steps says, or what the budget leaves."""
@@ -179,11 +209,14 @@ def _found(cell: Cell) -> Line:
     line = {"lr": cell.run.optim.lr, "steps": cell.run.steps, "status": "diverged",
             "folder": str(Path(*folder.parts[-3:]))}  # fmt: skip
     after, before = (told(cell).get(part, {}) for part in ("after", "before"))
-    if diverged(cell) or not math.isfinite(after.get("valid_loss", math.nan)):
+    if diverged(cell):
         return line
-    line |= {"status": "done", "valid_loss": after["valid_loss"], "loss": told(cell)["loss"]}
+    made = {"valid_loss": after.get("valid_loss", math.nan), "loss": told(cell)["loss"]}
     if "held_out_loss" in after and "held_out_loss" in before:
-        line["forgetting"] = after["held_out_loss"] - before["held_out_loss"]
+        made["forgetting"] = after["held_out_loss"] - before["held_out_loss"]
+    if not all(map(math.isfinite, made.values())):
+        return line
+    line |= {"status": "done", **made}
     manifest = Checkpoints(folder / "checkpoints").manifest(cell.run.steps)
     digests = {"trainable": values(manifest), "rows": manifest["rows_digest"], "data": manifest["data"],
                "tokenizer": manifest["tokenizer"]}  # fmt: skip

@@ -25,11 +25,13 @@ def flops(run: Any, ground: Ground) -> float:
     return traced(run, model.config, ground.mesh, laid, jax.devices()[0].platform).flops
 
 
-def costs(runs: dict[str, Any], ground: Ground) -> Iterator[dict[str, Any]]:
+def costs(runs: dict[str, Any], ground: Ground, quantized: bool = False) -> Iterator[dict[str, Any]]:
     """A line of results for each run: {name: run}. `ratio` is a step's time over that of full fine-tuning, which takes
-    its turns too, whether it is among them or not: the median over the turns of the fastest step of each."""
+    its turns too, whether it is among them or not: the median over the turns of the fastest step of each. Nothing
+    trains all of a quantised base: there it is over that of the first."""
     first, live, facts = next(iter(runs.values())), {}, {}
     full = next((name for name, run in runs.items() if run.method == Subset("all")), "")
+    full = next(iter(runs)) if quantized else full
     others = {} if full else {"": dataclasses.replace(first, method=Subset("all"))}
     for name, run in (others | runs).items():
         phase = ground.phase(run)

@@ -17,6 +17,7 @@ from typing import Any
 from ... import InputError
 from ...peft import Subset
 from ..config import Run, method_to_dict, to_json
+from ..phase import with_ids
 from ..stop import Stop
 from .advice import report
 from .compare import Compare, method_of
@@ -71,6 +72,11 @@ class Decide:
                 raise InputError(f"--{name} {getattr(self, name)}: wanted {least} or more")
         if not self.sizes or min(self.sizes) < 1 or len(set(self.sizes)) < len(self.sizes):
             raise InputError(f"--sizes {','.join(map(str, self.sizes))}: different numbers of 1 or more are wanted")
+        if self.run.data.examples:
+            raise InputError("--data.examples: give --sizes, the numbers of examples that are tried")
+        if self.run.quantize:
+            raise InputError("--quantize: full fine-tuning is one of the ways, and nothing trains all of a quantised "
+                             "base; drop the flag, or take graftax compare")  # fmt: skip
         self.comparison()
 
     @property
@@ -119,8 +125,8 @@ def decide(args: list[str]) -> dict[str, Any]:
         text, args = take(args, f"--{name}")
         if text is not None:
             given[name] = _read(name, text)
-    named = any(arg.split("=")[0] == "--method" or arg.startswith("--method.") for arg in args)
     args = args if args and not args[0].startswith("-") else ["trial", *args]
+    named = args[0].endswith(".json") or any(arg.split("=")[0] == "--method" for arg in args)
     run = run_of("finetune", args if named else [*args, "--method", "lora"])
     run = dataclasses.replace(run, out="runs/decide") if run.out == "runs/trial" else run
     return execute(Decide(run, **given), command)
@@ -140,7 +146,7 @@ def _read(name: str, text: str) -> Any:
 
 def execute(plan: Decide, command: str = "") -> dict[str, Any]:
     """Measure, or go on; returns the table and the decision."""
-    out, run, began = Path(plan.run.out), plan.run, time.monotonic()
+    out, run = Path(plan.run.out), plan.run
     keys = ("task", "target", "mask", "sizes", "shots", "requests", "factors", "seeds", "budget")
     said = {"run": json.loads(to_json(dataclasses.replace(run, out="", resume="never", accept=""))),
             **{key: getattr(plan, key) for key in keys}}  # fmt: skip
@@ -148,19 +154,21 @@ def execute(plan: Decide, command: str = "") -> dict[str, Any]:
     with contextlib.ExitStack() as held:
         stop, ground = held.enter_context(Stop()), Ground()
         exam = Exam.read(plan.task, run, ground, plan.metric)
-        entries = plan.entries(len(exam.task.train))
-        held.enter_context(opened(out, run, said, FILE))
+        tokenizer, n = ground.base(run).tokenizer, len(exam.task.train)
+        entries = {name: Entry(with_ids(entry.method, tokenizer), entry.examples)
+                   for name, entry in plan.entries(n).items()}  # fmt: skip
         contest = Contest(plan.comparison(), entries, [exam], ground, stop, FILE)
-        contest.prepare(command)
+        contest.check()
         prompting = Prompting(plan, exam, ground, contest.ledger, stop)
+        held.enter_context(opened(out, run, said, FILE))
+        contest.prepare(command)
         if not contest.ledger.find(kind="asked"):
-            n = len(exam.task.train)
-            sizes = {name: entry.examples or n for name, entry in entries.items() if entry.method == run.method}
+            sizes = {name: entry.examples or n for name, entry in entries.items() if " on " in name}
             contest.ledger.add({
                 "kind": "asked", "target": plan.wanted, "requests": plan.requests, "shots": plan.shots, "examples": n,
                 "sizes": sizes, "peft": method_to_dict(run.method), "gold": exam.gold(), **prompting.request(),
             })  # fmt: skip
         prompting.go()
-        contest.train(contest.steps(began))
+        contest.train(contest.steps(time.monotonic()))
         contest.test()
     return report(out)

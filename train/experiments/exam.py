@@ -1,8 +1,11 @@
 """Exams: the rows that a task is judged on, the score that counts, and answer sheets as lines of results."""
 
 import dataclasses
+import hashlib
+import json
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from ... import InputError
+from ...data.sft import render_prompts
 from ..config import Run, close
-from ..evaluate import evenly, longest_answer, outputs
+from ..evaluate import chats, evenly, longest_answer, outputs
 from ..inputs import task_of
 from .ground import Ground
 from .noise import by_row
@@ -41,7 +45,7 @@ class Exam:
     def read(cls, said: str, run: Run, ground: Ground, metric: str = "") -> "Exam":
         """TASK or TASK@METRIC, below a run's --data.root. InputError for a metric that the task does not have."""
         name, at, asked = (said, "", "") if Path(said).exists() else said.partition("@")
-        task = task_of(dataclasses.replace(run.data, task=name), run.seed)
+        task = task_of(dataclasses.replace(run.data, task=name))
         rows = evenly(task.test or task.valid, run.eval_rows)
         if not rows:
             raise InputError(f"--task {said}: no row to score; a test, or validation rows, are wanted")
@@ -49,8 +53,28 @@ class Exam:
         metric = metric or asked
         if (at or metric) and metric not in has:
             raise InputError(f"{task.name} has no score {metric!r}{close(metric, has)}; it has {', '.join(has)}")
-        tokenizer = ground.base(run).tokenizer
-        return cls(name, metric or has[0], task, tuple(rows), longest_answer(rows, tokenizer), tokenizer)
+        base = ground.base(run)
+        new = longest_answer(rows, base.tokenizer)
+        exam = cls(name, metric or has[0], task, tuple(rows), new, base.tokenizer)
+        if (n := exam.longest_prompt) + new > base.config.context:
+            raise InputError(f"--task {said}: a prompt of {n} tokens and an answer of {new} do not fit into the base's "
+                             f"context of {base.config.context}")  # fmt: skip
+        return exam
+
+    @cached_property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt, as a chat."""
+        return max(map(len, render_prompts(chats(self.rows), self.tokenizer)))
+
+    @property
+    def part(self) -> str:
+        """Which part of the task its rows are."""
+        return "test" if self.task.test else "validation"
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the rows and what they are judged by."""
+        return hashlib.sha256(json.dumps([self.metric, *self.rows], sort_keys=True).encode()).hexdigest()
 
     def answers(self, bound: Any, rows: Sequence[Any] = ()) -> list[str]:
         """What (model, bound parameters, context) answers, greedily; rows: others than the exam's."""
@@ -86,4 +110,5 @@ class Exam:
             self.answers(bound, self.longest)
         began = time.perf_counter()
         answers = self.answers(bound)
-        return self.sheet(answers) | {"seconds": time.perf_counter() - began}
+        seconds = time.perf_counter() - began
+        return self.sheet(answers) | {"seconds": seconds}

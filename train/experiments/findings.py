@@ -11,6 +11,9 @@ from ..report import size
 from .ledger import Line, found, read
 from .noise import Verdict, verdict
 
+LOST = "Left out, as a training diverged or none reached its end: "
+CHOSEN = "The task has no test: the rows that are scored also chose the rates, so that scores are a little too high."
+
 
 class Cell(NamedTuple):
     """What a table shows, and what it is sorted by."""
@@ -113,10 +116,14 @@ def _words(
         return [f"Every method diverged on {task}."]
     good = [name for name, e in seen.methods.items() if e.as_good]
     base = found(lines, kind="base", task=task)[0]
+    lost = [LOST + f"{', '.join(diverged)}."] if diverged else []
     if best.mean <= base["score"]:
-        return [f"No method is above the base as it is, which has {base['score']:.3f}: train longer, or on more."]
+        none = f"No method is above the base as it is, which has {base['score']:.3f}: train longer, or on more."
+        return [none, *lost]
     score = f"{best.mean:.3f} ({best.low:.3f} to {best.high:.3f})"
-    if len(good) == 1:
+    if len(seen.methods) == 1:
+        said.append(f"{first} alone reached its end: {metric} {score}.")
+    elif len(good) == 1:
         said.append(f"{first} has the best {metric}, {score}, and is told apart from every other method: it is ahead "
                     f"by more than {seen.apart:.3f}.")  # fmt: skip
     else:
@@ -136,14 +143,24 @@ def _words(
     if edges:
         said.append(f"The best rate is the highest or lowest tried (↑ ↓) of {', '.join(edges)}: a better one may lie "
                     "beyond, and the score is a lower bound.")  # fmt: skip
-    if diverged:
-        said.append(f"Left out, as a training diverged or none reached its end: {', '.join(diverged)}.")
-    return said
+    if setup["tasks"][task].get("part") == "validation":
+        said.append(CHOSEN)
+    return said + lost
 
 
 def expenses(lines: list[Line]) -> Grid:
     """What a step of each method costs."""
-    heads = ["method", "trainable", "of the base", "artifact", "peak memory", "GFLOPs a step", "ms a step", "of full's"]
+    reference = found(lines, kind="setup")[0].get("reference", "full")
+    heads = [
+        "method",
+        "trainable",
+        "of the base",
+        "artifact",
+        "peak memory",
+        "GFLOPs a step",
+        "ms a step",
+        f"of {reference}'s",
+    ]
     rows = [[
         word(c["method"]), number(c["trainable"], ",d"), number(100 * c["share"], ".3g", " %"),
         Cell(size(c["artifact_bytes"]), c["artifact_bytes"]), Cell(size(c["peak_bytes"]), c["peak_bytes"]),
@@ -157,25 +174,26 @@ def facts(lines: list[Line]) -> list[tuple[str, str]]:
     s = found(lines, kind="setup")[0]
     steps = next((line["steps"] for line in lines if line["kind"] == "search"), 0)
     rows, T = s["rows"]
-    tested = ", ".join(f"{label(task)} {t['rows']:,}" for task, t in s["tasks"].items())
+    tested = ", ".join(f"{label(task)} {t['rows']:,} ({t.get('part', 'test')})" for task, t in s["tasks"].items())
     return [
         ("command", s["command"]), ("base", f"{s['base']}, {s['parameters']:,} parameters"),
         ("fingerprint of the base", s["fingerprint"]), ("each training", f"{steps} steps of {rows} x {T} tokens"),
         ("rates", f"of each method {len(s['factors'])} are tried on seed 0: its own guess x {s['rate']:g} x "
                   f"{', '.join(f'{f:g}' for f in s['factors'])}; the least validation loss chooses"),
-        ("seeds", str(s["seeds"])), ("test rows", tested), ("machine", s["machine"]), ("date", s["date"]),
+        ("seeds", str(s["seeds"])), ("rows that are scored", tested), ("machine", s["machine"]), ("date", s["date"]),
         ("versions", ", ".join(f"{k} {v}" for k, v in s["versions"].items()) + f", code {s['code'] or 'unknown'}"),
     ]  # fmt: skip
 
 
 def runs(lines: list[Line]) -> Grid:
     """The tested runs: the command that makes each again, and digests of what went in and came out."""
+    out = found(lines, kind="setup")[0].get("out", ".")
     rows = [[
         word(label(t["task"])), word(t["method"]), number(t["seed"], "d"), number(t["lr"], ".3g"),
-        word(f"graftax finetune {t['folder']}/config.json --out again"), word(t["digests"]["rows"][:12]),
+        word(f"graftax finetune {out}/{t['folder']}/config.json --out again"), word(t["digests"]["rows"][:12]),
         word(t["digests"]["trainable"][:12]),
     ] for t in found(lines, kind="test") if "digests" in t]  # fmt: skip
-    heads = ["task", "method", "seed", "rate", "command, in this folder", "sha256 of its rows", "of what it trained"]
+    heads = ["task", "method", "seed", "rate", "command", "sha256 of its rows", "of what it trained"]
     return Grid(heads, rows)  # fmt: skip
 
 

@@ -49,8 +49,8 @@ def by_row(score: Callable[[Any, Any], dict[str, float]], metric: str, rows: Any
     marks = [score([row], [answer]).get(metric) for row, answer in zip(rows, answers, strict=True)]
     if None not in marks and abs(float(np.mean(marks)) - whole) < 1e-9:  # type: ignore[arg-type]
         return {"marks": marks}
-    found = [score([rows[i] for i in draw], [answers[i] for i in draw])[metric] for draw in picks(len(rows), FEW)]
-    return {"draws": found}
+    found = [score([rows[i] for i in draw], [answers[i] for i in draw]) for draw in picks(len(rows), FEW)]
+    return {"draws": [one.get(metric, whole) for one in found]}  # a draw may have no row that the score is of
 
 
 def drawn(sheet: dict[str, Any]) -> np.ndarray:
@@ -61,12 +61,32 @@ def drawn(sheet: dict[str, Any]) -> np.ndarray:
     return marks[picks(len(marks), DRAWS)].mean(axis=1)
 
 
+def averaged(sheets: Mapping[str, Sequence[dict[str, Any]]]) -> np.ndarray:
+    """The score of each draw, the mean over seeds [methods, draws]. Those with fewer draws say how many: the first
+    draws are the same rows for all."""
+    each = {name: [drawn(sheet) for sheet in some] for name, some in sheets.items()}
+    n = min(len(draws) for some in each.values() for draws in some)
+    return np.array([np.mean([draws[:n] for draws in some], axis=0) for some in each.values()])
+
+
+def _no_surer(low: float, high: float, mean: float, sheets: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """An interval, no narrower than Wilson's where rows are right or wrong: a bootstrap of all right ones has none."""
+    marks = sheets[0].get("marks", [0.5])
+    if not set(marks) <= {0.0, 1.0}:
+        return low, high
+    n, z = len(marks), 1.96
+    middle, half = mean + z * z / (2 * n), z * (mean * (1 - mean) / n + z * z / (4 * n * n)) ** 0.5
+    return min(low, (middle - half) / (1 + z * z / n)), max(high, (middle + half) / (1 + z * z / n))
+
+
 def verdict(sheets: Mapping[str, Sequence[dict[str, Any]]]) -> Verdict:
     """sheets: {method: a sheet a seed, each with its `score` and what `by_row` gives}; as many seeds for each."""
     names = list(sheets)
+    if not names:
+        return Verdict({}, {}, 0.0, 0.0)
     scores = np.array([[sheet["score"] for sheet in sheets[name]] for name in names])  # [methods, seeds]
     means, n = scores.mean(axis=1), scores.shape[1]
-    rows = np.array([np.mean([drawn(sheet) for sheet in sheets[name]], axis=0) for name in names])
+    rows = averaged(sheets)
     off, spread = np.zeros_like(rows), 0.0
     if n > 1:
         able = means >= means.max() / 2  # what answers nothing right has no spread, and would hide that of the others
@@ -86,6 +106,7 @@ def verdict(sheets: Mapping[str, Sequence[dict[str, Any]]]) -> Verdict:
     found = {}
     for i in order:
         low, high = map(float, np.percentile(draws[i], ends))
+        low, high = _no_surer(low, high, float(means[i]), sheets[names[i]])
         behind = pairs.get((names[best], names[i]), (0.0, 0.0, 0.0))
         found[names[i]] = Estimate(float(means[i]), low, high, behind[0], behind[1], behind[2], behind[0] <= apart)
     return Verdict(found, pairs, apart, spread)

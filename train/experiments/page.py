@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def write(out: Path, lines: list[Line], findings: Sequence[Finding]) -> None:
     env = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")  # no text ends the script
     write_whole(out / "report.html", env.from_string(template).render(data=text, axes=COSTS, **parts))
-    write_whole(out / "report.md", markdown(parts, [picture(out, f.task, f.metric, data[f.task]) for f in findings]))
+    write_whole(out / "report.md", markdown(parts, [picture(out, i, f, data[f.task]) for i, f in enumerate(findings)]))
 
 
 def plotted(out: Path, lines: list[Line], f: Finding) -> dict[str, Any]:
@@ -45,7 +46,8 @@ def plotted(out: Path, lines: list[Line], f: Finding) -> dict[str, Any]:
     for line in found(lines, kind="test", task=f.task, seed=0):
         folder = out / line["folder"]
         if (folder / "metrics.jsonl").exists():
-            curves[line["method"]] = [[r["step"], r["loss"]] for r in read_metrics(folder) if "loss" in r]
+            rows = [r for r in read_metrics(folder) if isfinite(r.get("loss", nan))]
+            curves[line["method"]] = [[r["step"], r["loss"]] for r in rows]
     return {"metric": f.metric, "points": points, "rates": {k: sorted(v) for k, v in rates.items()}, "curves": curves}
 
 
@@ -66,7 +68,7 @@ def table(grid: Grid) -> list[str]:
     return ["| " + " | ".join(map(plain, row)) + " |" for row in rows]
 
 
-def picture(out: Path, task: str, metric: str, data: dict[str, Any]) -> str:
+def picture(out: Path, number: int, f: Finding, data: dict[str, Any]) -> str:
     """A PNG: score against trainable parameters and against a step's time, losses by rate, losses by step."""
     import matplotlib
 
@@ -79,7 +81,7 @@ def picture(out: Path, task: str, metric: str, data: dict[str, Any]) -> str:
             x, off = p["costs"][key], [[max(p["score"] - p["low"], 0)], [max(p["high"] - p["score"], 0)]]
             ax.errorbar([x], [p["score"]], yerr=off, fmt="o", color="C0" if p["good"] else "0.6")
             ax.annotate(p["name"], (x, p["score"]), textcoords="offset points", xytext=(5, 4), fontsize=8)
-        ax.set(xlabel=label, ylabel=metric, xscale="log" if key == "trainable" else "linear")
+        ax.set(xlabel=label, ylabel=f.metric, xscale="log" if key == "trainable" else "linear")
     for ax, (key, label, scale) in zip(axes[1], (("rates", "learning rate", "log"), ("curves", "step", "linear")),
                                        strict=True):  # fmt: skip
         for name, points in data[key].items():
@@ -89,7 +91,7 @@ def picture(out: Path, task: str, metric: str, data: dict[str, Any]) -> str:
             ax.legend(fontsize=7)
     for ax in axes.flat:
         ax.grid(alpha=0.3)
-    name = "".join(c if c.isalnum() else "_" for c in Path(task).stem) + ".png"
+    name = "".join(c if c.isalnum() else "_" for c in f.label) + (f"_{number}.png" if number else ".png")
     figure.savefig(out / name, dpi=110)
     plt.close(figure)
     return name

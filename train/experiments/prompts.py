@@ -1,18 +1,11 @@
-"""Prompts with worked examples, as a chat or as plain text, and which training examples are the nearest to a row."""
+"""Prompts with worked examples, as a chat or as plain text."""
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
-
-import jax
-import jax.numpy as jnp
-import numpy as np
 
 from ... import InputError
 from ...data.sft import render_prompts
-from ...model import Transformer, forward
-from ...model.sharding import fetch
 from ..choices import chat_tails
 
 Row = dict[str, Any]
@@ -77,49 +70,3 @@ def _turns(row: Row, answered: bool) -> list[dict[str, str]]:
     prompt = row["prompt"]
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     return turns + ([{"role": "assistant", "content": row["completion"]}] if answered else [])
-
-
-def by_words(train: Sequence[Row], rows: Sequence[Row], k: int) -> np.ndarray:
-    """The k training examples nearest to each row by BM25 over words [rows, k], the nearest last."""
-    import bm25s
-
-    split = partial(bm25s.tokenize, stopwords=[], show_progress=False)
-    index = bm25s.BM25()
-    index.index(split([asked(row) for row in train]), show_progress=False)
-    found, _ = index.retrieve(split([asked(row) for row in rows]), k=k, show_progress=False)
-    return np.asarray(found)[:, ::-1]
-
-
-def by_states(model: Transformer, params: Any, tokenizer: Any, train: Sequence[Row], rows: Sequence[Row],
-              k: int) -> np.ndarray:  # fmt: skip
-    """The k training examples nearest to each row by the cosine of mean states of the base [rows, k], the nearest
-    last. The mean of all is taken off first: states of a language model all point one way (arXiv:1909.00512)."""
-    texts = [tokenizer.encode(asked(row))[: model.config.context] or [tokenizer.eos] for row in [*train, *rows]]
-    T = -(-max(map(len, texts)) // 32) * 32
-    order, size, found = sorted(range(len(texts)), key=lambda i: len(texts[i])), 64, np.zeros((len(texts), 0))
-    for at in range(0, len(order), size):
-        which = order[at : at + size]
-        ids, lengths = np.zeros((size, T), np.int32), np.ones(size, np.int32)
-        for j, i in enumerate(which):
-            ids[j, : len(texts[i])], lengths[j] = texts[i], len(texts[i])
-        short = -(-int(lengths.max()) // 32) * 32
-        means = fetch(_means(model, params, ids[:, :short], lengths))[: len(which)]
-        found = np.zeros((len(texts), means.shape[1]), np.float32) if not found.shape[1] else found
-        found[which] = means
-    found -= found[: len(train)].mean(axis=0)
-    found /= np.linalg.norm(found, axis=1, keepdims=True) + 1e-9
-    return np.argsort(found[len(train) :] @ found[: len(train)].T, axis=1, kind="stable")[:, -k:]
-
-
-@partial(jax.jit, static_argnames="model")
-def _means(model: Transformer, params: Any, ids_BT: Any, lengths_B: Any) -> Any:
-    """The mean state behind the final norm of each text [B, D]."""
-    real_BT = jnp.arange(ids_BT.shape[1]) < lengths_B[:, None]
-    positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
-    x_BTD, _ = forward(model, params, ids_BT, positions_BT, real_BT.astype(jnp.int32), method="hidden")
-    return (x_BTD.astype(jnp.float32) * real_BT[..., None]).sum(axis=1) / lengths_B[:, None]
-
-
-def by_lot(train: Sequence[Row], rows: Sequence[Row], k: int) -> np.ndarray:
-    """The same k training examples for every row, drawn by lot [rows, k]."""
-    return np.tile(np.random.default_rng(0).permutation(len(train))[:k], (len(rows), 1))

@@ -25,7 +25,8 @@ from .ground import Ground
 from .results import report
 from .work import FILE, Work
 
-FREELY = ("run.log_every", "run.save_every", "run.keep", "run.tensorboard", "run.verify")  # may change on --resume
+# May change on --resume; a budget counts until it has said how many steps a training has.
+FREELY = ("budget", "run.log_every", "run.save_every", "run.keep", "run.tensorboard", "run.verify")
 CHOSEN = ("lanes", "steps")  # written beside what was asked for
 HELP = """graftax sweep RECIPE --over FIELD=VALUES ... [flags of graftax finetune]: many variations, as few programs
 
@@ -144,7 +145,8 @@ def check_out(out: Path, resume: str, said: dict[str, Any], file: str, what: str
     """InputError for a folder that does not hold this sweep, or whatever `file` makes of it."""
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; give a folder")
-    held = sorted(p.name for p in out.iterdir() if p.name != NAME) if out.exists() else []
+    there = sorted(p.name for p in out.iterdir()) if out.exists() else []
+    held = [name for name in there if name not in (NAME, "lock.try") and not name.endswith(".tmp")]  # what a kill left
     if not held:
         return
     if resume == "never":
