@@ -36,10 +36,26 @@ def ledger(folder):
     tasks = {
         t: {"metric": "accuracy", "rows": ROWS, "part": "test", "shown": prompts} for t in ("one", "dir/two.jsonl")
     }
-    lines = [{"kind": "setup", "command": "graftax compare", "date": "today", "base": "runs/five", "parameters": 1000,
-              "out": "runs/out", "fingerprint": "f" * 64, "tasks": tasks, "methods": list(SCORES),
-              "factors": [0.3, 1.0, 3.0], "seeds": SEEDS, "rows": [4, 32], "rate": 1e-3, "machine": "two cores", "versions": {"jax": "1"},
-              "code": ""}]  # fmt: skip
+    lines = [
+        {
+            "kind": "setup",
+            "command": "graftax compare",
+            "date": "today",
+            "base": "runs/five",
+            "parameters": 1000,
+            "out": "runs/out",
+            "fingerprint": "f" * 64,
+            "tasks": tasks,
+            "methods": list(SCORES),
+            "factors": [0.3, 1.0, 3.0],
+            "seeds": SEEDS,
+            "rows": [4, 32],
+            "rate": 1e-3,
+            "machine": "two cores",
+            "versions": {"jax": "1"},
+            "code": "",
+        }
+    ]
     for task in tasks:
         lines.append({"kind": "base", "task": task, "score": 0.01, "scores": {}, "samples": ["?"] * 12, "seconds": 1.0})
     for i, name in enumerate(SCORES):

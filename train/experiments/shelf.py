@@ -1,5 +1,6 @@
 """Which training examples stand before a question: drawn by lot, the nearest by words, or by the base's own states."""
 
+import logging
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -44,6 +45,7 @@ class Words(Lot):
         import bm25s
 
         super().__init__(train)
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it says when it builds an index
         began = time.perf_counter()
         self.bytes = sum(len((asked(row) + row["completion"]).encode()) for row in train)
         self.split = partial(bm25s.tokenize, stopwords=[], token_pattern=r"(?u)\w+", show_progress=False)
