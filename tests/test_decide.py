@@ -48,7 +48,7 @@ def test_every_option_is_there(plan, done):
     ways = ("zero-shot", "2 examples by lot", "2 nearest examples by BM25", "2 nearest examples by the base's states")
     assert names == [
         "the nearest example's answer (BM25), no model",
-        *(name for way in ways for name in (way, f"{way}, the likeliest choice")),
+        *(name for way in ways for name in (way, f"{way}, the likeliest choice", f"{way}, the choice that gains most")),
         "lora on 20 examples", "lora on 40 examples", "lora on all examples", "mask norms", "full fine-tuning",
     ]  # fmt: skip
     by_name = {row["option"]: row for row in told["options"]}
@@ -129,17 +129,18 @@ def test_what_stands_before_a_row_is_near(plan):
 def test_forms(plan):
     tokenizer = Ground().base(plan.run).tokenizer
     row, shots = {"prompt": "say it", "completion": "it"}, [{"prompt": "say om", "completion": "om"}] * 3
-    plain, chat = (Form(kind, tokenizer, 40) for kind in ("plain", "chat"))
-    assert plain.text(row, shots[:1]) == "say om\nom\n\nsay it\n"
-    assert tokenizer.decode(plain.prompts([row], [shots[:1]])[0]) == "say om\nom\n\nsay it\n"
-    assert plain.cut("\nan it\nsay") == "an it"
-    for form in (plain, chat):
+    lines, pairs, chat = (Form(kind, tokenizer, 40) for kind in ("lines", "pairs", "chat"))
+    assert lines.text(row, shots[:1]) == "say om\nom\n\nsay it\n"
+    assert pairs.text(row, shots[:1]) == "say om: om\nsay it:"
+    assert tokenizer.decode(lines.prompts([row], [shots[:1]])[0]) == "say om\nom\n\nsay it\n"
+    assert lines.cut("\nan it\nsay") == pairs.cut(" an it\nsay") == "an it"
+    for form in (lines, pairs, chat):
         (tail,) = form.tails(row, ["it"])
         assert tokenizer.decode(tail).strip() == "it"
         lengths = [len(Form(form.kind, tokenizer, n).prompts([row], [shots])[0]) for n in (40, 25, 12)]
         assert lengths == sorted(lengths, reverse=True)
         assert lengths[-1] <= 12, "examples make way"
-    said(lambda: Form("plain", tokenizer, 2).prompts([row], [shots]), "do not fit into the base's 2", "say it")
+    said(lambda: Form("lines", tokenizer, 2).prompts([row], [shots]), "do not fit into the base's 2", "say it")
 
 
 def test_a_curve_is_found_again():

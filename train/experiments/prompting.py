@@ -17,9 +17,12 @@ from ..stop import Stop, Stopped
 from .exam import BATCH, Exam
 from .ground import Ground
 from .ledger import Ledger
-from .prompts import Form
+from .prompts import KINDS, Form
 from .shelf import Lot, States, Words, token_flops
 
+# Of the task's choices: the one with the highest log p(choice | prompt), or with the largest gain over
+# log p(choice | a prompt that says nothing), so that what is likely anyhow has no lead (arXiv:2104.08315).
+CHOICES, NOTHING = ("the likeliest choice", "the choice that gains most"), "N/A"
 TRIED = 64  # rows that choose the form of a prompt, or say how long a request is
 
 
@@ -35,7 +38,7 @@ class Prompting:
         # Text longer than the rows that it was trained on is nothing a base can read, whatever its positions allow.
         imported = "imported" in base.manifest or base.run.phase != "pretrain"
         context, T = base.config.context, base.config.context if imported else base.run.data.T
-        self.forms = [Form(kind, exam.tokenizer, min(T, context) - exam.new - 1) for kind in ("chat", "plain")]
+        self.forms = [Form(kind, exam.tokenizer, min(T, context) - exam.new - 1) for kind in KINDS]
         if exam.longest_prompt > self.forms[0].longest:
             self.forms = [Form(form.kind, exam.tokenizer, context - exam.new - 1) for form in self.forms]
 
@@ -70,19 +73,17 @@ class Prompting:
             ),
         }  # fmt: skip
         for name, make in shelves.items():
-            ways = {name: False} | ({f"{name}, the likeliest choice": True} if self.exam.task.choices else {})
+            ways = [name, *(f"{name}, {way}" for way in CHOICES if self.exam.task.choices)]
             if all(self.ledger.find(kind="option", name=way) for way in ways):
                 continue
-            shelf = make()
-            for way, choices in ways.items():
-                self._add(way, shelf, lambda shelf, choices=choices: self._prompted(shelf, choices))
+            self._prompted(name, make())
 
-    def _add(self, name: str, shelf: Lot | None, answer: Callable[[Any], Any]) -> None:
+    def _add(self, name: str, shelf: Lot | None, answer: Callable[[], Any]) -> None:
         if self.ledger.find(kind="option", name=name):
             return
         if self.stop.asked:
             raise Stopped
-        answers, costs = answer(shelf)
+        answers, costs = answer()
         facts: dict[str, Any] = {"kind": "option", "name": name, "examples": 0, "bytes": 0, "made_flops": 0.0,
                                  "made_seconds": 0.0}  # fmt: skip
         if shelf:
@@ -102,8 +103,8 @@ class Prompting:
         found = [[self.train[i] for i in some] for some in shelf.nearest(rows, self.k)]
         return found, (time.perf_counter() - began) / len(rows)
 
-    def _copied(self, shelf: Any) -> Any:
-        near, seconds = self._near(shelf, self.exam.rows)
+    def _copied(self) -> Any:
+        near, seconds = self._near(self.words, self.exam.rows)
         answers = [some[-1]["completion"] for some in near]
         return answers, {"prompt_tokens": 0, "request_flops": 0.0, "request_seconds": seconds}
 
@@ -132,27 +133,40 @@ class Prompting:
         console.print(f"prompts as {best.kind}: nats an answer on {len(rows)} rows: {said}", soft_wrap=True)
         return best
 
-    def _prompted(self, shelf: Lot | None, choices: bool) -> Any:
-        """(answers, costs)."""
+    def _prompted(self, name: str, shelf: Lot | None) -> None:
+        """What the base writes behind each prompt, and the choices that it prefers there."""
         near, looked = self._near(shelf, self.exam.rows)
-        prompts, row = self.form.prompts(self.exam.rows, near), self.exam.rows[0]
+        prompts, row, choices = self.form.prompts(self.exam.rows, near), self.exam.rows[0], self.exam.task.choices
         tokens = float(np.mean([len(prompt) for prompt in prompts]))
-        tails = self.form.tails(row, self.exam.task.choices or [row["completion"]])
-        answer = self._scored if choices else self._written
-        answer(sorted(prompts, key=len)[-BATCH:], tails)  # compiles what serves all
-        began = time.perf_counter()
-        answers = answer(prompts, tails)
-        seconds = looked + (time.perf_counter() - began) / len(prompts)
-        times = readings(self.model, prompts, tails) if choices else 1
-        read = times * tokens + (sum(map(len, tails)) if choices else self._written_tokens(self.form))
-        flops = read * token_flops(self.model.config, self.parameters, tokens) + (shelf.flops if shelf else 0.0)
-        return answers, {"prompt_tokens": tokens, "request_flops": flops, "request_seconds": seconds}
+        token = token_flops(self.model.config, self.parameters, tokens)
+        more, fixed = shelf.flops if shelf else 0.0, {"prompt_tokens": tokens}
 
-    def _written(self, prompts: Any, tails: Any) -> list[str]:
+        def written() -> Any:
+            flops = (tokens + self._written_tokens(self.form)) * token + more
+            answers, seconds = self._timed(self._written, prompts)
+            return answers, fixed | {"request_flops": flops, "request_seconds": seconds + looked}
+
+        self._add(name, shelf, written)
+        if not choices:
+            return
+        tails = self.form.tails(row, choices)
+        losses, seconds = self._timed(lambda some: self._losses(some, tails), prompts)
+        flops = (readings(self.model, prompts, tails) * tokens + sum(map(len, tails))) * token + more
+        costs = fixed | {"request_flops": flops, "request_seconds": seconds + looked}
+        nothing = self.form.prompts([{"prompt": NOTHING}], [[]])
+        for way, off in zip(CHOICES, (0.0, self._losses(nothing, tails)), strict=True):
+            self._add(f"{name}, {way}", shelf, lambda off=off: ([choices[i] for i in (losses - off).argmin(1)], costs))
+
+    def _timed(self, work: Callable[[Any], Any], prompts: Any) -> tuple[Any, float]:
+        """(what it gives for all prompts, seconds of a prompt)."""
+        work(sorted(prompts, key=len)[-BATCH:])  # compiles what serves all
+        began = time.perf_counter()
+        return work(prompts), (time.perf_counter() - began) / len(prompts)
+
+    def _written(self, prompts: Any) -> list[str]:
         args = (self.model, self.params, Context(), self.exam.tokenizer, prompts)
         found = replies(*args, self.exam.new + 1, batch=min(BATCH, len(prompts)))
         return [self.form.cut(text) for text in found]
 
-    def _scored(self, prompts: Any, tails: Any) -> list[str]:
-        losses = continuation_losses(self.model, self.params, Context(), prompts, tails)
-        return [self.exam.task.choices[i] for i in losses.argmin(axis=1)]
+    def _losses(self, prompts: Any, tails: Any) -> np.ndarray:
+        return continuation_losses(self.model, self.params, Context(), prompts, tails)

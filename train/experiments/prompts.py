@@ -1,4 +1,4 @@
-"""Prompts with worked examples, as a chat or as plain text."""
+"""Prompts with worked examples, as a chat or as plain text in one of two shapes."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,6 +9,9 @@ from ...data.sft import render_prompts
 from ..choices import chat_tails
 
 Row = dict[str, Any]
+# Plain text: (a worked example, a question, its answer).
+SHAPES = {"lines": ("{q}\n{a}\n\n", "{q}\n", "{a}\n"), "pairs": ("{q}: {a}\n", "{q}:", " {a}\n")}
+KINDS = ("chat", *SHAPES)
 
 
 def asked(row: Row) -> str:
@@ -19,7 +22,8 @@ def asked(row: Row) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How a question, with worked examples before it, is put to a model: in turns of a `chat`, or as `plain` lines."""
+    """How a question, with worked examples before it, is put to a model: in turns of a `chat`, or in a shape of plain
+    text."""
 
     kind: str
     tokenizer: Any
@@ -48,17 +52,19 @@ class Form:
         return [self.tokenizer.prompt(text) for text in texts]
 
     def text(self, row: Row, shots: Sequence[Row]) -> str:
-        """The plain form: question and answer, each a line, and a line between."""
-        return "".join(f"{asked(shot)}\n{shot['completion']}\n\n" for shot in shots) + f"{asked(row)}\n"
+        """Worked examples and a question as plain text."""
+        shot, question, _ = SHAPES[self.kind]
+        return "".join(shot.format(q=asked(one), a=one["completion"]) for one in shots) + question.format(q=asked(row))
 
     def tails(self, row: Row, answers: Sequence[str]) -> list[list[int]]:
         """The ids of answers behind a row's prompt, and of what ends them."""
         if self.kind == "chat":
             return chat_tails(self.tokenizer, row, answers)
         prompt = self.tokenizer.prompt(self.text(row, []))
-        whole = [self.tokenizer.prompt(f"{self.text(row, [])}{answer}\n") for answer in answers]
+        due = SHAPES[self.kind][2]
+        whole = [self.tokenizer.prompt(self.text(row, []) + due.format(a=answer)) for answer in answers]
         if any(ids[: len(prompt)] != prompt for ids in whole):
-            raise InputError("this tokenizer joins the end of a line to what follows, so that answers cannot be scored")
+            raise InputError("this tokenizer joins a question's end to what follows, so that answers cannot be scored")
         return [ids[len(prompt) :] for ids in whole]
 
     def cut(self, text: str) -> str:
