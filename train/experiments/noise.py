@@ -2,9 +2,10 @@
 
 A method's score is the mean over its seeds on the task's test. A draw of the bootstrap takes rows with replacement,
 the same for every method, so that differences are paired; and for every method as many deviations between seeds as it
-has seeds, out of those of all methods (each sqrt(n / (n - 1)) times wider: a mean of n lies too close to them). Two
-methods are told apart if they differ by more than the spread (largest less smallest deviation from what was measured)
-that 95 % of the draws stay below: Tukey's range test, by bootstrap, so that it holds for all pairs at once.
+has seeds (each sqrt(n / (n - 1)) times wider: a mean of n lies too close to them), out of those of all methods that
+reach a quarter of the best, or out of its own where it does not. Two methods are told apart if they differ by more than
+the spread (largest less smallest deviation from what was measured) that 95 % of the draws stay below: Tukey's range
+test, by bootstrap, so that it holds for all pairs at once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -76,7 +77,8 @@ def _no_surer(low: float, high: float, mean: float, sheets: Sequence[dict[str, A
         return low, high
     n, z = len(marks), 1.96
     middle, half = mean + z * z / (2 * n), z * (mean * (1 - mean) / n + z * z / (4 * n * n)) ** 0.5
-    return min(low, (middle - half) / (1 + z * z / n)), max(high, (middle + half) / (1 + z * z / n))
+    low, high = min(low, (middle - half) / (1 + z * z / n)), max(high, (middle + half) / (1 + z * z / n))
+    return max(low, 0.0), min(high, 1.0)
 
 
 def verdict(sheets: Mapping[str, Sequence[dict[str, Any]]]) -> Verdict:
@@ -89,9 +91,11 @@ def verdict(sheets: Mapping[str, Sequence[dict[str, Any]]]) -> Verdict:
     rows = averaged(sheets)
     off, spread = np.zeros_like(rows), 0.0
     if n > 1:
-        able = means >= means.max() / 2  # what answers nothing right has no spread, and would hide that of the others
-        pool = ((scores - means[:, None])[able] * (n / (n - 1)) ** 0.5).ravel()
-        off = np.random.default_rng(0).choice(pool, (*rows.shape, n)).mean(axis=-1)
+        # What answers hardly anything right has hardly any spread: it neither hides that of the others nor has theirs.
+        able, draw = means >= means.max() / 4, np.random.default_rng(0)
+        wide = (scores - means[:, None]) * (n / (n - 1)) ** 0.5
+        for i in range(len(names)):
+            off[i] = draw.choice(wide[able].ravel() if able[i] else wide[i], (rows.shape[1], n)).mean(axis=-1)
         spread = float(scores[able].var(axis=1, ddof=1).mean() ** 0.5)
     draws = rows + off
     spans = np.ptp(draws - means[:, None], axis=0)
