@@ -29,6 +29,7 @@ def base() -> Base:
     return make_base()
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist, which makes names of the groups here
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Several workers (make test): all laws of one method to the same, which has its programs; else file by file."""
     if config.pluginmanager.hasplugin("xdist"):
