@@ -229,7 +229,7 @@ BAD = {
     "--target accuracy>=lots": ("--target accuracy>=lots: wanted METRIC>=X",),
     "--target bleu>=0.5": ("words has no score 'bleu'", "it has exact_match"),
     "--target exact_match>=0.5 --sizes 0": ("--sizes 0: ",),
-    "--target exact_match>=0.5 --sizes many": ("--sizes many: numbers",),
+    "--target exact_match>=0.5 --sizes many": ("--sizes many: whole numbers, commas between, are wanted",),
     "--target exact_match>=0.5 --shots 0": ("--shots 0: wanted 1 or more",),
     "--target exact_match>=0.5 --requests -1": ("--requests -1: wanted 0 or more",),
     "--target exact_match>=0.5 --mask nowhere": ("no method or mask 'nowhere'",),

@@ -46,8 +46,8 @@ def metrics_once(folder):
 
 
 @pytest.mark.parametrize("method", CASES)
-@pytest.mark.parametrize("cuts", [("step@8:fail", "step@20:term"), ("step@4:fail", "score@40:fail")],
-                         ids=["7,20", "3,40"])  # fmt: skip
+@pytest.mark.parametrize("cuts", [("step@8:fail", "step@20:term"), ("step@21:fail", "step@33:term"),
+                                  ("step@4:fail", "score@40:fail")], ids=["7,20", "20,33", "3,40"])  # fmt: skip
 def test_two_lives_more_equal_one(method, cuts, runs, whole, tmp_path, monkeypatch):  # noqa: F811
     """Pretraining has a mixture and accumulates; full and LoRA are packed; prompts accumulate. A crash loses the steps
     since its checkpoint (of every sixth step, or none), a signal none."""

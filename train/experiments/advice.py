@@ -12,7 +12,7 @@ from ..commit import write_whole
 from ..progress import clock, console
 from ..report import size
 from .curve import Outlook, outlook
-from .findings import CHOSEN, LOST, Grid, facts, judged, number, runs, samples, word
+from .findings import CHOSEN, LOST, Grid, facts, judged, label, number, runs, samples, word
 from .ledger import Line, found, read
 from .noise import Estimate, averaged, verdict
 from .page import table
@@ -40,10 +40,15 @@ class Option(NamedTuple):
         return self.train_flops + requests * self.request_flops
 
 
+def question(lines: list[Line]) -> tuple[str, dict[str, Any], Line]:
+    """(the task, what is known of it, what was asked)."""
+    (task, about), *_ = found(lines, kind="setup")[0]["tasks"].items()
+    return task, about, found(lines, kind="asked")[0]
+
+
 def options(lines: list[Line]) -> list[Option]:
     """All that were measured, as they were tried."""
-    setup, task = found(lines, kind="setup")[0], next(iter(found(lines, kind="setup")[0]["tasks"]))
-    asked = found(lines, kind="asked")[0]
+    task, about, asked = question(lines)
     prompted = found(lines, kind="option")
     seen = verdict({line["name"]: [line] for line in prompted}).methods if prompted else {}
     made = [Option(line["name"], seen[line["name"]], line["examples"], line["made_flops"], line["made_seconds"],
@@ -56,7 +61,7 @@ def options(lines: list[Line]) -> list[Option]:
         cost, tested = costs[name], sheets[name]
         tried = len(found(lines, kind="search", task=task, method=name))
         steps = tested[0]["steps"] * tried
-        fast = min(line["seconds"] for line in tested) / setup["tasks"][task]["rows"]
+        fast = min(line["seconds"] for line in tested) / about["rows"]
         request = asked["request_flops"] * (1 + cost["virtual"] / asked["request_tokens"])
         examples = tested[0].get("examples", 0) or asked["examples"]
         made.append(Option(name, trained[name], examples, cost["flops"] * steps,
@@ -75,7 +80,7 @@ def cheapest(made: Sequence[Option], target: float, requests: float) -> tuple[Op
 
 def foretold(lines: list[Line], target: float) -> tuple[list[int], Outlook] | None:
     """(sizes, what their curve says of more examples); None for fewer than two sizes."""
-    asked, task = found(lines, kind="asked")[0], next(iter(found(lines, kind="setup")[0]["tasks"]))
+    task, _, asked = question(lines)
     sheets, _ = judged(lines, task)
     whole = {name: sheets[name] for name in asked["sizes"] if name in sheets}
     if len(whole) < 2:
@@ -88,17 +93,16 @@ def foretold(lines: list[Line], target: float) -> tuple[list[int], Outlook] | No
 
 def decision(lines: list[Line]) -> str:
     """One plain paragraph."""
-    (task, about), *_ = found(lines, kind="setup")[0]["tasks"].items()
+    task, about, _ = question(lines)
     _, lost = judged(lines, task)
     said = [_decided(lines), *([LOST + f"{', '.join(lost)}."] if lost else [])]
     return " ".join([*said, *([CHOSEN] if about.get("part") == "validation" else [])])
 
 
 def _decided(lines: list[Line]) -> str:
-    asked, setup = found(lines, kind="asked")[0], found(lines, kind="setup")[0]
-    metric = next(iter(setup["tasks"].values()))["metric"]
+    _, about, asked = question(lines)
     made, target, requests = options(lines), asked["target"], asked["requests"]
-    goal = f"{metric} >= {target:g}"
+    goal = f"{about['metric']} >= {target:g}"
     best, sure = cheapest(made, target, requests)
     if best is None:
         top = max(made, key=lambda option: option.estimate.mean)
@@ -153,7 +157,8 @@ def changes(
 
 def more(lines: list[Line], target: float) -> str:
     """What the learning curve says."""
-    asked, seen = found(lines, kind="asked")[0], foretold(lines, target)
+    *_, asked = question(lines)
+    seen = foretold(lines, target)
     if seen is None:
         return ""
     sizes, look = seen
@@ -176,8 +181,8 @@ def more(lines: list[Line], target: float) -> str:
 
 def grid(lines: list[Line]) -> Grid:
     """The table of all that was measured."""
-    asked, metric = found(lines, kind="asked")[0], next(iter(found(lines, kind="setup")[0]["tasks"].values()))["metric"]
-    heads = ["option", metric, "95 % interval", "reaches it", "examples", "trained for", "to train, FLOPs",
+    _, about, asked = question(lines)
+    heads = ["option", about["metric"], "95 % interval", "reaches it", "examples", "trained for", "to train, FLOPs",
              "prompt tokens", "a request, FLOPs", "ms", "bytes beside the base", "in all, FLOPs"]  # fmt: skip
     rows = []
     for o in options(lines):
@@ -195,8 +200,8 @@ def grid(lines: list[Line]) -> Grid:
 def report(out: Path) -> dict[str, Any]:
     """Writes decision.md and curve.png, says table and decision, and returns them."""
     lines = read(out / "results.jsonl")
-    (task, t), *_ = found(lines, kind="setup")[0]["tasks"].items()
-    asked, seen, text = found(lines, kind="asked")[0], grid(lines), decision(lines)
+    task, about, asked = question(lines)
+    seen, text = grid(lines), decision(lines)
     form = found(lines, kind="form")
     parts = ["# Decision", "", text, "", f"Rule: {RULE}", "", *table(seen), ""]
     if drawn_ := picture(out, lines):
@@ -205,7 +210,7 @@ def report(out: Path) -> dict[str, Any]:
     parts += [f"- prompts: as {form[0]['form']}, up to {asked['shots']} examples"] if form else []
     parts += ["", "## Trained runs", "", *table(runs(lines)), "", "## Answers", "", *table(samples(lines, task))]
     write_whole(out / "decision.md", "\n".join(parts) + "\n")
-    shown, few = Table(box=None, pad_edge=False, title=f"{Path(task).name}: {t['metric']}"), (0, 1, 2, 3, 4, 7, 11)
+    shown, few = Table(box=None, pad_edge=False, title=f"{label(task)}: {about['metric']}"), (0, 1, 2, 3, 4, 7, 11)
     for i in few:
         shown.add_column(seen.heads[i], justify="right" if i else "left")
     for row in seen.rows:
@@ -219,7 +224,7 @@ def report(out: Path) -> dict[str, Any]:
 
 def picture(out: Path, lines: list[Line]) -> str:
     """curve.png: error over examples, its fit, and the target."""
-    asked = found(lines, kind="asked")[0]
+    *_, asked = question(lines)
     if (seen := foretold(lines, asked["target"])) is None:
         return ""
     import matplotlib

@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -17,6 +17,40 @@ from ..typed import fits, said
 SHARED = ("out", "phase", "recipe", "mesh", "resume", "accept", "verify", "offload", "wandb", "tensorboard", "keep",
           "log_every", "save_every", "eval_every", "eval_rows", "score_base")  # fmt: skip
 MOST = 4096  # cells
+
+
+def words(text: str) -> tuple[str, ...]:
+    """`a,b` as its parts."""
+    return tuple(filter(None, text.split(",")))
+
+
+def ints(text: str) -> tuple[int, ...]:
+    """`1,2` as numbers."""
+    return tuple(map(int, text.split(",")))
+
+
+def floats(text: str) -> tuple[float, ...]:
+    """`1,2.5` as numbers."""
+    return tuple(map(float, text.split(",")))
+
+
+WANTED: dict[Any, str] = {int: "a whole number is", float: "a number is", ints: "whole numbers, commas between, are",
+          floats: "numbers, commas between, are"}  # fmt: skip
+
+
+def given(args: list[str], kinds: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """({flag: value} of those that are there, the other arguments). InputError for a value of another kind."""
+    from ..cli import take
+
+    found = {}
+    for name, kind in kinds.items():
+        text, args = take(args, f"--{name}")
+        if text is not None:
+            try:
+                found[name] = kind(text)
+            except ValueError:
+                raise InputError(f"--{name} {text}: {WANTED[kind]} wanted") from None
+    return found, args
 
 
 class Cell(NamedTuple):

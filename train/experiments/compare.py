@@ -2,7 +2,7 @@
 
 Each method tries its rates on seed 0 and keeps the one with the least loss on the task's validation rows; runs of more
 seeds at that rate join it; those are scored on the task's test, which nothing was chosen by. All runs are cells of two
-sweeps (`search`, `seeds`); all that was found is a line of `results.jsonl`, and the reports are made of it alone.
+sweeps (`search`, `seeds`); all that was found is a line of `results.jsonl`, from which every number of the reports comes.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from ...peft import Method, Subset, masks
 from ..config import Run, close, method_class, to_json
 from ..phase import with_ids
 from ..stop import Stop
-from .cells import changed
+from .cells import changed, floats, given, words
 from .contest import Contest, Entry
 from .exam import Exam
 from .findings import report
@@ -41,7 +41,7 @@ Example: graftax compare --base runs/five --data.root DATA --task clinc150 --tas
   --eval-rows N test rows that are answered and scored (400), evenly out of all of them
   --out         the folder (runs/compare): report.html, report.md, results.jsonl; search/ and seeds/ are sweeps
   --resume      go on with a comparison that was ended
-  Any other flag of graftax finetune: --data.T, --data.batch, --optim.lr (of full fine-tuning), --epochs, ...
+  Any other flag of graftax finetune: --data.T, --data.batch, --optim.lr (of full fine-tuning), ...
 
 Each method tries the same number of rates on seed 0, and takes the one with the least validation loss; scores are of
 the test, means over the seeds. No winner is named that the bootstrap over rows and seeds does not tell apart."""
@@ -73,7 +73,6 @@ class Compare:
             raise InputError(f"--seeds {self.seeds}: wanted 1 or more")
         if not 0 <= self.budget < float("inf") or bool(self.budget) == bool(self.run.steps):
             raise InputError("how long does each train? Give --steps N, or --budget MINUTES for all, one of the two")
-
         Sweep(self.run, (), lanes=self.lanes)  # what a sweep has not is said before anything runs
 
     def run_of(self, task: str, entry: Entry, factor: float, seed: int = 0, steps: int = 1) -> Run:
@@ -113,30 +112,16 @@ def compare(args: list[str]) -> dict[str, Any]:
         raise SystemExit(0)
     command = shlex.join(["graftax", "compare", *(arg for arg in args if not arg.startswith("--resume"))])
     tasks: list[str] = []
-    given: dict[str, Any] = {"methods": ()}
     text, args = take(args, "--task")
     while text is not None:
         tasks.append(text)
         text, args = take(args, "--task")
-    for name in ("methods", "factors", "seeds", "budget", "lanes"):
-        text, args = take(args, f"--{name}")
-        if text is not None:
-            given[name] = _read(name, text)
+    kinds: dict[str, Any] = {"methods": words, "factors": floats, "seeds": int, "budget": float, "lanes": int}
+    asked, args = given(args, kinds)
+    asked = {"methods": (), **asked}
     run = run_of("finetune", args if args and not args[0].startswith("-") else ["trial", *args])
     run = dataclasses.replace(run, out="runs/compare") if run.out == "runs/trial" else run
-    return execute(Compare(run, tuple(tasks), **given), command)
-
-
-def _read(name: str, text: str) -> Any:
-    try:
-        if name == "methods":
-            return tuple(filter(None, text.split(",")))
-        if name == "factors":
-            return tuple(float(part) for part in text.split(","))
-        return float(text) if name == "budget" else int(text)
-    except ValueError:
-        wanted = {"factors": "numbers, commas between,", "budget": "a number of minutes"}.get(name, "a whole number")
-        raise InputError(f"--{name} {text}: {wanted} is wanted") from None
+    return execute(Compare(run, tuple(tasks), **asked), command)
 
 
 def execute(plan: Compare, command: str = "") -> dict[str, Any]:

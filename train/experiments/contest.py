@@ -25,7 +25,7 @@ from .cells import Cell
 from .costs import costs
 from .exam import Exam
 from .ground import Ground
-from .ledger import Ledger, Line
+from .ledger import Ledger, Line, found
 from .results import diverged, told
 from .sweep import Sweep, carry_out
 
@@ -143,6 +143,8 @@ class Contest:
             said["steps"] = steps
             write_whole(path, json.dumps(said, indent=1) + "\n")
             console.print(f"--budget {plan.budget:g}: {steps} steps a training, {clock(fixed)} for all else")
+        elif said["budget"] != plan.budget:
+            console.print(f"--budget {plan.budget:g}: changes nothing any more, a training has {said['steps']} steps")
         return said["steps"]
 
     def train(self, steps: int) -> None:
@@ -199,8 +201,8 @@ class Contest:
 
 def chosen(lines: list[Line], task: str, method: str) -> Line | None:
     """The rate with the least validation loss; None if none has any."""
-    tried = [line for line in lines if line["kind"] == "search" and (line["task"], line["method"]) == (task, method)]
-    return min((line for line in tried if line["status"] == "done"), key=lambda line: line["valid_loss"], default=None)
+    tried = found(lines, kind="search", task=task, method=method, status="done")
+    return min(tried, key=lambda line: line["valid_loss"], default=None)
 
 
 def _found(cell: Cell) -> Line:

@@ -20,6 +20,7 @@ from ..config import Run, method_to_dict, to_json
 from ..phase import with_ids
 from ..stop import Stop
 from .advice import report
+from .cells import floats, given, ints
 from .compare import Compare, method_of
 from .contest import Contest, Entry
 from .exam import Exam
@@ -114,34 +115,21 @@ class Decide:
 
 def decide(args: list[str]) -> dict[str, Any]:
     """The command."""
-    from ..cli import run_of, take
+    from ..cli import run_of
 
     if not args or "--help" in args or "-h" in args:
         print(HELP)
         raise SystemExit(0)
     command = shlex.join(["graftax", "decide", *(arg for arg in args if not arg.startswith("--resume"))])
-    given: dict[str, Any] = {"task": "", "target": ""}
-    for name in ("task", "target", "mask", "sizes", "shots", "requests", "factors", "seeds", "budget", "lanes"):
-        text, args = take(args, f"--{name}")
-        if text is not None:
-            given[name] = _read(name, text)
+    kinds: dict[str, Any] = {"task": str, "target": str, "mask": str, "sizes": ints, "shots": int, "requests": int, "factors": floats,
+             "seeds": int, "budget": float, "lanes": int}  # fmt: skip
+    asked, args = given(args, kinds)
+    asked = {"task": "", "target": "", **asked}
     args = args if args and not args[0].startswith("-") else ["trial", *args]
     named = args[0].endswith(".json") or any(arg.split("=")[0] == "--method" for arg in args)
     run = run_of("finetune", args if named else [*args, "--method", "lora"])
     run = dataclasses.replace(run, out="runs/decide") if run.out == "runs/trial" else run
-    return execute(Decide(run, **given), command)
-
-
-def _read(name: str, text: str) -> Any:
-    kinds: dict[str, Any] = {"sizes": int, "factors": float, "budget": float, "shots": int, "requests": int,
-                             "seeds": int, "lanes": int}  # fmt: skip
-    try:
-        if name in ("sizes", "factors"):
-            return tuple(kinds[name](part) for part in text.split(","))
-        return kinds.get(name, str)(text)
-    except ValueError:
-        wanted = "numbers, commas between, are" if name in ("sizes", "factors") else "a number is"
-        raise InputError(f"--{name} {text}: {wanted} wanted") from None
+    return execute(Decide(run, **asked), command)
 
 
 def execute(plan: Decide, command: str = "") -> dict[str, Any]:

@@ -110,6 +110,7 @@ def _words(
 ) -> list[str]:
     """What may be said of a task."""
     setup, said = found(lines, kind="setup")[0], []
+    reference = setup.get("reference", "full")
     costs = {line["method"]: line for line in found(lines, kind="cost")}
     (first, best), *_ = seen.methods.items() if seen.methods else [("", None)]
     if best is None:
@@ -130,7 +131,7 @@ def _words(
         said.append(f"No winner: {', '.join(good)} are not told apart, as differences up to {seen.apart:.3f} are "
                     f"within the noise. The highest {metric} is {first}'s, {score}.")  # fmt: skip
     for what, key, shown in (("trains least", "trainable", lambda n: f"{n:,} parameters"),
-                             ("has the fastest step", "ratio", lambda x: f"{x:.2f} of full fine-tuning's"),
+                             ("has the fastest step", "ratio", lambda x: f"{x:.2f} of {reference}'s"),
                              ("needs the least memory", "peak_bytes", size)):  # fmt: skip
         least = min(good, key=lambda name: costs[name][key])
         if len(good) > 1:
@@ -151,16 +152,8 @@ def _words(
 def expenses(lines: list[Line]) -> Grid:
     """What a step of each method costs."""
     reference = found(lines, kind="setup")[0].get("reference", "full")
-    heads = [
-        "method",
-        "trainable",
-        "of the base",
-        "artifact",
-        "peak memory",
-        "GFLOPs a step",
-        "ms a step",
-        f"of {reference}'s",
-    ]
+    heads = ["method", "trainable", "of the base", "artifact", "peak memory", "GFLOPs a step", "ms a step",
+             f"of {reference}'s"]  # fmt: skip
     rows = [[
         word(c["method"]), number(c["trainable"], ",d"), number(100 * c["share"], ".3g", " %"),
         Cell(size(c["artifact_bytes"]), c["artifact_bytes"]), Cell(size(c["peak_bytes"]), c["peak_bytes"]),

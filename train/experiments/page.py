@@ -16,7 +16,7 @@ from .ledger import Line, found
 DIFFERENCES = "Row less column, with the 95 % interval of the pair alone; * is told apart, over all pairs at once."
 # What a Pareto plot may have on its axis: (key of a cost line, what it is, factor to its unit).
 COSTS = (("trainable", "trainable parameters", 1.0), ("artifact_bytes", "artifact, MB", 1e-6),
-         ("peak_bytes", "peak memory of a step, MB", 1e-6), ("ratio", "time of a step, of full fine-tuning's", 1.0),
+         ("peak_bytes", "peak memory of a step, MB", 1e-6), ("ratio", "time of a step, relative", 1.0),
          ("flops", "GFLOPs a step", 1e-9))  # fmt: skip
 
 

@@ -38,9 +38,9 @@ class Prompting:
         # Text longer than the rows that it was trained on is nothing a base can read, whatever its positions allow.
         imported = "imported" in base.manifest or base.run.phase != "pretrain"
         context, T = base.config.context, base.config.context if imported else base.run.data.T
-        self.forms = [Form(kind, exam.tokenizer, min(T, context) - exam.new - 1) for kind in KINDS]
+        self.forms = [Form(kind, exam.tokenizer, min(T, context) - exam.new) for kind in KINDS]
         if exam.longest_prompt > self.forms[0].longest:
-            self.forms = [Form(form.kind, exam.tokenizer, context - exam.new - 1) for form in self.forms]
+            self.forms = [Form(form.kind, exam.tokenizer, context - exam.new) for form in self.forms]
 
     @cached_property
     def words(self) -> Words:
@@ -165,7 +165,7 @@ class Prompting:
 
     def _written(self, prompts: Any) -> list[str]:
         args = (self.model, self.params, Context(), self.exam.tokenizer, prompts)
-        found = replies(*args, self.exam.new + 1, batch=min(BATCH, len(prompts)))
+        found = replies(*args, self.exam.new, batch=min(BATCH, len(prompts)))
         return [self.form.cut(text) for text in found]
 
     def _losses(self, prompts: Any, tails: Any) -> np.ndarray:

@@ -23,6 +23,11 @@ def token_flops(config: Any, parameters: int, T: float) -> float:
     return 2.0 * matrices + 4.0 * config.L * config.N * config.H * T / 2
 
 
+def text_bytes(train: Sequence[Row]) -> int:
+    """Of the examples as text."""
+    return sum(len((asked(row) + row["completion"]).encode()) for row in train)
+
+
 class Lot:
     """The same for every question, drawn once. The others are like it: `nearest`, and what they cost."""
 
@@ -47,7 +52,7 @@ class Words(Lot):
         super().__init__(train)
         logging.getLogger("bm25s").setLevel(logging.WARNING)  # it says when it builds an index
         began = time.perf_counter()
-        self.bytes = sum(len((asked(row) + row["completion"]).encode()) for row in train)
+        self.bytes = text_bytes(train)
         self.split = partial(bm25s.tokenize, stopwords=[], token_pattern=r"(?u)\w+", show_progress=False)
         words, self.index = self.split([asked(row) for row in train]), bm25s.BM25()
         self.empty = not words.vocab  # type: ignore[union-attr]  # no word anywhere: then none is nearer than another
@@ -80,7 +85,7 @@ class States(Lot):
         self.made_seconds = time.perf_counter() - began
         self.flops = tokens / len(train) * token_flops(model.config, size, tokens / len(train))
         self.made_flops = self.flops * len(train)
-        self.bytes = Words(train).bytes + self.kept.nbytes
+        self.bytes = text_bytes(train) + self.kept.nbytes
 
     def nearest(self, rows: Sequence[Row], k: int) -> np.ndarray:
         """By what the base makes of a question."""

@@ -20,7 +20,7 @@ from ..config import Run, flat, short, to_json
 from ..lock import NAME, Lock
 from ..outcome import make
 from ..stop import Stop
-from .cells import Cell, cells
+from .cells import Cell, cells, given
 from .ground import Ground
 from .results import report
 from .work import FILE, Work
@@ -86,16 +86,11 @@ def sweep(args: list[str]) -> dict[str, Any]:
         print(HELP)
         raise SystemExit(0)
     over: list[str] = []
-    numbers: dict[str, int] = {}
     text, args = take(args, "--over")
     while text is not None:
         over.append(text)
         text, args = take(args, "--over")
-    for name in ("halve", "lanes", "score"):
-        text, args = take(args, f"--{name}")
-        if text is not None and not text.isdigit():
-            raise InputError(f"--{name} {text}: a whole number is wanted")
-        numbers[name] = int(text or 0)
+    numbers, args = given(args, dict.fromkeys(("halve", "lanes", "score"), int))
     run = run_of("finetune", args)
     run = dataclasses.replace(run, out="runs/sweep") if run.out == "runs/sft" else run
     return execute(Sweep(run, tuple(over), **numbers))
