@@ -126,6 +126,8 @@ def test_edges_of_the_noise():
     sure = [{"score": 1.0, "marks": [1.0] * 8}]
     assert noise.verdict({"a": sure}).methods["a"].low == pytest.approx(0.676, abs=0.001), "Wilson's, of 8 of 8"
     assert noise.verdict({}).methods == {}
+    same = [{"score": 0.5, "marks": [0.0, 1.0] * 9}]
+    assert noise.verdict({"a": same, "b": same}).pairs["a", "b"] == (0, 0, 0), "all are drawn on the same rows"
     drawn = [{"score": 0.3, "draws": [0.3] * noise.FEW}]
     assert set(noise.verdict({"a": sure, "b": drawn}).methods) == {"a", "b"}, "as many draws as the fewest have"
     few = lambda rows, answers: {"of_a": 0.5} if any(r["a"] for r in rows) else {}  # noqa: E731

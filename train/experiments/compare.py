@@ -2,7 +2,7 @@
 
 Each method tries its rates on seed 0 and keeps the one with the least loss on the task's validation rows; runs of more
 seeds at that rate join it; those are scored on the task's test, which nothing was chosen by. All runs are cells of two
-sweeps (`search`, `seeds`); all that was found is a line of `results.jsonl`, from which every number of the reports comes.
+sweeps (`search`, `seeds`); all that was found is a line of `results.jsonl`, and the reports have their numbers from it.
 """
 
 import contextlib
@@ -118,7 +118,7 @@ def compare(args: list[str]) -> dict[str, Any]:
         text, args = take(args, "--task")
     kinds: dict[str, Any] = {"methods": words, "factors": floats, "seeds": int, "budget": float, "lanes": int}
     asked, args = given(args, kinds)
-    asked = {"methods": (), **asked}
+    asked.setdefault("methods", ())
     run = run_of("finetune", args if args and not args[0].startswith("-") else ["trial", *args])
     run = dataclasses.replace(run, out="runs/compare") if run.out == "runs/trial" else run
     return execute(Compare(run, tuple(tasks), **asked), command)

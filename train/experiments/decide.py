@@ -121,8 +121,8 @@ def decide(args: list[str]) -> dict[str, Any]:
         print(HELP)
         raise SystemExit(0)
     command = shlex.join(["graftax", "decide", *(arg for arg in args if not arg.startswith("--resume"))])
-    kinds: dict[str, Any] = {"task": str, "target": str, "mask": str, "sizes": ints, "shots": int, "requests": int, "factors": floats,
-             "seeds": int, "budget": float, "lanes": int}  # fmt: skip
+    kinds: dict[str, Any] = {"task": str, "target": str, "mask": str, "sizes": ints, "shots": int, "requests": int,
+                             "factors": floats, "seeds": int, "budget": float, "lanes": int}  # fmt: skip
     asked, args = given(args, kinds)
     asked = {"task": "", "target": "", **asked}
     args = args if args and not args[0].startswith("-") else ["trial", *args]
