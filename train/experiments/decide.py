@@ -124,7 +124,8 @@ def decide(args: list[str]) -> dict[str, Any]:
     kinds: dict[str, Any] = {"task": str, "target": str, "mask": str, "sizes": ints, "shots": int, "requests": int,
                              "factors": floats, "seeds": int, "budget": float, "lanes": int}  # fmt: skip
     asked, args = given(args, kinds)
-    asked = {"task": "", "target": "", **asked}
+    for name in ("task", "target"):
+        asked.setdefault(name, "")
     args = args if args and not args[0].startswith("-") else ["trial", *args]
     named = args[0].endswith(".json") or any(arg.split("=")[0] == "--method" for arg in args)
     run = run_of("finetune", args if named else [*args, "--method", "lora"])
