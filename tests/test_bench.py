@@ -5,11 +5,14 @@ import importlib.util
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
-from graftax import InputError
-from graftax.model import presets
+from graftax import InputError, peft
+from graftax.model import init, presets
+from graftax.peft.lora import LoRA
 from graftax.train.bench import __main__ as bench
-from graftax.train.bench import race, table
+from graftax.train.bench import claims, race, table
 from graftax.train.bench.cases import Case
 
 TINY = Case("tiny", dataclasses.replace(presets["tiny"], L=1), batch=2, T=16, lean=True)
@@ -76,3 +79,39 @@ def test_needs_jax_flax_optax_and_numpy_alone():
     look = "import sys, graftax.train.bench.__main__, graftax.train.bench.jax_peer; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True).stdout.split()
     assert not {"grain", "tyro", "orbax", "datasets", "sentencepiece", "tokenizers", "torch"} & set(loaded)
+
+
+def curve(best, rates=claims.FULL, name="LoRA", parameters=1):
+    """Two seeds' losses, a parabola over log rate; the first is least at `best`, the second at twice that."""
+    losses = {r: [1 + np.log(r / b) ** 2 for b in (best, 2 * best)] for r in rates}
+    return claims.Line(name, parameters, losses)
+
+
+def test_the_best_rate_is_found_between_those_tried():
+    line = curve(1.3e-3)
+    assert line.vertex([seed[0] for seed in line.losses.values()]) == pytest.approx(1.3e-3)
+    assert line.vertex() == pytest.approx(1.3e-3 * 2**0.5)  # the mean of two parabolas
+    assert line.best == 2e-3
+    assert curve(1.0).vertex() == pytest.approx(claims.FULL[-1])  # a best at an end is said as it is, not beyond it
+    assert [curve(b).shown for b in (1e-9, 1.3e-3, 1.0)] == ["0.00025 ↓", "0.002", "0.016 ↑"]
+    line.losses[4e-3] = [1.0, float("inf")]
+    assert line.vertex() == pytest.approx(2e-3)  # beside one that diverged
+    text = claims.rates_table(curve(1.3e-3), [curve(1.3e-2, [10 * r for r in claims.FULL])])
+    assert "| 0.0018 | 0.0013 0.0026 | 1.0 |" in text
+    assert "| 0.018 | 0.013 0.026 | 10.0 |" in text
+
+
+def test_the_best_rate_is_among_those_around_it():
+    assert claims.around(curve(1.0e-3)) == [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3]
+    assert claims.around(curve(1e-9)) == list(claims.FULL[:5])
+    assert claims.around(curve(1.0)) == list(claims.FULL[-5:])
+
+
+def test_places_have_equal_numbers_of_parameters():
+    params = jax.eval_shape(lambda: init(TINY.config, jax.random.key(0)))
+    for rank in claims.BUDGETS:
+        wanted = peft.count(LoRA(rank=rank, where="attention"), params)
+        for where in claims.WHERE:
+            one = peft.count(LoRA(rank=1, where=where), params)
+            got = peft.count(LoRA(rank=claims.matched(params, where, wanted), where=where), params)
+            assert abs(got - wanted) <= one / 2

@@ -25,7 +25,7 @@ from ..recipes import recipes
 from .peer import threads
 from .table import cpu, write
 
-FULL = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+FULL = tuple(2.5e-4 * 2**i for i in range(7))  # rates; of LoRA ten times these
 RANKS, WHERE = (2, 8, 32), ("attention", "mlp", "linear")
 BUDGETS = (7, 24)  # ranks of `attention`; the others get the rank with the nearest number of parameters
 HERE = Path(__file__).parent
@@ -48,12 +48,28 @@ class Line(NamedTuple):
         """The rate with the least mean loss."""
         return min(self.means, key=lambda rate: self.means[rate])
 
+    @property
+    def shown(self) -> str:
+        """That rate; with ↓ or ↑ where it is the lowest or highest that was tried, so that a better may lie beyond."""
+        ends = {min(self.means): " ↓", max(self.means): " ↑"}
+        return f"{self.best:.2g}{ends.get(self.best, '')}"
+
     def vertex(self, losses: Sequence[float] = ()) -> float:
-        """The rate where a parabola through the best one and its neighbours, over log rate, is least."""
+        """The rate where a parabola through the least loss and its neighbours', over log rate, is least; the rate of
+        the least loss itself at an end of the grid, or beside one that diverged. `losses`: a seed's (the means)."""
         rates, y = np.log(list(self.means)), np.array(losses or list(self.means.values()))
-        i = int(np.clip(y.argmin(), 1, len(y) - 2))
+        i = int(y.argmin())
+        if not 0 < i < len(y) - 1 or not np.isfinite(y[i - 1 : i + 2]).all():
+            return float(np.exp(rates[i]))
         a, b, _ = np.polyfit(rates[i - 1 : i + 2], y[i - 1 : i + 2], 2)
-        return float(np.exp(np.clip(-b / (2 * a), rates[0], rates[-1]))) if a > 0 else self.best
+        return float(np.exp(-b / (2 * a)))
+
+
+def around(line: Line) -> list[float]:
+    """Five rates of its grid, the best in their middle where the grid goes on."""
+    rates = list(line.means)
+    first = min(max(rates.index(line.best) - 2, 0), len(rates) - 5)
+    return rates[first : first + 5]
 
 
 def swept(run: Run, name: str, over: Sequence[str], out: Path, params: Any) -> Line:
@@ -71,7 +87,7 @@ def swept(run: Run, name: str, over: Sequence[str], out: Path, params: Any) -> L
 
 def axis(rates: Sequence[float], factor: float = 1.0) -> str:
     """`optim.lr=...`."""
-    return "optim.lr=" + ",".join(f"{rate * factor:.3g}" for rate in rates)
+    return "optim.lr=" + ",".join(f"{rate * factor:.4g}" for rate in rates)
 
 
 def matched(params: Any, where: str, wanted: int) -> int:
@@ -87,7 +103,7 @@ def rates_table(full: Line, ranks: Sequence[Line]) -> str:
         seeds = [line.vertex([losses[i] for _, losses in sorted(line.losses.items())])
                  for i in range(len(next(iter(line.losses.values()))))]  # fmt: skip
         least, loss = line.vertex(), line.means[line.best]
-        shown = (line.name, f"{line.parameters:,}", f"{line.best:.2g}", f"{least:.2g}",
+        shown = (line.name, f"{line.parameters:,}", line.shown, f"{least:.2g}",
                  " ".join(f"{x:.2g}" for x in seeds), f"{least / full.vertex():.1f}", f"{loss:.3f}")  # fmt: skip
         lines.append(f"| {' | '.join(shown)} |")
     return "\n".join(lines)
@@ -99,7 +115,7 @@ def places_table(groups: Sequence[Sequence[Line]]) -> str:
     for group in groups:
         for line in group:
             seeds, loss = " ".join(f"{x:.3f}" for x in line.losses[line.best]), line.means[line.best]
-            lines.append(f"| {line.name} | {line.parameters:,} | {line.best:.2g} | {loss:.3f} | {seeds} |")
+            lines.append(f"| {line.name} | {line.parameters:,} | {line.shown} | {loss:.3f} | {seeds} |")
     return "\n".join(lines)
 
 
@@ -147,6 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     lora = lambda rank, where="linear": dataclasses.replace(run, method=LoRA(rank=rank, where=where))  # noqa: E731
     full = swept(dataclasses.replace(run, method=Subset("all")), "full", (axis(FULL), seeds), out, params)
     ranks = [swept(lora(r), f"LoRA rank {r}", (axis(FULL, 10), seeds), out, params) for r in RANKS]
+    rates = axis(around(ranks[1]))
     groups = []
     for attention in BUDGETS:
         wanted = peft.count(LoRA(rank=attention, where="attention"), params)
@@ -154,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
         for where in WHERE:
             rank = matched(params, where, wanted)
             said = {"linear": "everywhere"}.get(where, where)
-            group.append(swept(lora(rank, where), f"{said} rank {rank}", (axis(FULL[1:], 10), seeds), out, params))
+            group.append(swept(lora(rank, where), f"{said} rank {rank}", (rates, seeds), out, params))
         groups.append(group)
     about = (f"{time.strftime('%Y-%m-%d')}, {threads()} cores, {cpu()}, jax {version('jax')}: {args.task}, "
              f"{args.steps} steps of 3 x 160 tokens, {args.seeds} seeds")  # fmt: skip
