@@ -103,7 +103,7 @@ class Work:
             self.save(lanes, stack, i, until)
             self.stop.rest()
         if i < until and not all(lane.dead for lane in lanes):
-            console.print(f"stopped at step {i} of {until} of cells {chosen[0].number}-{chosen[-1].number}, saved; "
+            console.print(f"stopped at step {i} of {until} of {span(chosen)}, saved; "
                           "go on with --resume", soft_wrap=True)  # fmt: skip
             raise Stopped
 
@@ -164,9 +164,9 @@ class Work:
             return
         rate = self.taken / self.seconds
         losses = [lane.log.row["loss"] for lane in lanes if not lane.dead] or [float("nan")]
-        console.print(f"cells {lanes[0].cell.number}-{lanes[-1].cell.number} · step {i}/{until} · loss "
-                      f"{min(losses):.4f} to {max(losses):.4f} · {rate:.2f} lane-steps/s · "
-                      f"{clock(max(self.left, 0) / rate)} left", soft_wrap=True)  # fmt: skip
+        loss = " to ".join(f"{x:.4f}" for x in sorted({min(losses), max(losses)}))
+        console.print(f"{span([lane.cell for lane in lanes])} · step {i}/{until} · loss {loss} · {rate:.2f} "
+                      f"lane-steps/s · {clock(max(self.left, 0) / rate)} left", soft_wrap=True)  # fmt: skip
 
     def save(self, lanes: list[Lane], stack: Stack | None, i: int, until: int) -> None:
         """Each living lane's checkpoint; at `until` with what it is worth."""
@@ -220,6 +220,12 @@ def quiet(on: bool) -> Iterator[None]:
         console.quiet = before
 
 
+def span(cells: list[Cell]) -> str:
+    """`cells 0-3`, `cell 4`."""
+    first, last = cells[0].number, cells[-1].number
+    return f"cells {first}-{last}" if last > first else f"cell {first}"
+
+
 def announce(found: list[Group], apart: dict[str, str], n: int) -> None:
     """Say which programs there are, and why not one."""
     console.print(f"{n} cells in {len(found)} program{'s' * (len(found) > 1)}: each trains its cells as lanes of one "
@@ -231,5 +237,5 @@ def announce(found: list[Group], apart: dict[str, str], n: int) -> None:
         varies = ", ".join(group.numbers) or "data alone"
         cells = ", ".join(str(cell.number) for cell in group.cells[:8]) + (", ..." if len(group.cells) > 8 else "")
         name = type(group.run.method).__name__.lower()
-        console.print(f"program {i + 1}: {len(group.cells)} lanes of {name} ({cells}); in arrays: {varies}; "
-                      f"{group.run.steps} steps", soft_wrap=True)  # fmt: skip
+        console.print(f"program {i + 1}: {len(group.cells)} lane{'s' * (len(group.cells) > 1)} of {name} ({cells}); "
+                      f"in arrays: {varies}; {group.run.steps} steps", soft_wrap=True)  # fmt: skip
