@@ -202,13 +202,19 @@ def test_the_cheapest_that_surely_reaches_the_target():
     assert "The next is lora on all with 0.900" in text
     assert "With fewer than about 56 requests retrieved would be cheaper." in text
     assert "would let zero-shot do" in text
-    assert "The error of lora falls as n^-" in text
+    low = made["lora on 100"].estimate.low
+    assert f"A target above {low:.3f} would take lora on all, 0.900" in text
+    assert "In as many steps the error of lora falls as n^-" in text
     assert "100 were enough for the target." in text
     close = advice.decision(results(0.59, few))
     assert close.startswith("The cheapest that surely reaches accuracy >= 0.59 is lora on all")
     unsure = advice.decision(results(0.88, few))
     assert unsure.startswith("The cheapest that reaches accuracy >= 0.88 is lora on all")
     assert "may find that it misses" in unsure
+    untrained = advice.decision(results(0.5, few | {"nearest": (0.8, 0, 0.0)}))
+    assert untrained.startswith("The cheapest that surely reaches accuracy >= 0.5 is nearest: 0.800")
+    assert "the error of lora falls as n^-" in untrained
+    assert "Nothing that was tried reaches more than 0.900." in unsure
 
 
 def test_a_target_out_of_reach():

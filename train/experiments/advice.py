@@ -11,7 +11,7 @@ from rich.table import Table
 from ..commit import write_whole
 from ..progress import clock, console
 from ..report import size
-from .curve import Outlook, outlook
+from .curve import Outlook, draw, outlook
 from .findings import CHOSEN, LOST, Grid, facts, judged, label, number, runs, samples, word
 from .ledger import Line, found, read
 from .noise import Estimate, averaged, verdict
@@ -122,11 +122,11 @@ def _decided(lines: list[Line]) -> str:
         times = f"{second.flops(requests) / best.flops(requests):.2g} times that" if best.flops(requests) else (
             f"{second.flops(requests):.2g}")  # fmt: skip
         said.append(f"The next is {second.name} with {scored(second)}, at {times}.")
-    said += changes(made, able, best, target, requests)
+    said += [*changes(made, able, best, target, requests), raised(made, best, sure, requests)]
     top = max(made, key=lambda option: option.estimate.mean)
     if top is not best:
         said.append(f"The highest score is that of {top.name}, {scored(top)}.")
-    return " ".join([*said, more(lines, target) if best.train_flops else ""]).strip()
+    return " ".join([*said, more(lines, target)]).strip()
 
 
 def scored(option: Option) -> str:
@@ -155,6 +155,18 @@ def changes(
     return said
 
 
+def raised(made: Sequence[Option], best: Option, sure: bool, requests: float) -> str:
+    """What a higher target would take."""
+    reached = lambda o: o.estimate.low if sure else o.estimate.mean  # noqa: E731
+    surely = "surely " * sure
+    better = [o for o in made if reached(o) > reached(best)]
+    if not better:
+        return f"Nothing that was tried {surely}reaches more than {reached(best):.3f}."
+    other = min(better, key=lambda option: option.flops(requests))
+    return (f"A target above {reached(best):.3f} would take {other.name}, {scored(other)}, at "
+            f"{other.flops(requests):.2g} FLOPs.")  # fmt: skip
+
+
 def more(lines: list[Line], target: float) -> str:
     """What the learning curve says."""
     *_, asked = question(lines)
@@ -163,9 +175,9 @@ def more(lines: list[Line], target: float) -> str:
         return ""
     sizes, look = seen
     name = asked["peft"].get("name", "the method")
-    said = f"The error of {name} falls as n^-{look.curve.c:.2f} with n examples"
+    said = f"In as many steps the error of {name} falls as n^-{look.curve.c:.2f} with n examples"
     if look.curve.c <= 0.005:
-        said = f"The error of {name} does not fall with more examples"
+        said = f"In as many steps the error of {name} does not fall with more examples"
     elif math.isfinite(look.missed):
         said += f" (a fit to fewer than {sizes[-1]:,} foretold {sizes[-1]:,}'s to within {abs(look.missed):.3f})"
     options_ = {option.name: option.estimate.mean for option in options(lines)}
@@ -227,25 +239,9 @@ def picture(out: Path, lines: list[Line]) -> str:
     *_, asked = question(lines)
     if (seen := foretold(lines, asked["target"])) is None:
         return ""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     sizes, look = seen
-    figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     by_name = {option.name: option for option in options(lines)}
     kept = [by_name[name].estimate for name in asked["sizes"] if name in by_name]
-    errors, low, high = ([asked["gold"] - getattr(e, key) for e in kept] for key in ("mean", "high", "low"))
-    ax.fill_between(sizes, low, high, alpha=0.2)
-    ax.plot(sizes, errors, "o")
-    beyond = np.geomspace(sizes[0], 10 * sizes[-1], 50)
-    ax.plot(beyond, [look.curve.error(n) for n in beyond], "--", label=f"{look.curve.b:.2g} n^-{look.curve.c:.2f}")
-    if asked["gold"] > asked["target"]:
-        ax.axhline(asked["gold"] - asked["target"], color="0.5", linewidth=1, label="target")
-    ax.set(xscale="log", yscale="log", xlabel="examples", ylabel="error")
-    ax.legend()
-    ax.grid(alpha=0.3)
-    figure.savefig(out / "curve.png", dpi=110)
-    plt.close(figure)
+    errors = [[asked["gold"] - getattr(e, key) for e in kept] for key in ("mean", "high", "low")]
+    draw(out / "curve.png", sizes, errors, look.curve, asked["gold"] - asked["target"])
     return "curve.png"

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -53,3 +54,25 @@ def outlook(sizes: Sequence[int], draws: np.ndarray, means: Sequence[float], wan
     needed = [fit(sizes, column).examples(wanted) for column in draws.T]
     low, high = (float(np.sort(needed)[int(q * (len(needed) - 1))]) for q in (0.025, 0.975))  # infinity has no mean
     return Outlook(curve, float(missed), curve.examples(wanted), low, high)
+
+
+def draw(path: Path, sizes: Sequence[int], errors: Sequence[Sequence[float]], curve: Curve, wanted: float) -> None:
+    """A picture of errors (mean, low, high; of each size), the curve, and the error that is wanted."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    mean, low, high = errors
+    ax.fill_between(sizes, low, high, alpha=0.2)
+    ax.plot(sizes, mean, "o")
+    beyond = np.geomspace(sizes[0], 10 * sizes[-1], 50)
+    ax.plot(beyond, [curve.error(n) for n in beyond], "--", label=f"{curve.b:.2g} n^-{curve.c:.2f}")
+    if wanted > 0:
+        ax.axhline(wanted, color="0.5", linewidth=1, label="target")
+    ax.set(xscale="log", yscale="log", xlabel="examples", ylabel="error")
+    ax.legend()
+    ax.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
