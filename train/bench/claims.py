@@ -65,11 +65,9 @@ class Line(NamedTuple):
         return float(np.exp(-b / (2 * a)))
 
 
-def around(line: Line) -> list[float]:
-    """Five rates of its grid, the best in their middle where the grid goes on."""
-    rates = list(line.means)
-    first = min(max(rates.index(line.best) - 2, 0), len(rates) - 5)
-    return rates[first : first + 5]
+def around(rate: float) -> list[float]:
+    """Four rates, finer than the grid that this best one is of: from half of it to 1.4 times; above, LoRA breaks."""
+    return [rate * 2 ** (i / 2) for i in (-2, -1, 0, 1)]
 
 
 def swept(run: Run, name: str, over: Sequence[str], out: Path, params: Any) -> Line:
@@ -163,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     lora = lambda rank, where="linear": dataclasses.replace(run, method=LoRA(rank=rank, where=where))  # noqa: E731
     full = swept(dataclasses.replace(run, method=Subset("all")), "full", (axis(FULL), seeds), out, params)
     ranks = [swept(lora(r), f"LoRA rank {r}", (axis(FULL, 10), seeds), out, params) for r in RANKS]
-    rates = axis(around(ranks[1]))
+    rates = axis(around(ranks[1].best))
     groups = []
     for attention in BUDGETS:
         wanted = peft.count(LoRA(rank=attention, where="attention"), params)
