@@ -134,7 +134,8 @@ def picture(path: Path, groups: Mapping[str, Sequence[Line]]) -> None:
         ax.set(xscale="log", xlabel="learning rate", title=title)
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
-    axes[0].set_ylabel("validation loss, nats a token")
+    low = min(min(line.means.values()) for lines in groups.values() for line in lines)
+    axes[0].set(ylabel="validation loss, nats a token", ylim=(low - 0.1, low + 1.5))  # what broke is above the frame
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
