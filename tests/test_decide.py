@@ -215,6 +215,10 @@ def test_the_cheapest_that_surely_reaches_the_target():
     assert untrained.startswith("The cheapest that surely reaches accuracy >= 0.5 is nearest: 0.800")
     assert "the error of lora falls as n^-" in untrained
     assert "Nothing that was tried reaches more than 0.900." in unsure
+    assert "The highest score" not in text + unsure, "it is said already"
+    third = advice.decision(results(0.5, few | {"retrieved": (0.95, 0, 1e6)}))
+    assert "would take lora on all, 0.900" in third
+    assert "The highest score is that of retrieved, 0.950" in third
 
 
 def test_a_target_out_of_reach():

@@ -122,10 +122,7 @@ def _decided(lines: list[Line]) -> str:
         times = f"{second.flops(requests) / best.flops(requests):.2g} times that" if best.flops(requests) else (
             f"{second.flops(requests):.2g}")  # fmt: skip
         said.append(f"The next is {second.name} with {scored(second)}, at {times}.")
-    said += [*changes(made, able, best, target, requests), raised(made, best, sure, requests)]
-    top = max(made, key=lambda option: option.estimate.mean)
-    if top is not best:
-        said.append(f"The highest score is that of {top.name}, {scored(top)}.")
+    said += [*changes(made, able, best, target, requests), *raised(made, best, sure, requests)]
     return " ".join([*said, more(lines, target)]).strip()
 
 
@@ -155,16 +152,19 @@ def changes(
     return said
 
 
-def raised(made: Sequence[Option], best: Option, sure: bool, requests: float) -> str:
-    """What a higher target would take."""
+def raised(made: Sequence[Option], best: Option, sure: bool, requests: float) -> list[str]:
+    """What a higher target would take, and the highest score, if it is of yet another."""
     reached = lambda o: o.estimate.low if sure else o.estimate.mean  # noqa: E731
-    surely = "surely " * sure
-    better = [o for o in made if reached(o) > reached(best)]
-    if not better:
-        return f"Nothing that was tried {surely}reaches more than {reached(best):.3f}."
-    other = min(better, key=lambda option: option.flops(requests))
-    return (f"A target above {reached(best):.3f} would take {other.name}, {scored(other)}, at "
-            f"{other.flops(requests):.2g} FLOPs.")  # fmt: skip
+    other, surely = best, "surely " * sure
+    said = [f"Nothing that was tried {surely}reaches more than {reached(best):.3f}."]
+    if better := [o for o in made if reached(o) > reached(best)]:
+        other = min(better, key=lambda option: option.flops(requests))
+        said = [f"A target above {reached(best):.3f} would take {other.name}, {scored(other)}, at "
+                f"{other.flops(requests):.2g} FLOPs."]  # fmt: skip
+    top = max(made, key=lambda option: option.estimate.mean)
+    if top is not best and top is not other:
+        said.append(f"The highest score is that of {top.name}, {scored(top)}.")
+    return said
 
 
 def more(lines: list[Line], target: float) -> str:
