@@ -139,12 +139,10 @@ def show(rows: list[dict[str, Any]], floor: dict[str, float]) -> None:
 
 def plot(out: Path, rows: list[dict[str, Any]], floor: dict[str, float], names: list[str]) -> None:
     """score.png: score against trainable parameters; losses.png: the base's curve and every tuning's."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
     for r in rows:
         axes.scatter(r["trainable"], r["after"], s=50)
         axes.annotate(r["method"], (r["trainable"], r["after"]), textcoords="offset points", xytext=(7, 4))
@@ -159,7 +157,8 @@ def plot(out: Path, rows: list[dict[str, Any]], floor: dict[str, float], names: 
     axes.margins(x=0.15)
     axes.grid(alpha=0.3)
     figure.savefig(out / "score.png", dpi=130)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for axis, runs, title in ((left, ["base"], "pretraining"), (right, names, "tuning")):
         for name in runs:
             points = [(m["step"], m["loss"]) for m in read_metrics(out / name) if "loss" in m]
@@ -168,7 +167,6 @@ def plot(out: Path, rows: list[dict[str, Any]], floor: dict[str, float], names: 
         axis.grid(alpha=0.3)
     right.legend()
     figure.savefig(out / "losses.png", dpi=130)
-    plt.close("all")
 
 
 def samples(out: Path, results: dict[str, dict[str, Any]]) -> None:

@@ -184,12 +184,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def plot_losses(path: Path, curves: dict[str, list[tuple[int, float]]], title: str) -> None:
     """A PNG of loss against step, one line a curve."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     for name, points in curves.items():
         axes.plot(*zip(*points, strict=True), label=name, linewidth=1.2)
     axes.set(xlabel="step", ylabel="loss, nats a token", title=title)
@@ -197,4 +195,3 @@ def plot_losses(path: Path, curves: dict[str, list[tuple[int, float]]], title: s
     if len(curves) > 1:
         axes.legend()
     figure.savefig(path, dpi=130)
-    plt.close(figure)

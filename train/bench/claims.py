@@ -119,12 +119,10 @@ def places_table(groups: Sequence[Sequence[Line]]) -> str:
 
 def picture(path: Path, groups: Mapping[str, Sequence[Line]]) -> None:
     """Loss over learning rate, a panel each."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(groups), figsize=(5 * len(groups), 4), layout="constrained", sharey=True)
+    figure = Figure(figsize=(5 * len(groups), 4), layout="constrained")
+    axes = figure.subplots(1, len(groups), sharey=True)
     for ax, (title, lines) in zip(axes, groups.items(), strict=True):
         for line in lines:
             rates = list(line.means)
@@ -137,7 +135,6 @@ def picture(path: Path, groups: Mapping[str, Sequence[Line]]) -> None:
     low = min(min(line.means.values()) for lines in groups.values() for line in lines)
     axes[0].set(ylabel="validation loss, nats a token", ylim=(low - 0.1, low + 1.5))  # what broke is above the frame
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -58,12 +58,10 @@ def outlook(sizes: Sequence[int], draws: np.ndarray, means: Sequence[float], wan
 
 def draw(path: Path, sizes: Sequence[int], errors: Sequence[Sequence[float]], curve: Curve, wanted: float) -> None:
     """A picture of errors (mean, low, high; of each size), the curve, and the error that is wanted."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    ax = figure.subplots()
     mean, low, high = errors
     ax.fill_between(sizes, low, high, alpha=0.2)
     ax.plot(sizes, mean, "o")
@@ -75,4 +73,3 @@ def draw(path: Path, sizes: Sequence[int], errors: Sequence[Sequence[float]], cu
     ax.legend()
     ax.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -70,12 +70,10 @@ def table(grid: Grid) -> list[str]:
 
 def picture(out: Path, number: int, f: Finding, data: dict[str, Any]) -> str:
     """A PNG: score against trainable parameters and against a step's time, losses by rate, losses by step."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    axes = figure.subplots(2, 2)
     for ax, (key, label, _) in zip(axes[0], (COSTS[0], COSTS[3]), strict=True):
         for p in data["points"]:
             x, off = p["costs"][key], [[max(p["score"] - p["low"], 0)], [max(p["high"] - p["score"], 0)]]
@@ -93,5 +91,4 @@ def picture(out: Path, number: int, f: Finding, data: dict[str, Any]) -> str:
         ax.grid(alpha=0.3)
     name = "".join(c if c.isalnum() else "_" for c in f.label) + (f"_{number}.png" if number else ".png")
     figure.savefig(out / name, dpi=110)
-    plt.close(figure)
     return name

@@ -108,13 +108,11 @@ def pictures(out: Path, rows: Sequence[dict[str, Any]], axes: Sequence[str], key
         return
     x = "optim.lr" if "optim.lr" in numeric else numeric[0]
     lines = [a for a in free if a != x]
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     grid = gathered(rows, [x], lines, key)
-    figure, ax = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    ax = figure.subplots()
     for name, points in grid.items():
         at = sorted(points, key=lambda v: float(v[0]))
         xs, means = [float(v[0]) for v in at], [float(np.mean(points[v])) for v in at]
@@ -129,15 +127,17 @@ def pictures(out: Path, rows: Sequence[dict[str, Any]], axes: Sequence[str], key
     if lines:
         ax.legend(title=" ".join(lines), fontsize=8)
     figure.savefig(out / "curves.png", dpi=130)
-    plt.close(figure)
     if lines:
-        _heat(plt, out, grid, x, lines, key)
+        _heat(out, grid, x, lines, key)
 
 
-def _heat(plt: Any, out: Path, grid: Any, x: str, lines: Sequence[str], key: str) -> None:
+def _heat(out: Path, grid: Any, x: str, lines: Sequence[str], key: str) -> None:
+    from matplotlib.figure import Figure
+
     columns = sorted({v for points in grid.values() for v in points}, key=lambda v: float(v[0]))
     values = np.array([[np.mean(points[c]) if c in points else np.nan for c in columns] for points in grid.values()])
-    figure, ax = plt.subplots(figsize=(2 + 0.9 * len(columns), 1.6 + 0.5 * len(grid)), layout="constrained")
+    figure = Figure(figsize=(2 + 0.9 * len(columns), 1.6 + 0.5 * len(grid)), layout="constrained")
+    ax = figure.subplots()
     ax.imshow(values, cmap="viridis_r", aspect="auto")
     ax.set_xticks(range(len(columns)), [c[0] for c in columns])
     ax.set_yticks(range(len(grid)), [" ".join(name) for name in grid])
@@ -147,7 +147,6 @@ def _heat(plt: Any, out: Path, grid: Any, x: str, lines: Sequence[str], key: str
         ax.text(j, i, f"{values[i, j]:.3f}", ha="center", va="center", fontsize=8,
                 color="white" if values[i, j] > middle else "black")  # fmt: skip
     figure.savefig(out / "heat.png", dpi=130)
-    plt.close(figure)
 
 
 def gathered(rows: Sequence[dict[str, Any]], inner: Sequence[str], outer: Sequence[str], key: str) -> dict[Any, Any]:
