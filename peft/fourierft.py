@@ -47,7 +47,9 @@ class FourierFT(Method):
     n: int = 1000  # at most the entries of the matrix
     scale: float = 150.0
     where: str = "linear"
-    seed: int = 777  # of the places, which matrices of one shape share
+    seed: int | None = (
+        None  # of the places, which matrices of one shape share; None: the run's seed, or 0 outside a run
+    )
     ns: tuple[tuple[str, int], ...] = ()  # rules -> n, for some matrices or layers
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
@@ -61,7 +63,7 @@ class FourierFT(Method):
         return {t.key: each_layer(t, partial(one, t=t, n=n), layer_keys(key, t)) for t, n in found}
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
-        return wrap(params, trainable, lambda w, **t: FourierFTWeight(w, **t, scale=self.scale, seed=self.seed))
+        return wrap(params, trainable, lambda w, **t: FourierFTWeight(w, **t, scale=self.scale, seed=self.seed or 0))
 
 
 @lru_cache

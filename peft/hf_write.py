@@ -75,7 +75,9 @@ def _config(method: Method, trainable: Any, config: Config, base: str) -> dict[s
             if place in at:
                 own[at[place]] = _settings(kind, part, place, config)
     first = mains[0][1]
-    tree |= {theirs: getattr(first, ours) for theirs, ours in kind.fields.items()} | kind.write(first)
+    values = {theirs: getattr(first, ours) for theirs, ours in kind.fields.items()}
+    # A method used outside a run may have no seed of its own; its numbers are those of seed 0.
+    tree |= {k: 0 if v is None and kind.fields[k] == "seed" else v for k, v in values.items()} | kind.write(first)
     for field, theirs in ((ours, theirs) for theirs, ours in kind.fields.items() if own and ours in kind.patterns):
         values = [settings[field] for settings in own.values()]
         tree[theirs] = usual = max(values, key=values.count)

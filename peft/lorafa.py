@@ -19,7 +19,9 @@ class LoRAFA(LoRA):
     demo = False
     padded = Method.padded  # another rank draws another A
 
-    seed: int = 0  # of A, which is drawn anew wherever it is needed and never stored
+    seed: int | None = (
+        None  # of A, which is drawn anew wherever it is needed and never stored; None: the run's seed, or 0 outside a run
+    )
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         return {name: {"b": jnp.zeros_like(t["b"])} for name, t in super().init(key, params).items()}
@@ -31,7 +33,7 @@ class LoRAFA(LoRA):
             (path, cut), (name, layers), stacked = cut_key(key), canonical(key), b.ndim == 3
             (R, F), (D, _) = b.shape[-2:], sides(params, key)
             t = Target(key, path, name, range(len(b)) if stacked and not cut else layers, stacked, (D, F))
-            return each_layer(t, lambda k: uniform(k, (D, R), D), layer_keys(jax.random.key(self.seed), t, "a"))
+            return each_layer(t, lambda k: uniform(k, (D, R), D), layer_keys(jax.random.key(self.seed or 0), t, "a"))
 
         return {key: t | {"a": one(key, t["b"])} for key, t in trainable.items()}
 

@@ -42,7 +42,7 @@ class RandLoRA(Method):
     rank: int = 32  # of each of n = ceil(min(D, F) / rank) products
     alpha: float = 640.0
     where: str = "linear"
-    seed: int = 0  # of A and B
+    seed: int | None = None  # of A and B; None: the run's seed, or 0 outside a run
     sparse: str = ""  # A and B of -1, 0, 1 by turns 1 : 4 : 1, "sparse", or 1 : 2 min(D, F)^1/2 - 2 : 1, "very_sparse"
     given: Any = None  # a Given of HF's randlora_A as `a` and randlora_B as `b`, in place of the seed's
 
@@ -67,7 +67,7 @@ def projections(method: RandLoRA, D: int, F: int, least: int = 0) -> tuple[Array
     n = -(-low // R)
     if method.given is not None:
         return jnp.asarray(method.given["a"])[..., :low], jnp.asarray(method.given["b"])[:high, :n]
-    a, b = noise(method.seed, "a", (low, R)).T[:, None], noise(method.seed, "b", (high, n, R))
+    a, b = noise(method.seed or 0, "a", (low, R)).T[:, None], noise(method.seed or 0, "b", (high, n, R))
     if not method.sparse:
         return 3**0.5 * a, 3**0.5 * b
     odds = {"sparse": 3.0, "very_sparse": (least or low) ** 0.5}[method.sparse]

@@ -37,7 +37,7 @@ class SHiRA(Method):
 
     rank: int = 32
     where: str = "linear"
-    seed: int = 0  # of the places
+    seed: int | None = None  # of the places; None: the run's seed, or 0 outside a run
     given: Any = None  # a Given of the places [L, k, 2] or [k, 2] of each target, (row, column) of W [out, in]
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def places(method: SHiRA, params: Any, trainable: Any) -> dict[str, Array]:
         (path, _), (name, layers), (D, F) = cut_key(key), canonical(key), sides(params, key)
         stacked = is_stacked(path)
         t = Target(key, path, name, layers or (range(depth) if stacked else None), stacked, (D, F))
-        keys = layer_keys(jax.random.key(method.seed, impl="threefry2x32"), t, "places")
+        keys = layer_keys(jax.random.key(method.seed or 0, impl="threefry2x32"), t, "places")
         return each_layer(t, partial(strata, k=k, D=D, F=F), keys)
 
     if method.given is None:

@@ -37,7 +37,7 @@ class Given:
     def __init__(self, **arrays: Any) -> None:
         self.arrays = {name: np.asarray(x) for name, x in arrays.items()}
         parts = ((k, x.shape, x.dtype.str, hashlib.sha256(x.tobytes()).hexdigest()) for k, x in self.arrays.items())
-        self._key = tuple(sorted(parts))
+        self.digest = hashlib.sha256(repr(sorted(parts)).encode()).hexdigest()  # of names, shapes, dtypes and values
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.arrays[name]
@@ -46,10 +46,10 @@ class Given:
         return name in self.arrays
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Given) and self._key == other._key
+        return isinstance(other, Given) and self.digest == other.digest
 
     def __hash__(self) -> int:
-        return hash(self._key)
+        return hash(self.digest)
 
     def __repr__(self) -> str:
         return f"Given({', '.join(f'{k}{list(x.shape)}' for k, x in self.arrays.items())})"

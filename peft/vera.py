@@ -37,7 +37,7 @@ class VeRA(Method):
     rank: int = 256
     d_initial: float = 0.1
     where: str = "linear"
-    seed: int = 0  # of A and B
+    seed: int | None = None  # of A and B; None: the run's seed, or 0 outside a run
     given: Any = None  # a Given of HF's vera_A as `a` and vera_B as `b`, in place of the seed's
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
@@ -55,5 +55,5 @@ def projections(method: VeRA, D: int, F: int, fan: int = 0) -> tuple[Array, Arra
     """(vera_A [R, D], vera_B [F, R]) as HF PEFT has them, of a matrix or of the largest: uniform as kaiming's."""
     if method.given is not None:
         return jnp.asarray(method.given["a"])[:, :D], jnp.asarray(method.given["b"])[:F]
-    a, b = noise(method.seed, "a", (D, method.rank)).T, noise(method.seed, "b", (F, method.rank))
+    a, b = noise(method.seed or 0, "a", (D, method.rank)).T, noise(method.seed or 0, "b", (F, method.rank))
     return (6 / (fan or D)) ** 0.5 * a, (6 / method.rank) ** 0.5 * b

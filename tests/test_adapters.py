@@ -10,7 +10,7 @@ import pytest
 from graftax import InputError, peft
 from graftax.train.adapters import uniform
 from graftax.train.cli import main
-from graftax.train.phase import with_ids
+from graftax.train.phase import resolve_method
 from graftax.train.runs import load_run
 from safetensors.numpy import load_file
 from test_hf_runs import SMALL, adapter, command, hf_base, refused, rows  # noqa: F401
@@ -87,7 +87,7 @@ def test_a_prompt_from_a_text(hf_base, rows, tmp_path, capsys):  # noqa: F811
     start = got.method.init(jax.random.key(0), got.params)["embed/table"]["prompt"]
     table = np.asarray(got.params["embed"]["table"], np.float32)
     np.testing.assert_array_equal(start, table[[ids[i % len(ids)] for i in range(6)]])
-    chained = with_ids(peft.chain(peft.LoRA(), peft.Prompt(text=text)), got.tokenizer)
+    chained = resolve_method(peft.chain(peft.LoRA(), peft.Prompt(text=text)), got.tokenizer)
     assert list(chained.methods[1][1].ids) == ids
     assert jnp.isfinite(jax.tree.leaves(got.trainable)[0]).all()
     assert dataclasses.replace(got.method, ids=()).text == text

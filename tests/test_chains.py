@@ -6,16 +6,20 @@ import json
 import jax
 import numpy as np
 import pytest
+from graftax import peft
 from graftax.model.sharding import make_mesh
-from graftax.peft import Subset
+from graftax.peft import DoRA, LoRA, Prompt, Subset
 from graftax.train.checkpoint import Checkpoints
 from graftax.train.cli import main
+from graftax.train.config import Run, to_json
+from graftax.train.export import logits_of
 from graftax.train.lineage import KEPT, kept
 from graftax.train.loop import train
 from graftax.train.phase import prepare
 from graftax.train.progress import read_metrics
 from graftax.train.runs import load_run
 from test_train import adapter, base, examples, kill_at, pretraining, texts, tuning  # noqa: F401
+from tiny import CASES, shaken
 
 
 def lineage(folder, capsys):
@@ -69,3 +73,48 @@ def test_positions_split_and_state_on_the_host_change_nothing(base, pretraining,
     again = train(dataclasses.replace(run, resume="auto"))
     curves = [[r["loss"] for r in read_metrics(folder) if "loss" in r] for folder in (again, base)]
     np.testing.assert_allclose(curves[0], curves[1], rtol=1e-5)
+
+
+def written(below, method, out):
+    """A run of a method over the run `below`, as training would leave it, without the training."""
+    got = load_run(below)
+    run = Run(phase="finetune", base=str(below), method=method, out=str(out), data=got.run.data)
+    trainable = jax.jit(lambda base: shaken(method.init(jax.random.key(1), base), 0.02))(got.base)
+    got.tokenizer.save(out)
+    (out / "config.json").write_text(to_json(run))
+    meta = {"phase": "finetune", "config": json.loads(to_json(run)), "base": got.fingerprint, "lineage": got.lineage,
+            "tokenizer": got.tokenizer.digest}  # fmt: skip
+    with Checkpoints(out / "checkpoints") as checkpoints:
+        checkpoints.save(1, {"trainable": trainable}, meta)
+    return out
+
+
+PAIRS = {
+    "lora-lora": (LoRA(rank=2), LoRA(rank=2)),
+    "range-prompt": (CASES["layer_range"], Prompt(tokens=3)),
+    "vera-dora": (CASES["vera"], DoRA(rank=2)),
+    "chain-range": (CASES["norms_and_lora"], Subset("layers/[1:]/mlp/.*")),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_run_on_a_run_that_must_be_computed(pair, base, tmp_path):  # noqa: F811
+    """Whatever a run trained, another run stands on it: it loads, on any mesh, computes and merges."""
+    lower, upper = PAIRS[pair]
+    below = written(base, lower, tmp_path / "below")
+    got, first = load_run(written(below, upper, tmp_path / "above")), load_run(below)
+    ids = np.arange(12)[None] % got.config.V
+
+    @jax.jit
+    def expected(params, below, above):
+        folded = peft.merge(lower, params, below)
+        return peft.apply(got.model, folded, upper, above, ids)
+
+    logits = logits_of(got, ids)
+    np.testing.assert_allclose(logits, expected(first.params, first.trainable, got.trainable), rtol=1e-4, atol=1e-4)
+    if pair == "lora-lora":
+        mark, mesh = got.fingerprint, make_mesh((2, 2, 2))
+        with jax.set_mesh(mesh):  # other devices round the base otherwise
+            assert load_run(tmp_path / "above", mesh, layers="unrolled").fingerprint == mark
+        main(["merge", str(tmp_path / "above"), "--out", str(tmp_path / "merged")])
+        assert [r["phase"] for r in load_run(tmp_path / "merged").lineage] == ["pretrain", *["finetune"] * 2, "merge"]

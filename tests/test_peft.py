@@ -27,9 +27,12 @@ from graftax.peft import (
 )  # fmt: skip
 from graftax.peft.lokr import split
 from graftax.peft.lora import LoRAWeight
-from graftax.train.config import Optim
-from graftax.train.step import make_loss
-from tiny import CONFIG, close, make_base, make_batch, same, shaken, stepper
+from graftax.train.config import Optim, Run
+from graftax.train.optim import make_optimizer
+from graftax.train.phase import resolve_method
+from graftax.train.program import start
+from graftax.train.step import init_state, make_loss
+from tiny import CONFIG, OPTIM, close, make_base, make_batch, same, shaken, stepper
 
 
 def test_counts_equal_published_ones():
@@ -147,6 +150,25 @@ def test_lora_by_rules(base):
     assert same(a["layers/attn/q[1:2]/a"][0], b["layers/1/attn/q/a"])
     with pytest.raises(InputError, match="rank rule 'layers/atn/q' matches no parameter"):
         LoRA(ranks=(("layers/atn/q", 3),)).init(jax.random.key(0), base.params)
+
+
+def test_every_draw_of_a_run_follows_its_seed(base):
+    """Dropout of the step, and what methods draw from a seed of their own (VeRA's projections, SHiRA's places)."""
+    method, norms = LoRA(rank=2, dropout=0.5), []
+    frozen, state, step = stepper(base, method)
+    for seed in (0, 0, 1):
+        state = init_state(state.trainable, make_optimizer(OPTIM, state.trainable, 20, method), seed=seed)
+        norms.append(float(step(state, frozen, make_batch())[1]["grad_norm"]))
+    assert norms[0] == norms[1] != norms[2]
+    keys = [start(Run(steps=1, seed=seed), base.params).begin(base.params)[1].key for seed in (0, 1)]
+    assert not same(*keys), "a run hands its seed to the step"
+    drawing = {name: cls() for name, cls in peft.methods.items() if hasattr(cls(), "seed")}
+    assert set(drawing) >= {"vera", "randlora", "lorafa", "shira", "fourierft"}
+    for name, drawn in drawing.items():
+        assert drawn.seed is None, f"{name}: its draws would be the same in runs of different seeds"
+        assert resolve_method(chain(drawn), None, 7).methods[0][1].seed == 7
+        own = dataclasses.replace(drawn, seed=3)
+        assert resolve_method(own, None, 7) == own
 
 
 def test_dropout_draws_in_training_alone(base):

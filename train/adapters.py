@@ -92,6 +92,6 @@ def read(folder: Path, below: Any, base: str) -> Any:
     run = Run(phase="finetune", recipe="imported", out=str(folder), base=base, method=method, data=below.run.data)
     own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     tokenizer = load_tokenizer(folder) if own else below.tokenizer
-    manifest = {**below.manifest, "step": 0, "phase": "finetune"}
+    manifest = {**below.manifest, "step": 0, "phase": "finetune", "base": below.fingerprint}
     return dataclasses.replace(below, folder=folder, run=run, params=params, method=method, trainable=trainable,
                                tokenizer=tokenizer, manifest=manifest)  # fmt: skip

@@ -34,7 +34,8 @@ def marks(path: str, leaf: Any) -> list[tuple[str, int, str]]:
     """What one parameter gives to the fingerprint: (name, layer, digest) of each layer."""
     name, layers = canonical(path)
     if is_stacked(path):
-        return [(name, i, digest(layer[0])) for i, layer in enumerate(pieces(leaf, 1))]
+        first = layers[0] if layers else 0  # of a slice that a method trains
+        return [(name, i, digest(layer[0])) for i, layer in enumerate(pieces(leaf, 1), first)]
     return [(name, layers[0] if layers else -1, digest(leaf))]
 
 

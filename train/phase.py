@@ -76,7 +76,7 @@ def _tuning(run: Run, mesh: Any, work: Path) -> Phase:
     check_lengths(run.data, config.context)
     task, sft = tuning_rows(run.data, run.seed, base.tokenizer, config.V)
     steps = run.steps or max(round(run.epochs * len(sft.rows) / run.data.batch), 1)
-    method = with_ids(run.method, base.tokenizer)
+    method = resolve_method(run.method, base.tokenizer, run.seed)
     run = dataclasses.replace(run, steps=steps, base=place(run.base), method=method)
     _few(len(sft.rows), run)
     share = sft.tokens / (len(sft.rows) * run.data.T)
@@ -97,12 +97,13 @@ def _few(rows: int, run: Run) -> None:
         console.print(said, soft_wrap=True)
 
 
-def with_ids(method: Any, tokenizer: Any) -> Any:
-    """The method with the tokens of its text, if it has one: methods know ids alone."""
+def resolve_method(method: Any, tokenizer: Any, seed: int | None = None) -> Any:
+    """The method as one run uses it: the token ids of its text, and the run's seed where it draws and names none."""
     if isinstance(method, Chain):
-        return Chain(tuple((name, with_ids(link, tokenizer)) for name, link in method.methods))
+        return Chain(tuple((name, resolve_method(link, tokenizer, seed)) for name, link in method.methods))
     text = getattr(method, "text", "")
-    return dataclasses.replace(method, ids=tuple(tokenizer.prompt(text))) if text else method
+    method = dataclasses.replace(method, ids=tuple(tokenizer.prompt(text))) if text else method
+    return dataclasses.replace(method, seed=seed) if getattr(method, "seed", 0) is None else method
 
 
 def _assemble(

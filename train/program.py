@@ -53,7 +53,7 @@ def start(run: Run, shapes: Any) -> Start:
 
     def begin(params: Any) -> Any:
         frozen, trainable = partition(method, params, key)
-        return frozen, init_state(trainable, tx, bool(run.optim.spike))
+        return frozen, init_state(trainable, tx, bool(run.optim.spike), seed=run.seed)
 
     return Start(begin, tx, trainable, jax.eval_shape(begin, shapes))
 

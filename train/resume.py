@@ -118,7 +118,10 @@ def restore(phase: Phase, checkpoints: Checkpoints, step: int) -> tuple[int, int
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))  # noqa: E731
     like = jax.tree.map(place, phase.state)  # a sweep has it on the host
     trainable = checkpoints.restore(step, "trainable", like.trainable, verify=verify)
-    rest = checkpoints.restore(step, "optimizer", like._replace(trainable=None), verify=verify)
-    phase.state = rest._replace(trainable=trainable)
+    like = like._replace(trainable=None)
+    if unkeyed := "key" not in manifest["leaves"]["optimizer"]:  # saved before states had a key: this run's own serves
+        like = like._replace(key=None)
+    rest = checkpoints.restore(step, "optimizer", like, verify=verify)
+    phase.state = rest._replace(trainable=trainable, **({"key": phase.state.key} if unkeyed else {}))
     console.print(f"resumed at step {step} of {phase.run.steps}")
     return manifest["next_row"], 0 if distributed.index() else int(manifest["rows_digest"], 16)

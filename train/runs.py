@@ -1,6 +1,8 @@
 """Bases and runs: what a finished phase left, or a Hugging Face checkpoint, loaded as a base or with its adapter."""
 
 import dataclasses
+import hashlib
+import json
 import re
 import time
 from collections.abc import Callable
@@ -22,7 +24,7 @@ from ..model.tree import canonical, named, nested, paths
 from ..peft import Method, Subset, merge
 from . import adapters, report
 from .checkpoint import Checkpoints, fingerprint, marks, sealed
-from .config import Data, Run, from_json, held_still
+from .config import Data, Run, from_json, held_still, method_to_dict
 from .inputs import check_tokenizer, load_held_out
 from .layout import converted
 from .lineage import chain, kept
@@ -71,8 +73,16 @@ class Loaded:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of that base, and of one that is quantised as it was before."""
-        return self.mark or fingerprint(self.merged)
+        """What identifies that base: its values or, if it is quantised, those it was made of.
+
+        A base that has to be computed (a LoRA folded in) is rounded differently on another device or mesh, so it is
+        identified by what it is computed from: the fingerprint below it, the method, and the values it trained.
+        """
+        if self.mark or isinstance(self.method, Subset):
+            return self.mark or fingerprint(self.merged)
+        method = json.dumps(method_to_dict(self.method), default=lambda x: x.digest, sort_keys=True)
+        parts = (self.manifest["base"], method, fingerprint(self.trainable))
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def sharded(shapes: Any, split: Any) -> Any:
@@ -142,9 +152,9 @@ def keeper(kind: str, mesh: Any) -> tuple[Callable[[str, Any], Any], list[Any]]:
 
 def quantised(got: Loaded, kind: str, mesh: Any) -> Loaded:
     """Base and adapter as one quantised base; here all of it is in memory before."""
-    each, found = keeper(kind, mesh)
+    each, _ = keeper(kind, mesh)
     params = nested({path: each(path, leaf) for path, leaf in named(got.merged).items()})
-    return dataclasses.replace(got, params=params, method=Subset("all"), trainable={}, mark=sealed(found))
+    return dataclasses.replace(got, params=params, method=Subset("all"), trainable={}, mark=got.fingerprint)
 
 
 def place(name: str | Path) -> str:
@@ -231,7 +241,7 @@ def load_run(
         if "imported" in below.manifest:
             manifest = manifest | {"imported": below.manifest["imported"]}
         config, method = numerics(below.config, run.dtype, run.remat), run.method
-        shapes = jax.eval_shape(lambda: below.base)
+        shapes = jax.eval_shape(lambda base: base, below.base)  # an argument: traced, `base` would cache tracers
         if below.fingerprint != manifest["base"]:
             raise InputError(f"{folder} was tuned on another base than {name} (fingerprint {manifest['base'][:12]}, "
                              f"this one has {below.fingerprint[:12]}); give its own with --base")  # fmt: skip

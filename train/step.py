@@ -1,5 +1,6 @@
 """The one train step: differentiate the trainable tree, whatever the method and the phase."""
 
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,16 +24,19 @@ class State(NamedTuple):
     trainable: Any
     opt_state: Any
     skipped: Array  # updates left out because the loss or a gradient was not finite, or the loss a spike
+    key: Array  # uint32 [2]: key data of the run's random draws (dropout); each step folds its number in
     recent: Any = None  # the losses of the last updates, the newest last, if spikes are left out; NaN: not yet
 
 
 WINDOW = 128  # steps that a spike is measured against
 
 
-def init_state(trainable: Any, tx: optax.GradientTransformation, spikes: bool = False) -> State:
-    """The state before the first step; with `spikes` it remembers the last losses."""
+def init_state(trainable: Any, tx: optax.GradientTransformation, spikes: bool = False, *, seed: Any = 0) -> State:
+    """The state before the first step. `spikes`: remember the last losses. `seed`: of all draws of training, an int or
+    an int32 array (one for each of several adapters under `vmap`)."""
     recent = jnp.full(WINDOW, jnp.nan, jnp.float32) if spikes else None
-    return State(jnp.int32(0), trainable, tx.init(trainable), jnp.int32(0), recent)
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"train/step"))  # no other draw of the run has this key
+    return State(jnp.int32(0), trainable, tx.init(trainable), jnp.int32(0), jax.random.key_data(key), recent)
 
 
 def make_loss(
@@ -76,7 +80,7 @@ def make_train_step(
     def step(state: State, frozen: Any, batch: Batch) -> tuple[State, dict[str, Array]]:
         """(state, frozen, batch [B, T]) -> (state, metrics)."""
         batch = {k: v for k, v in batch.items() if v.ndim == 2}
-        key = jax.random.fold_in(jax.random.key(0), state.step)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         if accumulate == 1:
             (total, targets), grads = gradient(state.trainable, frozen, batch, key)
         else:
@@ -96,7 +100,7 @@ def make_train_step(
 
         trainable, opt_state, size = _if(ok, update, (state.trainable, before, jnp.float32(0)))
         metrics = {"loss": total / n, "targets": targets, "grad_norm": norm, "update_rms": size, "ok": ok}
-        return State(state.step + 1, trainable, opt_state, state.skipped + ~ok, recent), metrics
+        return State(state.step + 1, trainable, opt_state, state.skipped + ~ok, state.key, recent), metrics
 
     return step
 

@@ -37,7 +37,7 @@ def bare_step(model: Any, method: Any, tx: Any) -> Callable[..., Any]:
     tx = optax.with_extra_args_support(tx)
 
     def step(state: State, frozen: Any, batch: Any) -> Any:
-        key = jax.random.fold_in(jax.random.key(0), state.step)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         (total, targets), grads = gradient(state.trainable, frozen, batch, key)
         n = jnp.maximum(targets, 1.0)
         grads = jax.tree.map(lambda g: g / n, grads)
@@ -45,7 +45,7 @@ def bare_step(model: Any, method: Any, tx: Any) -> Callable[..., Any]:
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable, grads=grads)
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = {"loss": total / n, "targets": targets, "grad_norm": norm, "update_rms": rms(updates)}
-        return State(state.step + 1, trainable, opt_state, state.skipped), metrics
+        return state._replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
 
     return step
 

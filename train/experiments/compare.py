@@ -16,7 +16,7 @@ from typing import Any
 from ... import InputError, peft
 from ...peft import Method, Subset, masks
 from ..config import Run, close, method_class, to_json
-from ..phase import with_ids
+from ..phase import resolve_method
 from ..stop import Stop
 from .cells import changed, floats, given, words
 from .contest import Contest, Entry
@@ -138,7 +138,7 @@ def execute(plan: Compare, command: str = "") -> dict[str, Any]:
         if len({exam.name for exam in exams}) < len(exams):
             raise InputError("--task: a task is there twice; one score of it counts, and results.jsonl has all of them")
         tokenizer = ground.base(run).tokenizer
-        entries = {name: Entry(with_ids(entry.method, tokenizer)) for name, entry in entries.items()}
+        entries = {name: Entry(resolve_method(entry.method, tokenizer)) for name, entry in entries.items()}
         contest = Contest(plan, entries, exams, ground, stop, FILE)
         contest.check()
         held.enter_context(opened(out, run, said, FILE))

@@ -17,7 +17,7 @@ from typing import Any
 from ... import InputError
 from ...peft import Subset
 from ..config import Run, method_to_dict, to_json
-from ..phase import with_ids
+from ..phase import resolve_method
 from ..stop import Stop
 from .advice import report
 from .cells import floats, given, ints
@@ -144,7 +144,7 @@ def execute(plan: Decide, command: str = "") -> dict[str, Any]:
         stop, ground = held.enter_context(Stop()), Ground()
         exam = Exam.read(plan.task, run, ground, plan.metric)
         tokenizer, n = ground.base(run).tokenizer, len(exam.task.train)
-        entries = {name: Entry(with_ids(entry.method, tokenizer), entry.examples)
+        entries = {name: Entry(resolve_method(entry.method, tokenizer), entry.examples)
                    for name, entry in plan.entries(n).items()}  # fmt: skip
         contest = Contest(plan.comparison(), entries, [exam], ground, stop, FILE)
         contest.check()

@@ -17,7 +17,7 @@ from ..config import Run, to_json
 from ..evaluate import held_out_losses, mean_loss
 from ..inputs import check_lengths, tuning_rows, validation_rows
 from ..outcome import rows_loss
-from ..phase import Phase, with_ids
+from ..phase import Phase, resolve_method
 from ..program import start
 from ..runs import Loaded, load_run, numerics, place
 from ..step import init_state
@@ -70,7 +70,7 @@ class Ground:
             key = to_json(dataclasses.replace(run, seed=0, out=""))
             if not run.steps and key not in steps:
                 steps[key] = max(round(run.epochs * len(self.rows(run)[1].rows) / run.data.batch), 1)
-            method = with_ids(run.method, self.base(run).tokenizer)
+            method = resolve_method(run.method, self.base(run).tokenizer, run.seed)
             n = run.steps or steps[key]
             made = dataclasses.replace(run, base=place(run.base), method=method, steps=n)
             found.append(cell._replace(run=made))
@@ -81,7 +81,7 @@ class Ground:
         base, (task, sft, valid), (model, params) = self.base(run), self.rows(run), self.model(run)
         first = start(run, jax.eval_shape(lambda: params))
         trainable = _begun(run.method, params, jax.random.key(run.seed + 1))
-        state = jax.device_get(init_state(trainable, first.tx, bool(run.optim.spike)))
+        state = jax.device_get(init_state(trainable, first.tx, bool(run.optim.spike), seed=run.seed))
         sizes = {name: sum(x.size for x in jax.tree.leaves(tree))
                  for name, tree in (("base", params), ("trainable", trainable))}  # fmt: skip
         return Phase(
