@@ -19,9 +19,7 @@ class LoRAFA(LoRA):
     demo = False
     padded = Method.padded  # another rank draws another A
 
-    seed: int | None = (
-        None  # of A, which is drawn anew wherever it is needed and never stored; None: the run's seed, or 0 outside a run
-    )
+    seed: int | None = None  # of A, which is drawn where it is needed; None: the run's seed, or 0 outside a run
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         return {name: {"b": jnp.zeros_like(t["b"])} for name, t in super().init(key, params).items()}

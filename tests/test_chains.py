@@ -79,7 +79,7 @@ def written(below, method, out):
     """A run of a method over the run `below`, as training would leave it, without the training."""
     got = load_run(below)
     run = Run(phase="finetune", base=str(below), method=method, out=str(out), data=got.run.data)
-    trainable = jax.jit(lambda base: shaken(method.init(jax.random.key(1), base), 0.02))(got.base)
+    trainable = jax.jit(lambda params: shaken(method.init(jax.random.key(1), params), 0.02))(got.base)
     got.tokenizer.save(out)
     (out / "config.json").write_text(to_json(run))
     meta = {"phase": "finetune", "config": json.loads(to_json(run)), "base": got.fingerprint, "lineage": got.lineage,

@@ -18,6 +18,7 @@ from graftax.train import distributed, faults, health, loop, outcome, stop
 from graftax.train.checkpoint import Checkpoints
 from graftax.train.config import Optim, from_json
 from graftax.train.loop import row_sum, train
+from graftax.train.optim import schedule
 from graftax.train.progress import read_metrics
 from graftax.train.runs import load_run
 from graftax.train.stop import Stop, Stopped
@@ -146,6 +147,21 @@ def _rewrite(path, change):
     manifest = read_manifest(path)
     change(manifest)
     path.write_text(sealed_manifest(manifest))
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"optim": {"name": "muon"}}, ("--optim.name adamw -> muon", "give --optim.name adamw again")),
+    ({"optim": {"spike": 6.0}}, ("--optim.spike 0.0 -> 6.0", "give --optim.spike 0.0 again")),
+    ({"steps": 10}, ("--steps 10", "is at step 18; raise it, or --resume STEP")),
+    ({"method": LoRA(rank=4), "accept": "method"}, ("trainable",)),
+], ids=["optimizer", "spikes", "fewer steps", "accepted rank"])  # fmt: skip
+def test_a_refused_resume_changes_no_file(change, words, cut, tmp_path):
+    """config.json and metrics.jsonl stay those of the run that is there."""
+    run = dataclasses.replace(copied(cut, tmp_path), resume="auto")
+    change = change | ({"optim": dataclasses.replace(run.optim, **change["optim"])} if "optim" in change else {})
+    files = {p: p.read_bytes() for p in Path(run.out).rglob("*") if p.is_file() and p.name != "lock"}
+    said(lambda: train(dataclasses.replace(run, **change)), *words)
+    assert {p: p.read_bytes() for p in Path(run.out).rglob("*") if p.is_file() and p.name != "lock"} == files
 
 
 def test_what_changed_can_be_accepted(cut, tmp_path, monkeypatch, capsys):
@@ -307,6 +323,8 @@ def test_one_bad_batch_changes_nothing_and_is_counted(runs, tmp_path, monkeypatc
     assert life(monkeypatch, run, "step@5:nan") is None
     rows = [r for r in read_metrics(Path(run.out)) if "loss" in r]
     assert [r["skipped"] for r in rows] == [0, 1, 0, 0]
+    rate = schedule(run.optim, 12)  # the skipped step has used none, so later ones are one update behind
+    assert [r["lr"] for r in rows] == [pytest.approx(float(rate(i))) for i in (2, 4, 7, 10)]
     assert all(np.isfinite(r["loss"]) for r in rows)
     assert json.loads((Path(run.out) / "summary.json").read_text())["skipped"] == 1
 

@@ -20,6 +20,7 @@ from graftax.train.commit import sealed_manifest
 from graftax.train.config import Data, Optim, Run, from_json, to_json
 from graftax.train.evaluate import choose, held_out_losses, row_losses
 from graftax.train.loop import train
+from graftax.train.optim import schedule
 from graftax.train.runs import load_run
 from tiny import CONFIG, close
 
@@ -291,6 +292,11 @@ def test_bad_input_is_one_line_and_writes_nothing(base, examples, texts, tmp_pat
         line = failing(args, capsys)
         assert expected in line, f"{args}: {line}"
         assert not out.exists(), f"{args} wrote {out}"
+
+
+def test_wsd_falls_over_its_last_steps_and_ends_at_the_last_rate():
+    rate = schedule(Optim(lr=1.0, schedule="wsd", warmup=2, decay=0.4, end=0.0), 12)
+    np.testing.assert_allclose([rate(i) for i in range(12)], [0.5, *[1] * 7, 0.75, 0.5, 0.25, 0], atol=1e-6)
 
 
 def test_help_has_an_example_for_every_command(capsys):

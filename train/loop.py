@@ -5,6 +5,7 @@ import hashlib
 import json
 import tempfile
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,13 @@ def train(run: Run) -> Path:
         if step and step == phase.run.steps and outcome.complete(folder, step):
             console.print(f"{folder} is complete at step {step}; nothing is left to do", soft_wrap=True)
             return folder
+        course = Course(phase, folder, checkpoints, step, taken)  # a resume that is refused has changed no file
         if writes:
             outcome.begin(phase, folder, checkpoints, step or 0, later)
         distributed.share("the folder of the run")
         if not (folder / "config.json").exists():
             raise InputError(f"--out {folder}: not the folder that process 0 made; all processes must share it")
-        summary = _go(phase, folder, Course(phase, folder, checkpoints, step, taken), stop)
+        summary = _go(phase, folder, course, stop)
         if writes:
             outcome.finish(run, folder, summary)
         distributed.share("the end of the run")
@@ -110,7 +112,7 @@ class Course:
 
     def __init__(self, phase: Phase, folder: Path, checkpoints: Checkpoints, at: int | None, taken: list[str]):
         run = phase.run
-        self.phase, self.checkpoints = phase, checkpoints
+        self.phase, self.folder, self.checkpoints = phase, folder, checkpoints
         start, self.seen = restore(phase, checkpoints, at) if at is not None else (0, 0)
         self.first = self.done = int(phase.state.step)
         if self.first > run.steps:
@@ -121,7 +123,13 @@ class Course:
         self.put, self.rate = put_batch(phase.mesh, run.data.batch), schedule(run.optim, run.steps)
         self.health = Health(run, phase.rows, start, self.first)
         told = checkpoints.manifest(at).get("accepted", []) if at is not None else []
-        self.never = {"accepted": [*told, *taken], "sidecars": sidecars(folder, phase.tokenizer)}  # changes
+        self.accepted = [*told, *taken]
+        self.updates = self.first - int(phase.state.skipped)  # what the schedule counts
+
+    @cached_property
+    def constant(self) -> dict[str, Any]:
+        """What the manifests of all checkpoints of this run say alike. Needs the files that the run begins with."""
+        return {"accepted": self.accepted, "sidecars": sidecars(self.folder, self.phase.tokenizer)}
 
     def feed(self) -> dict[str, np.ndarray]:
         """The next rows, as this process holds them."""
@@ -147,7 +155,9 @@ class Course:
         rows, self.pending = jax.device_get(self.pending), []
         if rows:
             data = self.phase.run.data
-            log.step(self.done, _means(rows) | {"lr": float(self.rate(self.done - 1))}, len(rows) * data.batch * data.T)
+            self.updates += sum(bool(row["ok"]) for row in rows)
+            lr = float(self.rate(max(self.updates - 1, 0)))  # of the last update: a skipped step uses none
+            log.step(self.done, _means(rows) | {"lr": lr}, len(rows) * data.batch * data.T)
             self.health.see(self.done, rows)
 
     def save(self, score: float | None = None) -> None:
@@ -157,7 +167,7 @@ class Course:
         state, self.saved = self.phase.state, self.done
         must_be_finite(state.trainable, self.done, self.phase.run)
         items = {"trainable": state.trainable, "optimizer": state._replace(trainable=None)}
-        meta = _meta(self.phase, self.loader, self.seen) | self.never
+        meta = _meta(self.phase, self.loader, self.seen) | self.constant
         self.checkpoints.save(self.done, items, meta, score)
 
 

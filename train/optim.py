@@ -27,7 +27,8 @@ def schedule(optim: Optim, steps: int) -> Callable[[Any], Any]:
         "constant": optax.constant_schedule(optim.lr),
         "linear": optax.linear_schedule(optim.lr, low, rest),
         "cosine": optax.cosine_decay_schedule(optim.lr, rest, optim.end),
-        "wsd": optax.linear_schedule(optim.lr, low, max(fall, 1), rest - fall),
+        # The first step of the last `fall` is lower already, and the last step of all has the last rate.
+        "wsd": lambda step: optax.linear_schedule(optim.lr, low, max(fall, 1), rest - fall)(step + 1),
     }
     # The first step already moves: step 0 of a warm-up over n steps has lr / n.
     rise = optax.linear_schedule(optim.lr / max(warmup, 1), optim.lr, max(warmup - 1, 1))

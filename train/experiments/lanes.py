@@ -108,14 +108,14 @@ class Lane:
         if self.dead:
             self.course = Course(self.phase, self.folder, self.checkpoints, None, [])
             return
-        outcome.make(self.folder)
-        if told(self.cell).get("steps", 0) > at:
-            (self.folder / "summary.json").unlink()
         steps = self.checkpoints.steps()
         mine = at if at in steps else None
         taken = same_run(self.phase, self.checkpoints.manifest(at)) if mine else []
-        outcome.begin(self.phase, self.folder, self.checkpoints, at, [step for step in steps if step > at])
         self.course = Course(self.phase, self.folder, self.checkpoints, mine, taken)
+        outcome.make(self.folder)
+        if told(self.cell).get("steps", 0) > at:
+            (self.folder / "summary.json").unlink()
+        outcome.begin(self.phase, self.folder, self.checkpoints, at, [step for step in steps if step > at])
         self.phase.state = jax.device_get(self.phase.state)
         self.log = Metrics(self.folder, self.course.first, tensorboard=self.run.tensorboard)
 
