@@ -103,7 +103,7 @@ def same_run(phase: Phase, manifest: dict[str, Any]) -> list[str]:
              if k.startswith(_SAID) and then[k] != now[k]]  # fmt: skip
     for key, changes in (("optim.name", str), ("optim.spike", bool)):  # fields that change what the optimizer keeps
         if key in then and changes(then[key]) != changes(now[key]):
-            raise InputError(f"--resume: --{key} {then[key]} -> {now[key]}: the optimizer's state of step {step} does not "
+            raise InputError(f"--resume: --{key} {then[key]} -> {now[key]}: the optimizer of step {step} does not "
                              f"fit that; give --{key} {then[key]} again, or take a new --out")  # fmt: skip
     if other:
         console.print(f"changed since step {step}: {', '.join(other)}", soft_wrap=True)
