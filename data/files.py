@@ -5,22 +5,24 @@ import glob
 import io
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .. import InputError
 from .bad import STRICT, Bad
+from .unpack import MOST, is_parquet, lines, suffix, whole
 
-# Never opened as text: most archives and pickles hold bytes that are, in part, valid UTF-8.
-_ARCHIVES = (".tar", ".tgz", ".zip", ".gz", ".bz2", ".xz", ".zst", ".7z")
-_PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".npy", ".npz", ".safetensors")
+_BATCH = 1024  # rows of a parquet file in memory at once
 
 
 def expand(spec: str) -> list[tuple[str, Path]]:
     """(id, path) of a file, folder or glob, sorted. An id starts with the folder's own name (`books/alice.txt`),
     however the folder was spelled. InputError when there is no file.
     """
+    if not spec:
+        raise InputError("an empty name of a source; a file, folder, pattern or hub:owner/name is wanted")
     path = Path(spec)
     try:
         file, folder = path.is_file(), path.is_dir()
@@ -30,7 +32,7 @@ def expand(spec: str) -> list[tuple[str, Path]]:
         return [(path.name, path)]
     if folder:
         root, found = path, [p for p in path.rglob("*") if _inside(p, path) and not _hidden(p.relative_to(path))]
-        missing = "the folder holds no files; a folder of text, .jsonl, .csv or .parquet is wanted"
+        missing = f"the folder holds no files; a folder of text, or of {TABLES} is wanted"
     elif glob.has_magic(spec):
         root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
         found = [Path(p) for p in glob.glob(spec, recursive=True) if Path(p).is_file()]
@@ -59,15 +61,8 @@ def _hidden(relative: Path) -> bool:
 
 
 def read_text(path: Path, bad: Bad = STRICT) -> str:
-    """The file as strict UTF-8, without a BOM; newlines as they are. InputError names the row and the byte."""
-    if path.suffix in _ARCHIVES:
-        raise InputError(f"{path}: an archive; files are wanted, unpack it first (none is unpacked here)")
-    if path.suffix in _PICKLES:
-        raise InputError(f"{path}: arrays or a pickle, which can run code when it is read; a file of text is wanted")
-    try:
-        return _utf8(path.read_bytes(), path, bad=bad).removeprefix("\ufeff")
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read ({e.strerror}); check the path and its permissions") from None
+    """The unpacked file as strict UTF-8 without a BOM; newlines as they are. InputError names the row and the byte."""
+    return _utf8(whole(path), path, bad=bad).removeprefix("\ufeff")
 
 
 def _utf8(raw: bytes, path: Path, row: int = 1, at: int = 0, bad: Bad = STRICT) -> str:
@@ -123,30 +118,37 @@ def _kind(value: Any) -> str:
 
 def jsonl_rows(path: Path, bad: Bad = STRICT) -> Iterator[tuple[str, dict]]:
     """Yield ("path:line", object); blank lines are passed over."""
-    empty, at = True, 0
-    try:
-        with path.open("rb") as lines:
-            for n, raw in enumerate(lines, 1):
-                start, at = at, at + len(raw)
-                if raw.removeprefix(b"\xef\xbb\xbf").isspace():
-                    continue
-                empty = False
-                bad.rows += 1
-                with bad:
-                    text = _utf8(raw, path, n, start, bad).rstrip("\r\n")
-                    yield f"{path}:{n}", _object(text.removeprefix("\ufeff") if n == 1 else text, f"{path}:{n}")
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read ({e.strerror}); check the path and its permissions") from None
+    empty = True
+    for n, at, raw in lines(path):
+        if raw.removeprefix(b"\xef\xbb\xbf").isspace():
+            continue
+        empty = False
+        bad.rows += 1
+        with bad:
+            text = _utf8(raw, path, n, at, bad).rstrip("\r\n")
+            yield f"{path}:{n}", _object(text.removeprefix("\ufeff") if n == 1 else text, f"{path}:{n}")
     if empty:
         raise InputError(f"{path}: empty; one JSON object a line is wanted")
 
 
+def holds_rows(text: str) -> bool:
+    """Whether a text is JSON lines under another name: its first two lines, or its only one, are JSON objects."""
+    first = list(itertools.islice((line for line in io.StringIO(text) if not line.isspace()), 2))
+    try:
+        return bool(first) and all(isinstance(_decode(line), dict) for line in first)
+    except (ValueError, RecursionError):
+        return False
+
+
 def json_rows(path: Path, bad: Bad = STRICT) -> Iterator[tuple[str, dict]]:
-    """Yield ("path:n", object) of one JSON array; n counts its objects from 1."""
+    """Yield ("path:n", object) of one JSON array; n counts its objects from 1. Several JSON values: as jsonl_rows."""
     text = read_text(path, bad)
     try:
         rows = _decode(text)
     except (ValueError, RecursionError) as e:
+        if isinstance(e, json.JSONDecodeError) and e.msg == "Extra data":
+            yield from jsonl_rows(path, bad)
+            return
         detail = f"{e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else str(e)
         row = e.lineno if isinstance(e, json.JSONDecodeError) else 1
         hint = "one JSON array of objects is wanted; name a file with one object a line .jsonl"
@@ -162,22 +164,28 @@ def json_rows(path: Path, bad: Bad = STRICT) -> Iterator[tuple[str, dict]]:
             yield f"{path}:{n}", row
 
 
-def csv_rows(path: Path, bad: Bad = STRICT) -> Iterator[tuple[str, dict]]:
+def _text_lines(path: Path, bad: Bad) -> Iterator[str]:
+    """Lines with their ends, also those of a lone CR."""
+    for n, at, raw in lines(path):
+        text = _utf8(raw, path, n, at, bad)
+        yield from io.StringIO(text.removeprefix("\ufeff") if n == 1 else text, newline="")
+
+
+def csv_rows(path: Path, bad: Bad = STRICT, delimiter: str = ",") -> Iterator[tuple[str, dict]]:
     """Yield ("path:line", row) below a header line. All values are text: "3" is no number, "NA" no hole."""
-    table = csv.DictReader(io.StringIO(read_text(path, bad), newline=""), strict=True)
-    csv.field_size_limit(1 << 30)  # the default refuses a document of 128 kB
+    table = csv.DictReader(_text_lines(path, bad), delimiter=delimiter, strict=True)
+    csv.field_size_limit(MOST)  # the default refuses a document of 128 kB
     empty = True
     try:
         names = list(table.fieldnames or ())
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise InputError(f"{path}:1: the column {twice!r} stands twice; rename one")
+        _check_columns(names, f"{path}:1")
         for row in table:
             where, empty = f"{path}:{table.line_num}", False
             bad.rows += 1
             with bad:
                 if None in row or None in row.values():
                     got = sum(v is not None for k, v in row.items() if k is not None) + len(row.get(None, []))
-                    hint = f"{len(names)} are wanted, as in the header (quote commas)"
+                    hint = f"{len(names)} are wanted, as in the header (quote what holds {delimiter!r})"
                     raise InputError(f"{where}: {got} cells; {hint}")
                 yield where, row
     except csv.Error as e:
@@ -186,22 +194,47 @@ def csv_rows(path: Path, bad: Bad = STRICT) -> Iterator[tuple[str, dict]]:
         raise InputError(f"{path}: no rows; a header line and at least one row are wanted")
 
 
+def _check_columns(names: list[str], where: str) -> None:
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"{where}: the column {twice!r} stands twice; rename one")
+
+
 def parquet_rows(path: Path, bad: Bad = STRICT) -> Iterator[tuple[str, dict]]:
-    """Yield ("path:n", row) through `datasets`; n counts from 1."""
-    import datasets  # 2 s to import: only when it is needed
+    """Yield ("path:n", row), a batch in memory at a time; n counts from 1. Nothing of the file is kept in a cache."""
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
 
-    datasets.disable_progress_bars()
+    n = 0
     try:
-        table = datasets.Dataset.from_parquet(str(path))
-    except Exception as e:  # whatever arrow or datasets raise, the cause is the file
-        detail = (str(e.__cause__ or e).strip().splitlines() or [type(e).__name__])[0]
+        with ParquetFile(path) as table:
+            _check_columns(table.schema_arrow.names, str(path))
+            for batch in table.iter_batches(_BATCH):
+                for i in range(len(batch)):
+                    n += 1
+                    bad.rows += 1
+                    with bad:
+                        yield f"{path}:{n}", _row(batch, i, f"{path}:{n}")
+    except (pyarrow.ArrowException, OSError) as e:
+        detail = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise InputError(f"{path}: not readable as parquet ({detail}); check the file") from None
-    if not len(table):
+    if not n:
         raise InputError(f"{path}: no rows; at least one is wanted")
-    for n, row in enumerate(table, 1):
-        bad.rows += 1
-        with bad:
-            yield f"{path}:{n}", dict(row)
 
 
-READERS = {".jsonl": jsonl_rows, ".json": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}
+def _row(batch: Any, i: int, where: str) -> dict[str, Any]:
+    try:
+        return {name: column[i].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+    except (ValueError, OverflowError) as e:  # text that is not UTF-8, a time that no calendar has
+        raise InputError(f"{where}: a value that cannot be read ({e}); mend or drop the row") from None
+
+
+_READERS = {".jsonl": jsonl_rows, ".ndjson": jsonl_rows, ".json": json_rows, ".csv": csv_rows,
+            ".tsv": partial(csv_rows, delimiter="\t"), ".parquet": parquet_rows}  # fmt: skip
+TABLES = ", ".join(_READERS)
+
+
+def reader(path: Path) -> Callable[[Path, Bad], Iterator[tuple[str, dict]]] | None:
+    """What reads the rows of a table: by its suffix, in any case and packed or not, parquet by its first bytes too.
+    None: it is plain text.
+    """
+    return parquet_rows if is_parquet(path) else _READERS.get(suffix(path))

@@ -6,9 +6,6 @@ target is not to be learned (padding, the end of a document); `segments` int32, 
 """
 
 import hashlib
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import InputError
+from ..atomic import whole_folder
 from .sources import Document
 from .tokenizer import Tokenizer
 
@@ -124,19 +122,15 @@ def _digest(flat: np.ndarray, offsets: np.ndarray) -> str:
 
 
 def _write(folder: Path, tokens: Tokens) -> None:
-    """Whole or not at all: written beside, then renamed. Another process may have been faster, with the same bytes."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".tokens-"))
+    """Another process may have been faster, with the same bytes."""
     try:
-        np.save(made / "flat.npy", tokens.flat, allow_pickle=False)
-        np.save(made / "offsets.npy", tokens.offsets, allow_pickle=False)
-        (made / "digest").write_text(tokens.digest)
-        os.rename(made, folder)
-    except OSError:
+        with whole_folder(folder) as made:
+            np.save(made / "flat.npy", tokens.flat, allow_pickle=False)
+            np.save(made / "offsets.npy", tokens.offsets, allow_pickle=False)
+            (made / "digest").write_text(tokens.digest)
+    except InputError:
         if not folder.is_dir():
             raise
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
 
 
 def _read(folder: Path) -> Tokens:

@@ -1,11 +1,15 @@
 """Where text comes from: a spec -> documents (pretraining) or rows (tuning), and the split that holds documents out.
 
-Specs: `embedded:code`, `embedded:prose`; a file, folder or glob of .jsonl .json .csv .parquet (a text field) or plain
-text; `hub:owner/name[:config][@split]` (split `train` unless it is named).
+Specs: `embedded:code`, `embedded:prose`; a file, folder or glob of .jsonl .ndjson .json .csv .tsv .parquet (a text
+field) or plain text, packed by gzip or zstd or not; `hub:owner/name[:config][@split]` (split `train` unless it is
+named); several of them with commas between.
 """
 
+import fnmatch
 import hashlib
+import itertools
 import json
+import os
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +19,8 @@ from typing import NamedTuple
 from .. import InputError
 from . import clean
 from .bad import STRICT, Bad
-from .files import READERS, expand, read_text
+from .files import TABLES, expand, holds_rows, read_text, reader
+from .unpack import suffix, unpacked
 
 MAX_BYTES = 8192  # a plain text longer than this is cut into documents, so that one book can be split by document
 _HUB = re.compile(r"hub:(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[^@:]+))?(?:@(?P<split>.+))?")
@@ -36,14 +41,8 @@ def documents(spec: str, field: str = "text", bad: Bad = STRICT) -> Iterator[Doc
     InputError for an unknown spec, a missing or empty source; `bad` says what becomes of text that is not UTF-8 and of
     a row without text in `field`.
     """
-    if spec.startswith("embedded:"):
-        found = _embedded(spec)
-    elif spec.startswith("hub:"):
-        found = _row_documents(((where, where, row) for where, row in _hub_rows(spec, bad)), field, bad)
-    else:
-        found = _file_documents(spec, field, bad)
     empty = True
-    for document in found:
+    for document in itertools.chain.from_iterable(_documents(part, field, bad) for part in parts(spec)):
         if document.text.strip():
             empty = False
             yield document
@@ -52,17 +51,36 @@ def documents(spec: str, field: str = "text", bad: Bad = STRICT) -> Iterator[Doc
         raise InputError(f"{spec}: no text in it; at least one document that is not blank is wanted")
 
 
+def parts(spec: str) -> list[str]:
+    """The sources that a spec names: several have commas between them. InputError for one that is there twice."""
+    found = [spec] if os.path.exists(spec) else [part.strip() for part in spec.split(",")]
+    if twice := next((part for part in found if found.count(part) > 1), None):
+        raise InputError(f"{spec}: {twice!r} is there twice; give each source once")
+    return found
+
+
+def _documents(spec: str, field: str, bad: Bad) -> Iterator[Document]:
+    """The documents of one source."""
+    if spec.startswith("embedded:"):
+        return _embedded(spec)
+    if spec.startswith("hub:"):
+        return _row_documents(((where, where, row) for where, row in _hub_rows(spec, bad)), field, bad)
+    return _file_documents(spec, field, bad)
+
+
 def rows(spec: str, bad: Bad = STRICT) -> Iterator[tuple[str, dict]]:
     """Yield ("path:row", row) of a structured source. InputError for plain text, or what cannot be read."""
-    if spec.startswith("hub:"):
-        yield from _hub_rows(spec, bad)
-        return
-    files = [] if spec.startswith("embedded:") else [path for _, path in expand(spec)]
-    plain = next((path for path in files if path.suffix not in READERS), None)
-    if plain or not files:
-        raise InputError(f"{plain or spec}: has no rows; .jsonl, .json, .csv, .parquet or hub:owner/name is wanted")
-    for path in files:
-        yield from READERS[path.suffix](path, bad)
+    for part in parts(spec):
+        if part.startswith("hub:"):
+            yield from _hub_rows(part, bad)
+            continue
+        files = [] if part.startswith("embedded:") else [(path, reader(path)) for _, path in expand(part)]
+        plain = next((path for path, read in files if read is None), None)
+        if plain or not files:
+            raise InputError(f"{plain or part}: has no rows; {TABLES} or hub:owner/name is wanted")
+        for path, read in files:
+            if read:
+                yield from read(path, bad)
 
 
 def text_of(row: dict, field: str, where: str, bad: Bad = STRICT) -> str:
@@ -99,6 +117,8 @@ def _hub_rows(spec: str, bad: Bad = STRICT) -> Iterator[tuple[str, dict]]:
     match = _HUB.fullmatch(spec)
     if match is None:
         raise InputError(f"{spec}: not a hub spec; hub:owner/name[:config][@split] is wanted")
+    if os.path.exists(match["name"]):  # datasets would read it in place of the hub's, and keep a copy by its age
+        raise InputError(f"{spec}: a folder {match['name']} is here too; give that folder itself, or run elsewhere")
     import datasets
 
     split = match["split"] or "train"
@@ -118,13 +138,16 @@ def _hub_rows(spec: str, bad: Bad = STRICT) -> Iterator[tuple[str, dict]]:
 
 def _file_documents(spec: str, field: str, bad: Bad) -> Iterator[Document]:
     for name, path in expand(spec):
-        if path.suffix in READERS:
-            found = ((f"{name}:{where.rpartition(':')[2]}", where, r) for where, r in READERS[path.suffix](path, bad))
+        if read := reader(path):
+            found = ((f"{name}:{where.rpartition(':')[2]}", where, r) for where, r in read(path, bad))
             yield from _row_documents(found, field, bad)
         else:
             bad.rows += 1
             with bad:
-                yield from _pieces(name, read_text(path, bad), path.suffix not in _WHOLE)
+                text = read_text(path, bad)
+                if holds_rows(text):
+                    raise InputError(f"{path}: its lines are JSON objects; name it .jsonl, and they are read as rows")
+                yield from _pieces(name, text, suffix(path) not in _WHOLE)
 
 
 def _row_documents(found: Iterable[tuple[str, str, dict]], field: str, bad: Bad) -> Iterator[Document]:
@@ -171,7 +194,8 @@ def five_domains(root: Path | str, bad: Bad = STRICT) -> dict[str, Callable[[], 
 
 def _texts(root: Path, folder: Path, pattern: str, bad: Bad) -> Iterator[tuple[str, str]]:
     """(id relative to root, text with LF ends) of the files under `folder`; licences and readmes are left out."""
-    paths = [p for p in sorted(folder.rglob(pattern)) if not p.name.startswith(("LICENSE", "README"))]
+    paths = [p for p in sorted(folder.rglob("*")) if fnmatch.fnmatchcase(unpacked(p.name), pattern) and p.is_file()]
+    paths = [p for p in paths if not p.name.startswith(("LICENSE", "README"))]
     if not paths:
         raise InputError(f"{folder}: no {pattern} in it; the layout of data/README.md is wanted")
     for path in paths:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import InputError
+from ..atomic import whole_folder
 from .config import Config
 from .hf_config import config_from_hf, config_to_hf, same_model
 from .hf_families import BUFFERS, families
@@ -202,18 +203,13 @@ def save(
         whole = np.concatenate(parts, axis=-1) if len(parts) > 1 else np.asarray(parts[0])
         return whole.T if turned[name] else whole
 
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     kinds = {name: np.dtype(flat[parts[0][0]].dtype) for name, parts in pieces.items()}
-    write(partial, {name: (shape, kinds[name]) for name, shape in wanted.items()}, make, shard_bytes)
-    (partial / "config.json").write_text(json.dumps(tree, indent=2) + "\n", "utf-8")
-    for file in [Path(like) / name for name in CARRIED] if like else []:
-        if file.is_file():
-            shutil.copyfile(file, partial / file.name)
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
+    with whole_folder(folder) as made:
+        write(made, {name: (shape, kinds[name]) for name, shape in wanted.items()}, make, shard_bytes)
+        (made / "config.json").write_text(json.dumps(tree, indent=2) + "\n", "utf-8")
+        for file in [Path(like) / name for name in CARRIED] if like else []:
+            if file.is_file():
+                shutil.copyfile(file, made / file.name)
     return folder
 
 

@@ -1,11 +1,9 @@
 """Safetensors on disk: an index of tensors read by slices, and shards written one tensor at a time."""
 
-import contextlib
 import dataclasses
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -123,21 +121,6 @@ def empty(folder: str | Path) -> Path:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{folder} is not an empty folder; take another")
     return path.resolve() if path.is_symlink() or not path.name else path
-
-
-@contextlib.contextmanager
-def unchecked(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` that gets its name when the block has gone well; else nothing is left of it."""
-    made = out.with_name(out.name + ".unchecked")
-    shutil.rmtree(made, ignore_errors=True)
-    try:
-        yield made
-        if out.exists():
-            out.rmdir()
-        made.rename(out)
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise
 
 
 def index(folder: Path) -> dict[str, Tensor]:

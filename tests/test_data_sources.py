@@ -1,9 +1,16 @@
 """Reading: every source gives the same documents each time, and every bad input one line with path and row."""
 
+import gzip
+import json
+import os
+
 import datasets
+import pyarrow
+import pyarrow.parquet as pq
 import pytest
 from graftax import InputError
-from graftax.data import clean
+from graftax.data import clean, sources, unpack
+from graftax.data.bad import STRICT, Bad
 from graftax.data.sources import Document, documents, five_domains, is_held_out, rows, split
 
 
@@ -39,6 +46,75 @@ def test_structured_sources_give_the_same_texts(tmp_path, kind):
     spec = str(tmp_path / "*.jsonl") if kind == "glob" else str(path)
     assert [d.text for d in documents(spec, field="body")] == texts
     assert [row for _, row in rows(spec)] == [{"body": t} for t in texts]
+
+
+TEXTS = ["one\ttwo", "three é"]
+JSONL = b"".join(b'{"text": %s}\n' % json.dumps(text).encode() for text in TEXTS)
+TABLES = {  # the same two documents under each name
+    "A.JSONL": JSONL, "a.ndjson": JSONL, "a.json": JSONL, "a.Json": json.dumps([{"text": t} for t in TEXTS]).encode(),
+    "a.CSV": "text\none\ttwo\nthree é\n".encode(), "a.tsv": 'text\tb\n"one\ttwo"\t1\nthree é\t2\n'.encode(),
+    "a.jsonl.gz": gzip.compress(JSONL), "a.JSONL.ZST": pyarrow.Codec("zstd").compress(JSONL).to_pybytes(),
+    "gz.jsonl": gzip.compress(JSONL), "a.csv.gz": gzip.compress("text\none\ttwo\nthree é\n".encode()),
+    "two.jsonl.gz": b"".join(map(gzip.compress, JSONL.splitlines(keepends=True))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_is_known_by_its_suffix_in_any_case_and_unpacked(tmp_path, name):
+    (tmp_path / name).write_bytes(TABLES[name])
+    assert [d.text for d in documents(str(tmp_path / name))] == TEXTS
+    assert [row["text"] for _, row in rows(str(tmp_path / name))] == TEXTS
+
+
+def parquet(path, texts):
+    pq.write_table(pyarrow.table({"text": texts}), path, compression="NONE")
+    os.utime(path, (1e9, 1e9))
+
+
+def test_parquet_is_known_by_its_first_bytes_and_read_anew_each_time(tmp_path):
+    path = tmp_path / "data.txt"
+    parquet(path, ["red"] * 9)
+    size = path.stat().st_size
+    assert [row["text"] for _, row in rows(str(path))] == ["red"] * 9
+    parquet(path, ["tan"] * 9)  # of the same name, size and age
+    assert path.stat().st_size == size
+    assert [d.text for d in documents(str(path))] == ["tan"] * 9
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match=r"data.txt: not readable as parquet .*; check the file"):
+        list(documents(str(path), bad=Bad("replace", 1)))
+
+
+def test_plain_text_is_unpacked(tmp_path):
+    for name in ("a.txt.gz", "b.md.GZ", "five/web/c.MD.gz"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(gzip.compress(b"\xef\xbb\xbfhi\r\n"))
+    assert [d.text for d in documents(str(tmp_path / "*.*"))] == ["hi\r\n"] * 2
+    assert [d.text for d in sources._web(tmp_path / "five", tmp_path / "five/web", STRICT)] == ["hi\n"]
+
+
+def test_what_unpacks_to_more_than_memory_is_read_line_by_line_or_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(unpack, "MOST", 1 << 20)
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(b'{"text": "%s"}\n' % (b"a" * 1000) * 2000))
+    assert sum(1 for _ in rows(str(tmp_path / "rows.jsonl.gz"))) == 2000
+    for name, words in (("bomb.txt.gz", "unpacks to more than"), ("bomb.jsonl.gz", "1: a line of more than")):
+        (tmp_path / name).write_bytes(gzip.compress(b"a" * (2 << 20)))
+        with pytest.raises(InputError, match=f"{name}:.*{words} 1,048,576 bytes"):
+            list(documents(str(tmp_path / name)))
+
+
+def test_several_sources(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jsonl").write_text(json.dumps({"text": name}))
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    assert [row["text"] for _, row in rows(f"{a}/x.jsonl, {b},{c}/*.jsonl")] == ["a", "b", "c"]
+    assert [d.text for d in documents(f"{c},{a}")] == ["c", "a"]
+    (tmp_path / "a,b").mkdir()
+    (tmp_path / "a,b" / "x.txt").write_text("both")
+    assert [d.text for d in documents(f"{a},b")] == ["both"], "a name with a comma"
+    for spec, words in ((f"{b},{b}", "is there twice"), (f"{b},", "an empty name of a source"), ("", "an empty name")):
+        with pytest.raises(InputError, match=words):
+            list(rows(spec))
 
 
 def test_bom_is_dropped(tmp_path):

@@ -1,11 +1,13 @@
 """Faults in what is read (tests/FAULTS.md, Input): each, injected, is one line with what, where and what to do."""
 
+import gzip
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import pyarrow
 import pytest
 from graftax import InputError, peft
 from graftax.data.bad import Bad
@@ -16,6 +18,7 @@ from graftax.data.tasks import file_task
 from graftax.data.tokenizer import load_tokenizer, train_tokenizer
 from graftax.train.cli import main
 from graftax.train.config import Data, Run, from_json, method_from_dict, method_to_dict, to_json
+from graftax.train.experiments.exam import Exam
 from graftax.train.inputs import check_tokenizer, corpus_and_tokenizer, task_of, tuning_rows
 from tiny import OPTIM, make_base, make_batch, same, train_step
 
@@ -141,6 +144,7 @@ def test_repairs_are_what_they_say(tok, tmp_path):
 
 # --- whole files ---
 
+ZSTD = pyarrow.Codec("zstd").compress
 FILES = {  # name: (bytes, words)
     "empty.jsonl": (b"", ("empty.jsonl: empty", "one JSON object a line is wanted")),
     "cut.jsonl": (b'{"text": "a"}\n{"text": "b', ("cut.jsonl:2: not valid JSON", "mend or drop it")),
@@ -159,7 +163,24 @@ FILES = {  # name: (bytes, words)
     "x.pt": (b"PK\3\4", ("x.pt: arrays or a pickle", "a file of text is wanted")),
     "x.npy": (b"\x93NUMPY", ("x.npy: arrays or a pickle", "a file of text is wanted")),
     "x.tar": (b"../evil", ("x.tar: an archive", "unpack it first (none is unpacked here)")),
-    "x.jsonl.gz": (b"\x1f\x8b", ("x.jsonl.gz: an archive", "unpack it first")),
+    "x.TAR.gz": (b"../evil", ("x.TAR.gz: an archive", "unpack it first (none is unpacked here)")),
+    "cut.jsonl.gz": (
+        gzip.compress(b'{"text": "a"}\n' * 99)[:-9],
+        ("cut.jsonl.gz: cannot be unpacked", "cut or damaged"),
+    ),
+    "flip.txt.gz": (
+        gzip.compress(b"a b c\n")[:-8] + b"12345678",
+        ("flip.txt.gz: cannot be unpacked", "fetch it again"),
+    ),
+    "cut.txt.zst": (ZSTD(b"a b c\n" * 99).to_pybytes()[:-9], ("cut.txt.zst: cannot be unpacked", "fetch it again")),
+    "none.txt.GZ": (b"hello\n", ("none.txt.GZ: named .gz, but its first bytes are not", "rename it")),
+    "bad.jsonl.gz": (gzip.compress(b'{"text": "a"}\n[]\n'), ("bad.jsonl.gz:2: a JSON list",)),
+    "zip.txt": (b"PK\3\4 and so on", ("zip.txt: a zip archive", "no text", "leave it out")),
+    "zip.jsonl": (b"PK\3\4 and so on", ("zip.jsonl: a zip archive", "no text", "leave it out")),
+    "two.txt.gz": (gzip.compress(gzip.compress(b"a")), ("two.txt.gz: gzip inside of gzip", "unpack it")),
+    "rows.txt": (b'{"text": "a"}\n{"text": "b"}\n', ("rows.txt: its lines are JSON objects", "name it .jsonl")),
+    "cells.tsv": (b"text\tb\nx,1\n", ("cells.tsv:2: 1 cells", "2 are wanted, as in the header")),
+    "lines.json": (b'{"text": "a"}\n{"text"', ("lines.json:2: not valid JSON", "one JSON object a line")),
 }
 
 
@@ -169,7 +190,7 @@ def test_a_bad_file_is_named(name, tmp_path):
     (tmp_path / name).write_bytes(raw)
     said(lambda: list(documents(str(tmp_path / name))), *words)
     if name.endswith((".pkl", ".tar", ".npy")):  # not for tuning either
-        said(lambda: list(rows(str(tmp_path / name))), "has no rows", ".jsonl, .json, .csv, .parquet")
+        said(lambda: list(rows(str(tmp_path / name))), "has no rows", ".jsonl, .ndjson, .json, .csv, .tsv, .parquet")
 
 
 def test_no_file_is_named(tmp_path):
@@ -191,6 +212,41 @@ def test_line_ends_a_mark_and_an_escaped_nul_stay_what_they_are(tok, tmp_path):
 def test_a_real_latin1_file():
     path = SHARED / "snips" / "train_PlayMusic_full.json"
     said(lambda: next(documents(str(path))), f"{path}:", "not UTF-8 (byte 0x", "iconv -f latin1")
+
+
+def test_tuning_reads_what_pretraining_reads(tok, tmp_path, monkeypatch):
+    """Folders, patterns, several files, packed ones and the hub, for `--data` as for a domain."""
+    parts = [good(40)[at : at + 20] for at in (0, 20)]
+    (tmp_path / "some").mkdir()
+    write(tmp_path / "some" / "a.jsonl", parts[0])
+    (tmp_path / "some" / "b.JSONL.gz").write_bytes(gzip.compress(b"\n".join(parts[1])))
+    (tmp_path / "notes").write_text("x")
+    table = [json.loads(row) for row in good(40)]
+    monkeypatch.setattr("datasets.load_dataset", lambda name, config, split: table if name == "org/set" else [])
+    whole = tuned(write(tmp_path / "whole.jsonl", good(40)), tok)[1].digest
+    some = str(tmp_path / "some")
+    for task in (some, f"{some}/*", f"{some}/a.jsonl,{some}/b.JSONL.gz", "hub:org/set", "hub:org/set@test"):
+        assert tuned(task, tok)[1].digest == whole, task
+    said(lambda: tuned("clink150", tok), "no task and no file 'clink150'; did you mean clinc150?")
+    said(lambda: tuned("snips,clinc150", tok), "snips: no such file or folder")
+    said(lambda: tuned(f"{tmp_path}/no", tok), "/no: no such file or folder")
+    said(lambda: tuned(tmp_path / "notes", tok), "notes: has no rows", "hub:owner/name is wanted")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "set").mkdir(parents=True)
+    said(lambda: tuned("hub:org/set", tok), "a folder org/set is here too", "give that folder itself")
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "metric"),
+    [
+        ("snips", "snips", ""),
+        ("snips@slot_f1", "snips", "slot_f1"),
+        ("hub:org/set@test", "hub:org/set@test", ""),
+        ("hub:org/set@test@exact_match", "hub:org/set@test", "exact_match"),
+    ],
+)
+def test_a_metric_behind_a_task(text, name, metric):
+    assert Exam.parted(text) == (name, metric)
 
 
 def corpus(folder, work, **changes):

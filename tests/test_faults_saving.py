@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from faulty import STEPS, copied, good, last, life, programs, runs, whole  # noqa: F401
 from graftax import InputError
+from graftax.atomic import left_over, whole_folder, write_whole
 from graftax.peft import LoRA
 from graftax.train import lock
 from graftax.train.checkpoint import Checkpoints
@@ -332,6 +333,64 @@ def test_a_run_stops_where_another_writes(cut, tmp_path, monkeypatch, capsys):
     assert "now written by process 5 on node-7" in str(ended)
     assert good(run.out) == 24
     assert (Path(run.out) / "lock").exists(), "it is the other's"
+
+
+def test_a_strangers_folder_leads_nowhere_else(cut, tmp_path, monkeypatch):
+    """Links at every name that a run writes to, and at those that it once wrote beside, are replaced, not followed."""
+    run, out = copied(cut, tmp_path), tmp_path / "outside"
+    out.mkdir()
+    for name in ("config.json.tmp", "metrics.jsonl", "metrics.jsonl.tmp", "loss.png", "summary.json.tmp", "lock.tmp"):
+        path = Path(run.out) / name
+        kept = path.read_bytes() if path.exists() else b"mine"
+        (out / name).write_bytes(kept)
+        path.unlink(missing_ok=True)
+        path.symlink_to(out / name)
+    (out / "tokenizer.model").write_bytes(b"mine")
+    (Path(run.out) / "begin.tmp").symlink_to(out)
+    (out / "notes.partial").mkdir()
+    (Path(run.out) / "checkpoints" / "notes.partial").mkdir()
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    assert life(monkeypatch, run) is None
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    assert (Path(run.out) / "checkpoints" / "notes.partial").is_dir(), "no name of ours"
+    assert (Path(run.out) / "begin.tmp").is_symlink()
+
+
+def test_a_file_is_made_under_a_name_of_its_own(tmp_path):
+    """As the umask has it; what a kill leaves goes when the next writer begins, what another left stays."""
+    before = os.umask(0o027)
+    try:
+        write_whole(tmp_path / "a.json", "{}")
+        with whole_folder(tmp_path / "b"):
+            pass
+    finally:
+        os.umask(before)
+    assert [oct((tmp_path / name).stat().st_mode)[-3:] for name in ("a.json", "b")] == ["640", "750"]
+    for name in ("a.json.0123456789abcdef.tmp", "a.json.tmp", "x.tmp"):
+        (tmp_path / name).write_text("")
+    with Lock(tmp_path):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.json.tmp", "b", "x.tmp"]
+    with pytest.raises(IsADirectoryError):
+        write_whole(tmp_path / "b", "")
+    assert not [path for path in tmp_path.iterdir() if left_over(path.name)]
+
+
+def test_two_writers_of_one_new_folder(tmp_path):
+    """Each has its own; the second one is refused, and nothing of it is left. A stranger's folder stays."""
+    (tmp_path / "out.unchecked").mkdir()
+    (tmp_path / "out.unchecked" / "theirs").write_text("")
+
+    def late():
+        with whole_folder(tmp_path / "out") as one:
+            with whole_folder(tmp_path / "out") as two:
+                (two / "two").write_text("")
+            (one / "one").write_text("")
+
+    said(late, f"{tmp_path / 'out'}: not an empty folder any more", "another process wrote there", "take another")
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "out", "out.unchecked", "out.unchecked/theirs", "out/two",
+    ]  # fmt: skip
 
 
 def test_another_method_over_the_same_folder(cut, tmp_path):

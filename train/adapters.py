@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from .. import InputError, peft
+from ..atomic import whole_folder
 from ..data.tokenizer import load_tokenizer
-from ..model.hf_files import read_json, unchecked
+from ..model.hf_files import read_json
 from ..model.tree import cut_key
 from ..peft import Method
 from ..peft.hf_names import family_of
@@ -55,7 +56,7 @@ def write(got: Any, out: Path, target: Target, compare: Any) -> dict[str, Any]:
             raise InputError("--for vllm: vLLM's GPT-2 takes no LoRA; merge it: --format hf")
         method, trainable = uniform(method, got.config, got.params, trainable)
     base = got.manifest.get("imported", "")
-    with unchecked(out) as made:
+    with whole_folder(out) as made:
         peft.hf.save(made, got.config, method, trainable, base, got.params)
         keep(made, got.lineage)
         found = compare(got, *peft.hf.load(made, got.config, got.params))

@@ -190,7 +190,8 @@ class Checkpoints(Stored):
     def tidy(self) -> None:
         """Delete what killed saves left; for the one writer alone."""
         for left in self.folder.glob("*.partial"):
-            shutil.rmtree(left, ignore_errors=True)
+            if left.stem.isdecimal():
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _described(flat: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,7 @@
-"""Files that are there whole or not at all, and what a manifest says of those of its checkpoint."""
+"""What a manifest says of the files of its checkpoint."""
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,29 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from .. import InputError
+from ..atomic import sync, write_whole
 from ..model.hf_files import read_json
 
+__all__ = ["damage", "described", "file_digest", "read_manifest", "sealed_manifest", "sync", "write_whole"]
 _SEAL = "sha256"  # of the rest of the manifest
-
-
-def write_whole(path: Path, data: bytes | str) -> None:
-    """A file that has its old content or all of the new one, whenever the machine stops."""
-    made = path.with_name(path.name + ".tmp")
-    with open(made, "wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(made, path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """To the disk: a file, or the names in a folder."""
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 def sealed_manifest(manifest: dict[str, Any]) -> str:

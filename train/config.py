@@ -63,7 +63,7 @@ class Data:
     """Where rows come from. Pretraining reads domains, fine-tuning a task or a file of examples."""
 
     domains: tuple[tuple[str, str, float], ...] = ()  # (name, source, weight); `five:web` is a domain of five_domains
-    task: str = ""  # fine-tuning: a task's name (see data/tasks.py) or a .jsonl/.csv/.parquet file of examples
+    task: str = ""  # fine-tuning: a task's name (see data/tasks.py) or the source of examples (data/sources.py)
     root: str = ""  # the folder that named tasks and five_domains read from
     examples: int = 0  # fine-tuning: so many of the task's training examples, fewer being part of more; 0: all
     T: int = 256  # tokens in a row

@@ -12,10 +12,11 @@ import numpy as np
 import tyro
 
 from .. import InputError
+from ..atomic import whole_folder
 from ..data.hf_sentencepiece import for_transformers
 from ..data.hf_tokenizer import add_special
 from ..model import forward, hf, resize
-from ..model.hf_files import CARRIED, empty, fetch, unchecked
+from ..model.hf_files import CARRIED, empty, fetch
 from ..model.tree import named
 from ..peft import Subset, merge
 from . import adapters
@@ -122,7 +123,7 @@ def checked(out: Path, got: Loaded, dtype: str, bound: float, write: Callable[[P
     """
     ids = probe_ids(got)
     before, merged = logits_of(got, ids), folded(got, dtype)
-    with unchecked(out) as made:
+    with whole_folder(out) as made:
         said, bound = write(made, merged), bound or BOUNDS[widest(merged)]
         del merged, got
         found = compare(before, logits_of(load_run(made), ids), bound, f"{out} read back against what it was made of")
@@ -240,6 +241,7 @@ class Import:
             console.print(f"vocabulary {got.config.V:,} -> {V:,}: new rows are the mean of the old ones")
         got = dataclasses.replace(got, config=config, tokenizer=tokenizer, params=params)
         got.manifest.update(tokenizer=tokenizer.digest)
-        mark = write_base(out, got, params, "imported", {})
+        with whole_folder(out) as made:
+            mark = write_base(made, got, params, "imported", {}, str(out))
         console.print(f"wrote {out}/: a base with fingerprint {mark[:12]}", soft_wrap=True)
         return {"out": str(out), "fingerprint": mark, "V": V}

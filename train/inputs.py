@@ -1,5 +1,7 @@
 """What a run reads: its corpus or task, its tokenizer, and its base, all checked before anything is written."""
 
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -126,9 +128,9 @@ def task_of(data: Data, bad: Bad | None = None) -> Task:
         if not data.root and not data.task.startswith("embedded"):
             raise InputError(f"task {data.task!r} is read from files: say where they are with --data.root FOLDER")
         return tasks[data.task](Path(data.root or "."))
-    if not Path(data.task).suffix and not Path(data.task).exists():
+    if re.fullmatch(r"(?!hub:)[\w:-]+", data.task) and not os.path.exists(data.task):
         raise InputError(f"no task and no file {data.task!r}{close(data.task, tasks)}; tasks: {', '.join(tasks)}")
-    return file_task(Path(data.task), data.held_out, 0, bad or Bad(data.bad, data.bad_cap))
+    return file_task(data.task, data.held_out, 0, bad or Bad(data.bad, data.bad_cap))
 
 
 def save_held_out(path: Path, held_out: dict[str, HeldOut]) -> None:

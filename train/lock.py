@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import InputError
-from .commit import write_whole
+from ..atomic import left_over, write_whole
 from .progress import console
 
 NAME = "lock"
@@ -61,6 +61,9 @@ class Lock:
                 )
             if there:
                 console.print(f"{self.path}: taken over from {_who(there)}, which is gone", soft_wrap=True)
+            for path in filter(lambda path: left_over(path.name), self.path.parent.iterdir()):  # by killed writers
+                with contextlib.suppress(OSError):
+                    path.unlink()
             write_whole(self.path, json.dumps(self.mine) + "\n")
         threading.Thread(target=self._beat, daemon=True).start()
         return self

@@ -1,7 +1,7 @@
 """What a run found: its evaluations, and the files that it begins and ends with."""
 
 import json
-import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -50,30 +50,28 @@ def make(folder: Path) -> None:
     """The run directory. InputError where it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "lock.try", "")
-        (folder / "lock.try").unlink()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise InputError(f"--out {folder}: cannot be written ({error.strerror}); give a folder that can") from None
 
 
 def begin(phase: Phase, folder: Path, checkpoints: Checkpoints, step: int, later: list[int]) -> None:
     """The files that a run starts with, each whole or as it was; what is behind `step` makes way."""
-    made = folder / "begin.tmp"
     try:
-        shutil.rmtree(made, ignore_errors=True)
-        phase.tokenizer.save(made)
-        if phase.run.phase == "pretrain":
-            save_held_out(made / "held_out.npz", phase.held_out)
-        for file in made.iterdir():
-            there, data = folder / file.name, file.read_bytes()
-            if there.exists() and there.read_bytes() != data:
-                console.print(f"{there} was not what this run wrote: written anew", soft_wrap=True)
-            if not there.exists() or there.read_bytes() != data:
-                write_whole(there, data)
-        shutil.rmtree(made)
+        with tempfile.TemporaryDirectory() as work:
+            made = Path(work)
+            phase.tokenizer.save(made)
+            if phase.run.phase == "pretrain":
+                save_held_out(made / "held_out.npz", phase.held_out)
+            for file in made.iterdir():
+                there, data = folder / file.name, file.read_bytes()
+                if there.exists() and there.read_bytes() != data:
+                    console.print(f"{there} was not what this run wrote: written anew", soft_wrap=True)
+                if not there.exists() or there.read_bytes() != data:
+                    write_whole(there, data)
         write_whole(folder / "config.json", to_json(phase.run))
-        if (folder / "metrics.jsonl").exists():
-            cut_metrics(folder, step)
+        cut_metrics(folder, step)
         checkpoints.tidy()
         for old in later:
             console.print(f"step {old} is kept as {checkpoints.folder / checkpoints.put_aside(old)}", soft_wrap=True)

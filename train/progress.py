@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import io
 import json
 import sys
 import time
@@ -194,4 +195,11 @@ def plot_losses(path: Path, curves: dict[str, list[tuple[int, float]]], title: s
     axes.grid(alpha=0.3)
     if len(curves) > 1:
         axes.legend()
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path, dpi: int = 130) -> None:
+    """A figure as a PNG file, whole or not there."""
+    made = io.BytesIO()
+    figure.savefig(made, dpi=dpi)
+    write_whole(path, made.getvalue())

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from .. import InputError
+from ..atomic import left_over
 from . import distributed
 from .checkpoint import Checkpoints
 from .config import HOW, Run, flat, from_json, short, to_json
@@ -31,7 +32,8 @@ def check_out(run: Run) -> None:
     folder = Path(run.out)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder} is a file; give a folder")
-    held = sorted(p.name for p in folder.iterdir() if p.name != NAME) if folder.exists() else []
+    there = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
+    held = [name for name in there if name != NAME and not left_over(name)]
     if run.resume == "never":
         if held:
             raise InputError(f"--out {folder} is not an empty folder; take another, or go on with --resume")

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..progress import save_figure
+
 LEAST = 1e-3  # an error below it is taken for it: its log would rule the fit
 
 
@@ -72,4 +74,4 @@ def draw(path: Path, sizes: Sequence[int], errors: Sequence[Sequence[float]], cu
     ax.set(xscale="log", yscale="log", xlabel="examples", ylabel="error")
     ax.legend()
     ax.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, 110)

@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import os
+import re
 import time
 from collections.abc import Sequence
 from functools import cached_property
@@ -44,14 +46,14 @@ class Exam:
     @classmethod
     def read(cls, said: str, run: Run, ground: Ground, metric: str = "") -> "Exam":
         """TASK or TASK@METRIC, below a run's --data.root. InputError for a metric that the task does not have."""
-        name, at, asked = (said, "", "") if Path(said).exists() else said.partition("@")
+        name, asked = cls.parted(said)
         task = task_of(dataclasses.replace(run.data, task=name))
         rows = evenly(task.test or task.valid, run.eval_rows)
         if not rows:
             raise InputError(f"--task {said}: no row to score; a test, or validation rows, are wanted")
         has = list(task.score(rows, [row["completion"] for row in rows]))
         metric = metric or asked
-        if (at or metric) and metric not in has:
+        if (metric or name != said) and metric not in has:
             raise InputError(f"{task.name} has no score {metric!r}{close(metric, has)}; it has {', '.join(has)}")
         base = ground.base(run)
         new = longest_answer(rows, base.tokenizer)
@@ -60,6 +62,12 @@ class Exam:
             raise InputError(f"--task {said}: a prompt of {n} tokens and an answer of {new} do not fit into the base's "
                              f"context of {base.config.context}")  # fmt: skip
         return exam
+
+    @staticmethod
+    def parted(said: str) -> tuple[str, str]:
+        """(TASK, METRIC or "") of TASK@METRIC, or of TASK alone. The first @ behind hub: names a split."""
+        found = re.fullmatch(r"(hub:[^@]*(?:@[^@]*)?|[^@]*)(?:@(.*))?", said)
+        return (said, "") if os.path.exists(said) or not found else (found[1], found[2] or "")
 
     @cached_property
     def longest_prompt(self) -> int:

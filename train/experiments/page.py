@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from ..commit import write_whole
-from ..progress import read_metrics
+from ..progress import read_metrics, save_figure
 from .findings import Finding, Grid, expenses, facts, runs, samples
 from .ledger import Line, found
 
@@ -90,5 +90,5 @@ def picture(out: Path, number: int, f: Finding, data: dict[str, Any]) -> str:
     for ax in axes.flat:
         ax.grid(alpha=0.3)
     name = "".join(c if c.isalnum() else "_" for c in f.label) + (f"_{number}.png" if number else ".png")
-    figure.savefig(out / name, dpi=110)
+    save_figure(figure, out / name, 110)
     return name

@@ -10,7 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from ..commit import write_whole
-from ..progress import console
+from ..progress import console, save_figure
 from .cells import Cell
 
 REPEATS = "seed"  # the axis that is averaged over
@@ -126,7 +126,7 @@ def pictures(out: Path, rows: Sequence[dict[str, Any]], axes: Sequence[str], key
     ax.grid(alpha=0.3)
     if lines:
         ax.legend(title=" ".join(lines), fontsize=8)
-    figure.savefig(out / "curves.png", dpi=130)
+    save_figure(figure, out / "curves.png")
     if lines:
         _heat(out, grid, x, lines, key)
 
@@ -146,7 +146,7 @@ def _heat(out: Path, grid: Any, x: str, lines: Sequence[str], key: str) -> None:
     for i, j in np.argwhere(np.isfinite(values)):
         ax.text(j, i, f"{values[i, j]:.3f}", ha="center", va="center", fontsize=8,
                 color="white" if values[i, j] > middle else "black")  # fmt: skip
-    figure.savefig(out / "heat.png", dpi=130)
+    save_figure(figure, out / "heat.png")
 
 
 def gathered(rows: Sequence[dict[str, Any]], inner: Sequence[str], outer: Sequence[str], key: str) -> dict[Any, Any]:

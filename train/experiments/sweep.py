@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import InputError
+from ...atomic import left_over
 from ...model.hf_files import read_json
 from ...peft import Subset
 from ..commit import write_whole
@@ -141,7 +142,7 @@ def check_out(out: Path, resume: str, said: dict[str, Any], file: str, what: str
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; give a folder")
     there = sorted(p.name for p in out.iterdir()) if out.exists() else []
-    held = [name for name in there if name not in (NAME, "lock.try") and not name.endswith(".tmp")]  # what a kill left
+    held = [name for name in there if name != NAME and not left_over(name)]
     if not held:
         return
     if resume == "never":
