@@ -1,5 +1,6 @@
 """Bases in and out: import, export, merge. What is written is read back and compared before it counts."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable
@@ -20,12 +21,12 @@ from ..model.tree import named
 from ..peft import Subset, merge
 from . import adapters
 from .adapters import Target
-from .checkpoint import Checkpoints, fingerprint
+from .checkpoint import Checkpoints, fingerprint, marks, sealed
 from .config import to_json
 from .inputs import save_held_out
 from .lineage import code, keep
 from .progress import console
-from .runs import Loaded, is_hugging_face, load_hugging_face, load_run
+from .runs import Loaded, is_hugging_face, load_hugging_face, load_run, place
 from .stored import sidecars
 
 Arg = Annotated[str, tyro.conf.Positional]
@@ -189,7 +190,13 @@ class Export:
 
         got = load_run(self.folder, base=self.base, verify=self.verify)
         if self.format == "hf-peft":
-            return adapters.write(got, out, self.target, self.same)
+            base = base_name(got, self.base)
+            found = adapters.write(got, out, self.target, self.same, base)
+            if not is_hugging_face(base):
+                dtype = "" if got.mark else f" --dtype {widest(got.params)}"
+                console.print(f"its base is a run, which HF PEFT cannot read: graftax export {base} --out BASE{dtype}, "
+                              "then give BASE to PeftModel.from_pretrained", soft_wrap=True)  # fmt: skip
+            return found
         if self.target:
             raise InputError("--for vllm is of --format hf-peft; vLLM reads a merged model as it is")
         found = checked(out, got, self.dtype, self.bound, write)
@@ -203,8 +210,25 @@ class Export:
         return compare(logits_of(got, ids), logits_of(again, ids), self.bound or BOUNDS["float32"], what)
 
 
+def base_name(got: Loaded, moved: str = "") -> str:
+    """The name that an adapter's config gives its base: of an imported model while the parameters are those of the base
+    by fingerprint, else the run that the adapter was tuned on. moved: where that is now."""
+    name, found = place(moved or got.run.base), []
+
+    def each(path: str, leaf: Any) -> Any:
+        """Take one parameter's part of the fingerprint, and keep its shape alone."""
+        found.extend(marks(path, leaf))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+    if is_hugging_face(name) or not (folder := origin(got)):
+        return name
+    with contextlib.suppress(InputError):  # the model is damaged by now, or another one
+        hf.load(folder, each=each)
+    return got.manifest["imported"] if sealed(found) == got.manifest["base"] else name
+
+
 def origin(got: Loaded) -> Path | None:
-    """The Hugging Face folder that a base came from, if it is still there."""
+    """The Hugging Face folder that a base came from, changed since or not, if it is still there."""
     name = got.manifest.get("imported", "")
     try:
         return fetch(name) if name and is_hugging_face(name) else None
