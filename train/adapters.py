@@ -103,8 +103,8 @@ def read(folder: Path, below: Any, base: str) -> Any:
     tokenizer = load_tokenizer(folder) if own else below.tokenizer
     records, mark = kept(folder), below.fingerprint
     if records and (said := records[-1].get("base")) not in ("", None, mark):
-        console.print(f"{folder} was tuned on a base with fingerprint {said[:12]}, but {base} has {mark[:12]}: is it the "
-                      "right one? (Another dtype gives another fingerprint.)", soft_wrap=True)  # fmt: skip
+        console.print(f"{folder} was tuned on a base with fingerprint {said[:12]}, but {base} has {mark[:12]}: is it "
+                      "the right one? (Another dtype gives another fingerprint.)", soft_wrap=True)  # fmt: skip
     manifest = {"step": 0, "phase": "finetune", "base": mark, "tokenizer": tokenizer.digest,
                 "lineage": records or below.lineage}  # fmt: skip
     manifest |= {key: below.manifest[key] for key in ("imported",) if key in below.manifest}
