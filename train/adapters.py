@@ -102,11 +102,12 @@ def read(folder: Path, below: Any, base: str) -> Any:
     own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     tokenizer = load_tokenizer(folder) if own else below.tokenizer
     records, mark = kept(folder), below.fingerprint
-    if records and (said := records[-1].get("base")) not in ("", None, mark):
+    said = str(records[-1].get("base") or "") if records else ""
+    if said not in ("", mark):
         console.print(f"{folder} was tuned on a base with fingerprint {said[:12]}, but {base} has {mark[:12]}: is it "
                       "the right one? (Another dtype gives another fingerprint.)", soft_wrap=True)  # fmt: skip
     manifest = {"step": 0, "phase": "finetune", "base": mark, "tokenizer": tokenizer.digest,
                 "lineage": records or below.lineage}  # fmt: skip
-    manifest |= {key: below.manifest[key] for key in ("imported",) if key in below.manifest}
+    manifest |= {key: below.manifest[key] for key in ("imported", "added_tokens") if key in below.manifest}
     return dataclasses.replace(below, folder=folder, run=run, params=params, method=method, trainable=trainable,
                                tokenizer=tokenizer, manifest=manifest)  # fmt: skip
