@@ -92,15 +92,21 @@ def _spaces(model: Any, spec: Any, prefix: bool, legacy: bool) -> None:
     model.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_BLOCK, prepend_scheme=scheme, split=False)
 
 
-def append(data: bytes, new: list[str]) -> bytes:
-    """The model with control pieces `new` at its end: those never come from plain text."""
+def user_pieces(data: bytes) -> dict[str, int]:
+    """{text: id} of the pieces that are made of their text whatever stands around it."""
+    found = {piece.piece: i for i, piece in enumerate(read_proto(data).pieces) if piece.type == _USER}
+    return {piece.replace(_BLOCK, " "): i for piece, i in found.items()}
+
+
+def append(data: bytes, new: dict[str, bool]) -> bytes:
+    """The model with pieces {text: special} at its end: a special one never comes from text, any other always does."""
     proto = read_proto(data)
     known = {piece.piece for piece in proto.pieces}
-    old = next((name for name in new if name in known), None)
-    if old is not None:
-        raise InputError(f"special token {old!r}: already an ordinary piece of this vocabulary; take another name")
-    for name in new:
-        proto.pieces.add(piece=name, score=0.0, type=_CONTROL)
+    for name, special in new.items():
+        piece = name if special else name.replace(" ", _BLOCK)
+        if piece in known:
+            raise InputError(f"added token {name!r}: already an ordinary piece of this vocabulary; take another name")
+        proto.pieces.add(piece=piece, score=0.0, type=_CONTROL if special else _USER)
     return proto.SerializeToString()
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import InputError
-from .hf_files import CONFIG, Folder, parse, read_folder
-from .tokenizer import Tokenizer, from_sentencepiece, wanted
+from .hf_files import Folder, parse, read_folder
+from .tokenizer import Tokenizer, wanted
 
 # Where one text is cut before its pieces are merged; Qwen2's, from its tokenizer.json.
 _QWEN2 = (
@@ -35,17 +35,19 @@ def from_files(path: Path, main: str, data: bytes, files: dict[str, bytes]) -> T
     def encode_batch(texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in plain.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    ids = {*plain.get_vocab(with_added_tokens=True).values(), *added}
     return Tokenizer(
         file=main,
         data=data,
         # Not the number of tokens: ids may have gaps, and one that is too large would be a wrong row of the table.
-        vocab_size=1 + max(*plain.get_vocab(with_added_tokens=True).values(), *added),
+        vocab_size=1 + max(ids),
         bos=bos,
         eos=eos,
         pad=pad,
         special=special,
         encode_batch=encode_batch,
         _decode=plain.decode,
+        gaps=tuple(sorted(set(range(max(ids))) - ids)),
         template=folder.template,
         template_file=folder.template_file,
         names={k: token for k, token in folder.names.items() if plain.token_to_id(token) is not None},
@@ -210,49 +212,9 @@ def _post_process(model: Any, folder: Folder, bos: bool) -> None:
         model.post_processor = processors.TemplateProcessing(single=order, special_tokens=special)
 
 
-def add_special(tokenizer: Tokenizer, names: Sequence[str]) -> Tokenizer:
-    """`tokenizer` with special tokens `names` under new ids at the end; those that it has stay as they are.
-
-    The table of embeddings needs as many more rows. InputError: a name that is blank or an ordinary piece.
-    """
-    bad = next((name for name in names if not isinstance(name, str) or not name.strip()), None)
-    if bad is not None:
-        raise InputError(f"special token {bad!r}: a text that is not blank is wanted")
-    new = [name for name in dict.fromkeys(names) if name not in tokenizer.special]
-    if not new:
-        return tokenizer
-    path = Path(tokenizer.template_file).parent  # for messages
-    if tokenizer.encode_marked is None:
-        from .hf_sentencepiece import append
-
-        return from_sentencepiece(path / tokenizer.file, append(tokenizer.data, new))
-    data, ids = _append(tokenizer, new)
-    return from_files(path, tokenizer.file, data, _listed(tokenizer, ids))
-
-
-def _append(tokenizer: Tokenizer, new: list[str]) -> tuple[bytes, dict[str, int]]:
-    """(the main file, the ids of the tokens `new`). Only tokenizer.json itself takes them; others have a list."""
-    from tokenizers import AddedToken
-
+def model_of(tokenizer: Tokenizer) -> tuple[Any, Folder]:
+    """(the `tokenizers` model with the tokens that the files beside it list, the facts of those files)."""
     folder = _folder(Path(), tokenizer.file, tokenizer.data, tokenizer.files)
     model = _base(folder, tokenizer.file, tokenizer.data)
     _add(model, folder)
-    old = next((name for name in new if model.token_to_id(name) is not None), None)
-    if old is not None:
-        raise InputError(f"special token {old!r}: already an ordinary piece of this vocabulary; take another name")
-    model.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in new])
-    ids = {name: model.token_to_id(name) for name in new}
-    return (model.to_str(pretty=True).encode() if tokenizer.file == "tokenizer.json" else tokenizer.data), ids
-
-
-def _listed(tokenizer: Tokenizer, ids: dict[str, int]) -> dict[str, bytes]:
-    """The files beside the main one with `ids`, where they list tokens or have to."""
-    folder = _folder(Path(), tokenizer.file, tokenizer.data, tokenizer.files)
-    if "added_tokens_decoder" not in folder.config and tokenizer.file == "tokenizer.json":
-        return tokenizer.files
-    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
-    new = {i: {"content": name, **flags, "special": True} for name, i in ids.items()}
-    listed = {str(i): token for i, token in (folder.added | new).items()}
-    # With such a list transformers reads no special_tokens_map.json: the names have to be here too.
-    config = folder.names | folder.config | {"added_tokens_decoder": listed}
-    return tokenizer.files | {CONFIG: json.dumps(config, indent=2).encode()}
+    return model, folder

@@ -11,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .. import InputError
 from .hf_files import BESIDE, GENERATION, MAIN, collect, read_folder
 
@@ -37,6 +39,7 @@ class Tokenizer:
     special: dict[str, int]
     encode_batch: Callable[[Sequence[str]], list[list[int]]] = field(repr=False, compare=False)
     _decode: Callable[[list[int]], str] = field(repr=False, compare=False)
+    gaps: tuple[int, ...] = field(default=(), repr=False)  # ids below vocab_size that no token has
     template: str = field(default="", repr=False)  # of chats, in jinja2
     template_file: str = field(default="", compare=False)
     names: dict[str, str] = field(default_factory=dict)  # {"eos_token": "</s>", ...}: what a template may write
@@ -60,6 +63,12 @@ class Tokenizer:
         if bad is not None:
             raise InputError(f"token id {bad}: outside the vocabulary of {self.vocab_size}; wrong tokenizer?")
         return self._decode(ids)
+
+    def has_token(self, V: int) -> np.ndarray:
+        """Whether a token has each of the ids 0..V-1 [V]: a table may be longer than the vocabulary, and have gaps."""
+        found = np.arange(V) < self.vocab_size
+        found[[i for i in self.gaps if i < V]] = False
+        return found
 
     @property
     def end(self) -> int:

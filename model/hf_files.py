@@ -68,22 +68,33 @@ def read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name is a hub id, `owner/name` or `owner/name@revision`, and no file or folder here."""
+    return bool(re.fullmatch(HUB_ID, name)) and not Path(name).exists()
+
+
+def split_revision(name: str) -> tuple[str, str | None]:
+    """(`owner/name`, the revision or None) of a hub id; any other name as it is."""
+    repo, _, revision = name.partition("@") if is_hub_id(name) else (name, "", "")
+    return repo, revision or None
+
+
 def fetch(name: str) -> Path:
     """The folder of a local checkpoint, or of a hub id `owner/name` or `owner/name@revision`, downloaded if need be.
 
     A token is taken from HF_TOKEN alone and is written nowhere.
     """
-    if Path(name).exists() or not re.fullmatch(HUB_ID, name):
+    if not is_hub_id(name):
         if not Path(name).is_dir():
             raise InputError(f"{name}: no such folder, and not a hub id (owner/name)")
         return Path(name)
     import huggingface_hub
 
-    repo, _, revision = name.partition("@")
+    repo, revision = split_revision(name)
     token = os.environ.get("HF_TOKEN") or False  # False: not the one that a login has stored
 
     def get(*files: str) -> Path:
-        args: Any = {"revision": revision or None, "token": token}
+        args: Any = {"revision": revision, "token": token}
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=list(files), **args))
 
     try:
@@ -91,7 +102,7 @@ def fetch(name: str) -> Path:
         listed = found / "model.safetensors.index.json"
         get(*(shards(listed) if listed.is_file() else ["model.safetensors"]))
         if not any(found.glob("*.safetensors")):
-            held = huggingface_hub.list_repo_files(repo, revision=revision or None, token=token)
+            held = huggingface_hub.list_repo_files(repo, revision=revision, token=token)
             raise InputError(_nothing(name, held))
     except InputError:
         raise

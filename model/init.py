@@ -2,10 +2,12 @@
 
 import dataclasses
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from .. import InputError
@@ -59,18 +61,25 @@ def restack(params: Any, config: Config) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def resize(config: Config, params: Any, V: int) -> tuple[Config, dict[str, Any]]:
-    """The base with a vocabulary of V: rows more than it had are the mean of those it has, rows less are cut off.
+def resize(
+    config: Config, params: Any, V: int, used_V: Any = None, new: Sequence[int] = ()
+) -> tuple[Config, dict[str, Any]]:  # fmt: skip
+    """The base with a vocabulary of V: rows less than it had are cut off; rows more, and the rows `new` of tokens that
+    had none, are the mean of those it has, or of the rows `used_V` (bool) alone.
 
     A token that starts at the mean has about the mean probability, so the others keep theirs (arXiv:2407.05841); random
     rows would take any. An untied head gets the mean of its columns; a tied one is the table.
     """
+    where = np.ones(config.V, bool) if used_V is None else np.asarray(used_V)
 
     def grown(x: Array, axis: int) -> Array:
-        if x.shape[axis] >= V:
-            return jax.lax.slice_in_dim(x, 0, V, axis=axis)
-        mean = jnp.mean(x, axis=axis, keepdims=True, dtype=jnp.float32).astype(x.dtype)
-        return jnp.concatenate([x, jnp.repeat(mean, V - x.shape[axis], axis=axis)], axis=axis)
+        mean = jnp.mean(x, axis, jnp.float32, keepdims=True, where=where[:, None] if axis == 0 else where)
+        mean = mean.astype(x.dtype)
+        if (more := V - x.shape[axis]) > 0:
+            x = jnp.concatenate([x, jnp.repeat(mean, more, axis=axis)], axis=axis)
+        x = jax.lax.slice_in_dim(x, 0, V, axis=axis)
+        at = jnp.array(new, jnp.int32)
+        return x.at[at].set(mean) if axis == 0 else x.at[:, at].set(mean)
 
     if V < 1:
         raise InputError(f"a vocabulary of {V}: wanted 1 or more")

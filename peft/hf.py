@@ -57,7 +57,8 @@ def load(folder: str | Path, config: Config, params: Any) -> tuple[Method, Any]:
 def save(
     folder: str | Path, config: Config, method: Method, trainable: Any, base: str = "", params: Any = None
 ) -> None:
-    """Write an adapter as PeftModel.save_pretrained does; `base` is the model's name, for whoever loads it.
+    """Write an adapter as PeftModel.save_pretrained does; `base` is the model's name, for whoever loads it; of a hub
+    id `owner/name@revision` the revision is written under its own key.
 
     The file has the tables beside an adapted one too, as HF's has: those of the base's `params`, or without them those
     of the file that `load` took the method from. Raises InputError for a method that HF PEFT does not have; nothing is

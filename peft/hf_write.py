@@ -9,6 +9,7 @@ import jax
 from .. import InputError
 from ..model import Config, shapes_of
 from ..model.hf_families import families
+from ..model.hf_files import split_revision
 from ..model.tree import canonical, is_stacked, match
 from .base import Method
 from .encoder import encode
@@ -60,8 +61,9 @@ def _config(method: Method, trainable: Any, config: Config, base: str) -> dict[s
     if len(names) > 1:
         raise InputError(f"{' and '.join(names)} at once: an HF PEFT folder holds one; save each link by itself")
     kind, name = kinds[names[0]], names[0]
-    tree = {**kind.defaults, "peft_type": name, "base_model_name_or_path": base, "task_type": "CAUSAL_LM",
-            "inference_mode": True, "revision": None, "peft_version": "0.21.2"}  # fmt: skip
+    repo, revision = split_revision(base)
+    tree = {**kind.defaults, "peft_type": name, "base_model_name_or_path": repo, "task_type": "CAUSAL_LM",
+            "inference_mode": True, "revision": revision, "peft_version": "0.21.2"}  # fmt: skip
     if not mains:
         norms = [part for _, part in links if name != "LN_TUNING" or _of_norms(part, config)]
         rest = [part for _, part in links if part not in norms]

@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from graftax import InputError, peft
+from graftax.train import adapters, export
 from graftax.train.adapters import uniform
 from graftax.train.cli import main
+from graftax.train.export import write_base
 from graftax.train.phase import resolve_method
 from graftax.train.runs import load_run
 from safetensors.numpy import load_file
 from test_hf_runs import SMALL, adapter, command, hf_base, refused, rows  # noqa: F401
-from tiny import close, make_base, make_batch, shaken
+from tiny import close, make_base, make_batch, same, shaken
 
 
 def test_out_and_in_again(adapter, hf_base, tmp_path, capsys):  # noqa: F811
@@ -40,6 +42,40 @@ def test_out_and_in_again(adapter, hf_base, tmp_path, capsys):  # noqa: F811
     (out / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": ""}))
     assert "names no base; give one with --base" in refused(capsys, "eval", out)
     assert not (tmp_path / "x").exists()
+
+
+def test_an_adapter_names_the_base_it_was_tuned_on(hf_base, tmp_path, capsys, monkeypatch):  # noqa: F811
+    """The imported model as long as its parameters are those of the base, else the run."""
+    base, method, folder = load_run(hf_base), peft.LoRA(rank=2), tmp_path / "changed"
+    write_base(folder, base, jax.tree.map(lambda x: 2 * x, base.params), "merged", {})
+    got = load_run(folder)
+    manifest, trainable = got.manifest | {"base": got.fingerprint}, method.init(jax.random.key(0), got.params)
+    run = dataclasses.replace(got.run, phase="finetune", base=str(folder), method=method)
+    tuned = dataclasses.replace(got, run=run, manifest=manifest, method=method, trainable=trainable)
+    monkeypatch.setattr(export, "load_run", lambda *_, **__: tuned)
+    monkeypatch.setattr(export.Export, "same", lambda *_: {})  # what it computes is not in question here
+    said = command(capsys, "export", "x", "--out", tmp_path / "out", "--format", "hf-peft")
+    assert said["base"] == str(folder)
+    assert export.base_name(dataclasses.replace(tuned, manifest=manifest | {"base": base.fingerprint})) == str(hf_base)
+    again = load_run(tmp_path / "out")
+    assert same(again.params, tuned.params)
+    assert [r["run"] for r in again.lineage] == [*(r["run"] for r in tuned.lineage), str(tmp_path / "out")]
+    assert "fingerprint" not in capsys.readouterr().err
+    load_run(tmp_path / "out", base=str(hf_base))
+    assert "was tuned on a base with fingerprint" in capsys.readouterr().err
+
+
+def test_the_revision_of_a_base_goes_out_and_in(tmp_path):
+    base, method = make_base(), peft.LoRA(rank=2)
+    config = dataclasses.replace(base.config, family="qwen2")
+    peft.hf.save(tmp_path / "a", config, method, method.init(jax.random.key(0), base.params), "owner/name@v1.0")
+    said = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert (said["base_model_name_or_path"], said["revision"]) == ("owner/name", "v1.0")
+    assert adapters.base_of(tmp_path / "a", "") == "owner/name@v1.0"
+    assert adapters.base_of(tmp_path / "a", "owner/other") == "owner/other"
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(said | {"revision": 3}))
+    with pytest.raises(InputError, match="revision is 3; text is wanted"):
+        adapters.base_of(tmp_path / "a", "")
 
 
 def test_for_vllm_ranks_are_one(adapter, tmp_path, capsys):  # noqa: F811

@@ -10,7 +10,8 @@ import pytest
 import sentencepiece
 import tokenizers
 from graftax import InputError
-from graftax.data.hf_tokenizer import add_special
+from graftax.data.added_tokens import add_special, add_tokens
+from graftax.data.sft import encode_example
 from graftax.data.tokenizer import SPECIAL, load_tokenizer, train_tokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -246,6 +247,27 @@ def test_files_are_carried_and_special_tokens_added(name, tmp_path):
             add_special(tok, [bad])
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_added_token_is_made_of_its_text(name, tmp_path):
+    """In text, in a message and in a prompt; but a token that the chat is written with is not."""
+    tok = load_tokenizer(family(name, tmp_path)[0])
+    marks = ("<|im_start|>", "<|eot_id|>", "[INST]", "<start_of_turn>")
+    mark = next((m for m in marks if m in tok.template), "<|user|>")
+    more, ids = add_tokens(tok, ["<|tool|>", mark, "<|tool|>"])
+    new = ids["<|tool|>"]
+    assert new == tok.vocab_size
+    more = load_tokenizer(more.save(tmp_path / "b").parent)
+    assert more.encode("x<|tool|>y").count(new) == more.prompt("x<|tool|>y").count(new) == 1
+    assert more.decode([new]) == "<|tool|>"
+    assert ids[mark] not in more.encode(f"x{mark}y")
+    assert mark in more.special
+    turns = [{"role": "user", "content": "x<|tool|>"}, {"role": "assistant", "content": "<|tool|>y"}]
+    assert encode_example(turns, more)[0].count(new) == 2
+    assert add_tokens(more, ["<|tool|>"]) == (more, {"<|tool|>": new})
+    with pytest.raises(InputError, match="already an ordinary piece"):
+        add_tokens(tok, ["a"])
+
+
 def test_digest_covers_the_template(tmp_path):
     folder = shutil.copytree(GOLDEN / "qwen", tmp_path / "q")
     before = load_tokenizer(folder)
@@ -262,6 +284,14 @@ def test_add_special_to_our_own(tok, tmp_path):
     assert load_tokenizer(more.save(tmp_path)) == more
     assert more.encode_batch(AWKWARD) == tok.encode_batch(AWKWARD)
     assert more.decode([more.bos, *more.encode("<|tool|>"), 400]) == "<|tool|>"
+    user, ids = add_tokens(tok, ["<| a tool |>"])
+    assert ids == {"<| a tool |>": 400}
+    assert user.encode("x<| a tool |> y").count(400) == 1
+    assert user.decode(user.encode("x<| a tool |> y")) == "x<| a tool |> y"
+    assert user.encode_batch(AWKWARD) == tok.encode_batch(AWKWARD)
+    turns = [{"role": "user", "content": "<| a tool |>"}, {"role": "assistant", "content": "b"}]
+    assert 400 in encode_example(turns, user)[0]
+    assert add_tokens(user, ["<| a tool |>", "<|user|>"]) == (user, ids | {"<|user|>": user.special["<|user|>"]})
 
 
 def test_a_sentencepiece_model_normalises_as_it_says(tmp_path):

@@ -130,6 +130,13 @@ def test_resize_is_the_mean_and_leaves_the_rest():
         np.testing.assert_allclose(table[V:], np.asarray(table[:V]).mean(0)[None].repeat(5, 0), atol=1e-6)
         assert ("head/matrix" in named(more)) == (not config.tied)
         assert same(resize(larger, more, V)[1], params)
+        used = np.arange(V) < V - 3  # the last three are spare rows, and a new token takes one of them
+        _, more = resize(config, params, V + 1, used, [V - 2])
+        for path, axis in (("embed/table", 0), ("head/matrix", 1)):
+            if path in named(more):
+                old, now = (np.moveaxis(np.asarray(named(p)[path]), axis, 0) for p in (params, more))
+                assert np.array_equal(np.delete(now, [V - 2, V], 0), np.delete(old, V - 2, 0))
+                np.testing.assert_allclose(now[[V - 2, V]], old[used].mean(0)[None].repeat(2, 0), atol=1e-6)
 
 
 def test_a_hub_id_is_read_from_the_cache(tmp_path, monkeypatch):

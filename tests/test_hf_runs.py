@@ -144,14 +144,21 @@ def test_imported_with_more_tokens(hf_base, rows, tmp_path, capsys):
     before, after = load_run(hf_base), load_run(tmp_path / "run")
     n = before.tokenizer.vocab_size
     assert got["V"] == after.config.V == n + 5 == after.tokenizer.vocab_size
-    assert after.tokenizer.special[tokens[4]] == n + 4
+    assert got["tokens"] == after.manifest["added_tokens"] == {token: n + i for i, token in enumerate(tokens)}
+    assert after.tokenizer.encode(tokens[4]) == [n + 4]
     table = [np.asarray(named(x.params)["embed/table"], np.float32) for x in (before, after)]
-    assert np.array_equal(table[0], table[1][: n + 3])
-    np.testing.assert_allclose(table[1][n + 3 :], table[0].mean(0)[None].repeat(2, 0), atol=1e-3)
+    assert np.array_equal(table[0][:n], table[1][:n])
+    mean = table[0][:n].mean(0)[None]  # of the rows with a token; three of the new ones are spare rows of the base
+    np.testing.assert_allclose(table[1][n:], mean.repeat(5, 0), atol=1e-3)
     assert named(after.params)["embed/table"].dtype == jnp.bfloat16
-    main(["finetune", "sft", "--base", str(tmp_path / "run"), "--data", str(rows), "--method", "prompt", "--steps", "1",
+    data = tmp_path / "marked.jsonl"
+    data.write_text(rows.read_text().replace("blue", tokens[1]), "utf-8")
+    main(["finetune", "sft", "--base", str(tmp_path / "run"), "--data", str(data), "--method", "prompt", "--steps", "1",
           "--no-tensorboard", "--out", str(tmp_path / "tuned"), *SMALL])  # fmt: skip
-    assert n + 5 == load_run(tmp_path / "tuned").config.V
+    said = f"the data hold {tokens[1]!r} (id {n + 1}), which were added to the base, but prompt does not train their"
+    assert said in capsys.readouterr().err
+    tuned = load_run(tmp_path / "tuned")
+    assert (tuned.config.V, tuned.manifest["added_tokens"]) == (n + 5, got["tokens"])
     assert "has 406 tokens" in refused(capsys, "import", hf_base, "--out", tmp_path / "x", "--resize", 100).replace(
         str(n), "406"
     )

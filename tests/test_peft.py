@@ -27,6 +27,7 @@ from graftax.peft import (
 )  # fmt: skip
 from graftax.peft.lokr import split
 from graftax.peft.lora import LoRAWeight
+from graftax.train.added_tokens import trained
 from graftax.train.config import Optim, Run
 from graftax.train.optim import make_optimizer
 from graftax.train.phase import resolve_method
@@ -283,3 +284,17 @@ def test_factors_of_lokr():
     assert [split(n, f) for n, f in ((12, -1), (7, -1), (48, 4), (48, 5), (36, -1), (10, 20))] == [
         (3, 4), (1, 7), (4, 12), (4, 12), (6, 6), (2, 5),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "tied", "untied"), [
+    (LoRA(rank=2), ((0, 0), (0, 0)), ((0, 0), (0, 0))),
+    (LoRA(rank=2, where="linear, embed/table"), ((1, 1), (0, 0)), ((1, 1), (0, 0))),
+    (Subset("all"), ((1, 1), (1, 1)), ((1, 1), (1, 1))),
+    (peft.Tokens(ids=(9, 4)), ((1, 0), (1, 0)), ((1, 0), (0, 0))),
+    (chain(LoRA(rank=2), peft.Tokens(ids=(4, 7))), ((1, 1), (1, 1)), ((1, 1), (0, 0))),
+    (Prompt(tokens=3), ((0, 0), (0, 0)), ((0, 0), (0, 0))),
+], ids=lambda m: type(m).__name__ if isinstance(m, peft.Method) else None)  # fmt: skip
+def test_which_tokens_a_method_trains(method, tied, untied):
+    """Of ids 4 and 7: their embeddings, and their logits."""
+    for base, expected in ((make_base(), tied), (make_base(tied=False), untied)):
+        assert tuple(tuple(map(int, x)) for x in trained(method, base.params, [4, 7])) == expected

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from .. import InputError, peft
 from ..atomic import whole_folder
 from ..data.tokenizer import load_tokenizer
-from ..model.hf_files import read_json
+from ..model.hf_files import is_hub_id, read_json
 from ..model.tree import cut_key
 from ..peft import Method
 from ..peft.hf_names import family_of
 from ..peft.lora import LoRA
 from .config import Run
-from .lineage import keep
+from .lineage import keep, kept
 from .progress import console
 
 Target = Literal["", "vllm"]
@@ -46,8 +46,11 @@ def uniform(method: Method, config: Any, params: Any, trainable: Any) -> tuple[M
     return LoRA(rank=R, alpha=R, where=method.where), made
 
 
-def write(got: Any, out: Path, target: Target, compare: Any) -> dict[str, Any]:
-    """Write the adapter of a loaded run as HF PEFT reads it, read it back, compare; nothing is left if it differs."""
+def write(got: Any, out: Path, target: Target, compare: Any, base: str) -> dict[str, Any]:
+    """Write the adapter of a loaded run as HF PEFT reads it, read it back, compare; nothing is left if it differs.
+
+    base: the name that its config gives the model it adapts.
+    """
     method, trainable = got.method, got.trainable
     if not jax.tree.leaves(trainable) or got.run.phase == "pretrain":
         raise InputError(f"{got.folder} is a base, not an adapter; take --format hf")
@@ -55,18 +58,15 @@ def write(got: Any, out: Path, target: Target, compare: Any) -> dict[str, Any]:
         if family_of(got.config) == "gpt2":
             raise InputError("--for vllm: vLLM's GPT-2 takes no LoRA; merge it: --format hf")
         method, trainable = uniform(method, got.config, got.params, trainable)
-    base = got.manifest.get("imported", "")
     with whole_folder(out) as made:
         peft.hf.save(made, got.config, method, trainable, base, got.params)
         keep(made, got.lineage)
         found = compare(got, *peft.hf.load(made, got.config, got.params))
     console.print(f"wrote {out}/: {', '.join(sorted(p.name for p in out.iterdir()))}", soft_wrap=True)
-    if not base:
-        console.print(f"its base: graftax export {got.run.base} --out BASE", soft_wrap=True)
     if target == "vllm":
         rank = method.rank  # type: ignore[attr-defined]
         console.print(f"vllm serve BASE --enable-lora --max-lora-rank {rank} --lora-modules NAME={out}", soft_wrap=True)
-    return {"out": str(out), "base": base or got.run.base, **found}
+    return {"out": str(out), "base": base, **found}
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -75,12 +75,21 @@ def is_adapter(folder: str | Path) -> bool:
 
 
 def base_of(folder: Path, base: str) -> str:
-    """The name of an adapter's base: the one given, or the one that its config has, here or beside the folder."""
-    name = base or str(read_json(folder / CONFIG).get("base_model_name_or_path") or "")
+    """The name of an adapter's base: the one given, or the one that its config has, here or beside the folder.
+
+    Of a hub id the config's `revision` is part: `owner/name@revision`.
+    """
+    config = {"base_model_name_or_path": base} if base else read_json(folder / CONFIG)
+    name, revision = (config.get(key) or "" for key in ("base_model_name_or_path", "revision"))
+    for key, value in (("base_model_name_or_path", name), ("revision", revision)):
+        if not isinstance(value, str):
+            raise InputError(f"{folder / CONFIG}: {key} is {value!r:.60}; text is wanted")
     if not name:
         raise InputError(f"{folder}: its {CONFIG} names no base; give one with --base")
     beside = folder / name
-    return str(beside) if not Path(name).exists() and beside.exists() else name
+    if not Path(name).exists() and beside.exists():
+        return str(beside)
+    return f"{name}@{revision}" if revision and is_hub_id(name) and "@" not in name else name
 
 
 def read(folder: Path, below: Any, base: str) -> Any:
@@ -93,6 +102,13 @@ def read(folder: Path, below: Any, base: str) -> Any:
     run = Run(phase="finetune", recipe="imported", out=str(folder), base=base, method=method, data=below.run.data)
     own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
     tokenizer = load_tokenizer(folder) if own else below.tokenizer
-    manifest = {**below.manifest, "step": 0, "phase": "finetune", "base": below.fingerprint}
+    records, mark = kept(folder), below.fingerprint
+    said = str(records[-1].get("base") or "") if records else ""
+    if said not in ("", mark):
+        console.print(f"{folder} was tuned on a base with fingerprint {said[:12]}, but {base} has {mark[:12]}: is it "
+                      "the right one? (Another dtype gives another fingerprint.)", soft_wrap=True)  # fmt: skip
+    manifest = {"step": 0, "phase": "finetune", "base": mark, "tokenizer": tokenizer.digest,
+                "lineage": records or below.lineage}  # fmt: skip
+    manifest |= {key: below.manifest[key] for key in ("imported", "added_tokens") if key in below.manifest}
     return dataclasses.replace(below, folder=folder, run=run, params=params, method=method, trainable=trainable,
                                tokenizer=tokenizer, manifest=manifest)  # fmt: skip

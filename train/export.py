@@ -1,5 +1,6 @@
 """Bases in and out: import, export, merge. What is written is read back and compared before it counts."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable
@@ -7,82 +8,36 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import tyro
 
 from .. import InputError
 from ..atomic import whole_folder
+from ..data.added_tokens import add_tokens
 from ..data.hf_sentencepiece import for_transformers
-from ..data.hf_tokenizer import add_special
-from ..model import forward, hf, resize
+from ..model import hf, resize
 from ..model.hf_files import CARRIED, empty, fetch
 from ..model.tree import named
 from ..peft import Subset, merge
 from . import adapters
 from .adapters import Target
-from .checkpoint import Checkpoints, fingerprint
+from .checkpoint import Checkpoints, fingerprint, marks, sealed
 from .config import to_json
+from .equivalence import BOUNDS, compare, logits_of, probe_ids, widest
 from .inputs import save_held_out
 from .lineage import code, keep
 from .progress import console
-from .runs import Loaded, is_hugging_face, load_hugging_face, load_run
+from .runs import Loaded, is_hugging_face, load_hugging_face, load_run, place
 from .stored import sidecars
 
 Arg = Annotated[str, tyro.conf.Positional]
 DType = Literal["", "float32", "bfloat16", "float16"]
 Verify = Literal["full", "fast", "off"]
-# Mean KL (nats a token) up to which two models pass for one, by the dtype that the weights were rounded to.
-BOUNDS = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 2e-2}
-
-
-def probe_ids(got: Loaded, rows: int = 4, T: int = 64) -> np.ndarray:
-    """Ids [rows, T] to compare models on: held-out text of the base if it has any, else random ones."""
-    T = min(T, got.config.context)
-    held = [row["ids"][:T] for domain in got.held_out.values() for row in domain.rows]
-    if held and len(held[0]) == T:
-        return np.stack([held[i * len(held) // rows] for i in range(rows)])
-    return np.random.default_rng(0).integers(0, got.tokenizer.vocab_size, (rows, T))
-
-
-def logits_of(got: Loaded, ids: np.ndarray) -> np.ndarray:
-    """What base + adapter computes for ids, fp32."""
-    model, bound, context = got.bound
-    return np.asarray(jax.jit(lambda b: forward(model, b, jnp.asarray(ids), context=context)[0])(bound), np.float32)
-
-
-def compare(before: np.ndarray, after: np.ndarray, bound: float, what: str) -> dict[str, float]:
-    """{largest difference of logits, mean and largest KL(before || after) in nats a token}; says them.
-
-    Raises InputError above `bound`.
-    """
-    V = min(before.shape[-1], after.shape[-1])  # a vocabulary may have been padded
-    a, b = (_log_softmax(x[..., :V].astype(np.float64)) for x in (before, after))
-    kl = np.maximum((np.exp(a) * (a - b)).sum(-1), 0)
-    found = {"max_difference": float(np.abs(before[..., :V] - after[..., :V]).max()), "kl_mean": float(kl.mean()),
-             "kl_max": float(kl.max())}  # fmt: skip
-    text = (f"{what}: logits differ by at most {found['max_difference']:.2e}, KL {found['kl_mean']:.2e} nats a token "
-            f"(largest {found['kl_max']:.2e}) on {before.shape[0]} x {before.shape[1]} tokens")  # fmt: skip
-    if not found["kl_mean"] <= bound:  # NaN fails too
-        raise InputError(f"{text}, above --bound {bound:g}; nothing was written. A wider --dtype rounds less")
-    console.print(f"{text}: below {bound:g}", soft_wrap=True)
-    return found
-
-
-def _log_softmax(x: np.ndarray) -> np.ndarray:
-    x = x - x.max(axis=-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
 
 def folded(got: Loaded, dtype: str) -> Any:
     """Base + adapter as one base, in `dtype`, or each parameter in the dtype that the base has it in."""
     merged = merge(got.method, got.params, got.trainable, dtype or None)
     return jax.tree.map(lambda m, b: m.astype(dtype or b.dtype), merged, got.params)
-
-
-def widest(params: Any) -> str:
-    """The dtype most of the bytes have."""
-    return max(jax.tree.leaves(params), key=lambda x: x.nbytes).dtype.name
 
 
 def write_base(
@@ -190,7 +145,13 @@ class Export:
 
         got = load_run(self.folder, base=self.base, verify=self.verify)
         if self.format == "hf-peft":
-            return adapters.write(got, out, self.target, self.same)
+            base = base_name(got, self.base)
+            found = adapters.write(got, out, self.target, self.same, base)
+            if not is_hugging_face(base):
+                dtype = "" if got.mark else f" --dtype {widest(got.params)}"
+                console.print(f"its base is a run, which HF PEFT cannot read: graftax export {base} --out BASE{dtype}, "
+                              "then give BASE to PeftModel.from_pretrained", soft_wrap=True)  # fmt: skip
+            return found
         if self.target:
             raise InputError("--for vllm is of --format hf-peft; vLLM reads a merged model as it is")
         found = checked(out, got, self.dtype, self.bound, write)
@@ -204,8 +165,25 @@ class Export:
         return compare(logits_of(got, ids), logits_of(again, ids), self.bound or BOUNDS["float32"], what)
 
 
+def base_name(got: Loaded, moved: str = "") -> str:
+    """The name that an adapter's config gives its base: of an imported model while the parameters are those of the base
+    by fingerprint, else the run that the adapter was tuned on. moved: where that is now."""
+    name, found = place(moved or got.run.base), []
+
+    def each(path: str, leaf: Any) -> Any:
+        """Take one parameter's part of the fingerprint, and keep its shape alone."""
+        found.extend(marks(path, leaf))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+    if is_hugging_face(name) or not (folder := origin(got)):
+        return name
+    with contextlib.suppress(InputError):  # the model is damaged by now, or another one
+        hf.load(folder, each=each)
+    return got.manifest["imported"] if sealed(found) == got.manifest["base"] else name
+
+
 def origin(got: Loaded) -> Path | None:
-    """The Hugging Face folder that a base came from, if it is still there."""
+    """The Hugging Face folder that a base came from, changed since or not, if it is still there."""
     name = got.manifest.get("imported", "")
     try:
         return fetch(name) if name and is_hugging_face(name) else None
@@ -223,25 +201,30 @@ class Import:
     folder: Arg  # with config.json and safetensors, or a hub id owner/name[@revision]
     out: str
     dtype: DType = ""  # of the parameters; empty: as they are stored
-    add_tokens: tuple[str, ...] = ()  # special tokens that the tokenizer gets besides, e.g. '<|user|>'
+    add_tokens: tuple[str, ...] = ()  # more tokens, e.g. '<|tool|>', for use in texts; each begins as the mean row
     resize: int = 0  # rows of the token table; 0: as many as it has, or as the added tokens need
 
     def run(self) -> dict[str, Any]:
-        """Write the base; returns where, and its fingerprint."""
+        """Write the base; returns where, its fingerprint, and {added token: its id}."""
         if (Path(self.folder) / "checkpoints").is_dir():
             raise InputError(f"{self.folder} is a run directory already: give it to --base as it is")
         out = empty(self.out)
         got = load_hugging_face(self.folder, dtype=self.dtype or None, check=False)
-        tokenizer = add_special(got.tokenizer, self.add_tokens) if self.add_tokens else got.tokenizer
+        tokenizer, ids = add_tokens(got.tokenizer, self.add_tokens)
         V = self.resize or max(got.config.V, tokenizer.vocab_size)
         if tokenizer.vocab_size > V:
             raise InputError(f"--resize {V}: the tokenizer has {tokenizer.vocab_size} tokens")
-        config, params = (got.config, got.params) if got.config.V == V else resize(got.config, got.params, V)
-        if V != got.config.V:
-            console.print(f"vocabulary {got.config.V:,} -> {V:,}: new rows are the mean of the old ones")
+        used = got.tokenizer.has_token(max(V, got.config.V))
+        new = {token: i for token, i in ids.items() if not used[i]}
+        config, params = got.config, got.params
+        if V != config.V or new:
+            console.print(f"vocabulary {config.V:,} -> {V:,}: new rows are the mean of those with a token")
+            config, params = resize(config, params, V, used[: config.V], list(new.values()))
+        for token, i in ids.items():
+            console.print(f"token {token!r}: id {i}{'' if token in new else ', as before'}", markup=False)
         got = dataclasses.replace(got, config=config, tokenizer=tokenizer, params=params)
-        got.manifest.update(tokenizer=tokenizer.digest)
+        got.manifest.update(tokenizer=tokenizer.digest, added_tokens=new)
         with whole_folder(out) as made:
             mark = write_base(made, got, params, "imported", {}, str(out))
         console.print(f"wrote {out}/: a base with fingerprint {mark[:12]}", soft_wrap=True)
-        return {"out": str(out), "fingerprint": mark, "V": V}
+        return {"out": str(out), "fingerprint": mark, "V": V, "tokens": ids}

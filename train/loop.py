@@ -227,6 +227,7 @@ def _meta(phase: Phase, loader: Loader, seen: int) -> dict[str, Any]:
         "seed": phase.run.seed,
         "code": code(),
         "lineage": phase.lineage,
+        "added_tokens": phase.added,
         "next_row": loader.state()["next_row"],
         "rows_digest": f"{rows % 2**256:064x}",
         "mesh": list(phase.mesh.devices.shape),

@@ -12,6 +12,7 @@ from ..model import Config, Transformer, init, shapes_of
 from ..model.sharding import shardings
 from ..peft import Chain, Method
 from . import distributed, report
+from .added_tokens import untrained
 from .config import Run
 from .digests import contents
 from .inputs import check_lengths, corpus_and_tokenizer, tuning_rows, validation_rows
@@ -42,6 +43,7 @@ class Phase:
     totals: dict[str, int] = dataclasses.field(default_factory=dict)
     facts: dict[str, int] = dataclasses.field(default_factory=dict)  # sizes of the data, to say what changed of it
     lineage: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # of the base
+    added: dict[str, int] = dataclasses.field(default_factory=dict)  # added tokens whose rows stay untrained, and ids
 
 
 def prepare(run: Run, mesh: Any, work: Path) -> Phase:
@@ -83,8 +85,9 @@ def _tuning(run: Run, mesh: Any, work: Path) -> Phase:
     rows = f"{sft.examples:,} examples in {len(sft.rows):,} rows of {run.data.T} ({share:.0%} filled)"
     console.print(f"{task.name}: {rows}, {sft.target_tokens:,} target tokens; {steps} steps", soft_wrap=True)
     params, mark = base.base, base.fingerprint
+    added = untrained(method, params, base.manifest.get("added_tokens", {}), sft.rows)
     phase = _assemble(run, mesh, config, params, sft.train, sft.digest, base.tokenizer, base.held_out)
-    phase.task, phase.base, phase.lineage = task, mark, base.lineage
+    phase.task, phase.base, phase.lineage, phase.added = task, mark, base.lineage, added
     phase.valid = validation_rows(task, run.data, base.tokenizer)
     phase.facts = {"examples": sft.examples, "target tokens": sft.target_tokens}
     distributed.agree("the base", {"base": mark})

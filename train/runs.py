@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import re
 import time
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -17,7 +16,7 @@ from ..data.mixture import HeldOut
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..model import Config, Context, Transformer, hf, shapes_of
 from ..model.backend import backend
-from ..model.hf_files import HUB_ID, fetch
+from ..model.hf_files import fetch, is_hub_id
 from ..model.quantize import quantize, quantized
 from ..model.sharding import follow, shardings
 from ..model.tree import canonical, named, nested, paths
@@ -96,7 +95,7 @@ def is_hugging_face(name: str | Path) -> bool:
     if path.is_dir():
         config = path / "config.json"
         return config.is_file() and (b'"model_type"' in config.read_bytes() or any(path.glob("*.safetensors*")))
-    return not path.exists() and bool(re.fullmatch(HUB_ID, str(name)))
+    return is_hub_id(str(name))
 
 
 def check_run(folder: str | Path) -> Path:

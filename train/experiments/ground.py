@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from ... import InputError
 from ...model import Context, Transformer
 from ...model.sharding import make_mesh, put_batch
+from ..added_tokens import untrained
 from ..checkpoint import Checkpoints
 from ..config import Run, to_json
 from ..evaluate import held_out_losses, mean_loss
@@ -88,6 +89,7 @@ class Ground:
             run, self.mesh, model, run.method, self.frozen(run), state, first.tx, sft.train, sft.digest,
             base.tokenizer, base.held_out, task=task, valid=valid, base=base.fingerprint, totals=sizes,
             facts={"examples": sft.examples, "target tokens": sft.target_tokens}, lineage=base.lineage,
+            added=untrained(run.method, params, base.manifest.get("added_tokens", {}), sft.rows),
         )  # fmt: skip
 
     def frozen(self, run: Run) -> Any:

@@ -1,0 +1,58 @@
+"""Whether two models compute the same: logits on a few rows of text, compared by their divergence."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .. import InputError
+from ..model import forward
+from .progress import console
+from .runs import Loaded
+
+# Mean KL (nats a token) up to which two models pass for one, by the dtype that the weights were rounded to.
+BOUNDS = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 2e-2}
+
+
+def probe_ids(got: Loaded, rows: int = 4, T: int = 64) -> np.ndarray:
+    """Ids [rows, T] to compare models on: held-out text of the base if it has any, else random ones."""
+    T = min(T, got.config.context)
+    held = [row["ids"][:T] for domain in got.held_out.values() for row in domain.rows]
+    if held and len(held[0]) == T:
+        return np.stack([held[i * len(held) // rows] for i in range(rows)])
+    return np.random.default_rng(0).integers(0, got.tokenizer.vocab_size, (rows, T))
+
+
+def logits_of(got: Loaded, ids: np.ndarray) -> np.ndarray:
+    """What base + adapter computes for ids, fp32."""
+    model, bound, context = got.bound
+    return np.asarray(jax.jit(lambda b: forward(model, b, jnp.asarray(ids), context=context)[0])(bound), np.float32)
+
+
+def compare(before: np.ndarray, after: np.ndarray, bound: float, what: str) -> dict[str, float]:
+    """{largest difference of logits, mean and largest KL(before || after) in nats a token}; says them.
+
+    Raises InputError above `bound`.
+    """
+    V = min(before.shape[-1], after.shape[-1])  # a vocabulary may have been padded
+    a, b = (_log_softmax(x[..., :V].astype(np.float64)) for x in (before, after))
+    kl = np.maximum((np.exp(a) * (a - b)).sum(-1), 0)
+    found = {"max_difference": float(np.abs(before[..., :V] - after[..., :V]).max()), "kl_mean": float(kl.mean()),
+             "kl_max": float(kl.max())}  # fmt: skip
+    text = (f"{what}: logits differ by at most {found['max_difference']:.2e}, KL {found['kl_mean']:.2e} nats a token "
+            f"(largest {found['kl_max']:.2e}) on {before.shape[0]} x {before.shape[1]} tokens")  # fmt: skip
+    if not found["kl_mean"] <= bound:  # NaN fails too
+        raise InputError(f"{text}, above --bound {bound:g}; nothing was written. A wider --dtype rounds less")
+    console.print(f"{text}: below {bound:g}", soft_wrap=True)
+    return found
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+def widest(params: Any) -> str:
+    """The dtype most of the bytes have."""
+    return max(jax.tree.leaves(params), key=lambda x: x.nbytes).dtype.name
