@@ -1,5 +1,6 @@
 """DoRA: LoRA of the directions of a matrix's columns, and their lengths by themselves (arXiv:2402.09353)."""
 
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -23,12 +24,15 @@ class DoRAWeight(LoRAWeight):
         return super().__getitem__(ids) * self.factor()
 
     def factor(self) -> Array:
-        """m / |w + a b| of each column."""
+        """m / |w + a b| of each column; 1 where the length is 0, so that a column of zeros can begin to train."""
         w = self.w.dense() if isinstance(self.w, Weight) else self.w
-        # |w + a b|^2 without w + a b: |w|^2 + 2 w.(a b) + |a b|^2
-        cross, square = ((self.a.T @ w) * self.b).sum(0), (((self.a.T @ self.a) @ self.b) * self.b).sum(0)
-        length = jax.lax.stop_gradient(jnp.sqrt(jnp.square(w).sum(0) + 2 * cross + square))
-        return jnp.where(jnp.isnan(self.m), length, self.m) / length
+        wide = partial(jnp.matmul, preferred_element_type=jnp.float32)  # in float16 the square of 1e-4 is 0
+        b = self.b.astype(jnp.float32)
+        # |w + a b|^2 without w + a b: |w|^2 + 2 w.(a b) + |a b|^2, which rounding can make less than 0
+        cross, square = (wide(self.a.T, w) * b).sum(0), ((wide(self.a.T, self.a) @ b) * b).sum(0)
+        square = jax.lax.stop_gradient(jnp.square(w.astype(jnp.float32)).sum(0) + 2 * cross + square)
+        length = jnp.sqrt(jnp.where(square > 0, square, 1))
+        return jnp.where((square > 0) & ~jnp.isnan(self.m), self.m / length, 1).astype(self.m.dtype)
 
 
 class DoRA(LoRA):

@@ -12,10 +12,10 @@ from .residual import asked, begin, lessen
 
 
 def principal(w: Array, scale: Any, rank: int) -> tuple[Array, Array]:
-    """(U, V) (S / scale)^1/2 of the `rank` largest singular values."""
+    """(U, V) (S / scale)^1/2 of the `rank` largest singular values; A has U itself where S is 0, so that it trains."""
     u, s, v = jnp.linalg.svd(w, full_matrices=False)
     root = jnp.sqrt(s[:rank] / scale)
-    return u[:, :rank] * root, root[:, None] * v[:rank]
+    return u[:, :rank] * jnp.where(root > 0, root, 1), root[:, None] * v[:rank]
 
 
 class PiSSA(LoRA):

@@ -6,6 +6,7 @@ import re
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,10 +14,11 @@ import pytest
 from faulty import CASES, STEPS, copied, good, last, life, programs, runs, whole  # noqa: F401
 from graftax import InputError, peft
 from graftax.data import loader
+from graftax.model.tree import replace
 from graftax.peft import LoRA, Subset
 from graftax.train import distributed, faults, health, loop, outcome, stop
 from graftax.train.checkpoint import Checkpoints
-from graftax.train.config import Optim, from_json
+from graftax.train.config import Optim, Run, from_json
 from graftax.train.loop import row_sum, train
 from graftax.train.optim import schedule
 from graftax.train.progress import read_metrics
@@ -342,6 +344,16 @@ def test_too_many_bad_batches_stop_the_run(runs, tmp_path, monkeypatch):  # noqa
     got = load_run(run.out)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(got.trainable))
     assert life(monkeypatch, run) is None, "with better rows it goes on"
+
+
+@pytest.mark.parametrize("number", [np.nan, -np.inf])
+def test_a_base_that_is_not_finite(number, base, monkeypatch):
+    spoilt = replace(base.params, {"layers/mlp/up": base.params["layers"]["mlp"]["up"].at[1, 2, 3].set(number)})
+    monkeypatch.setattr(health, "load_run", lambda *args, **kwargs: SimpleNamespace(base=spoilt))
+    run = Run(phase="finetune", base="runs/base")
+    said(lambda: health.load_base(run, None), "runs/base: the parameter layers/mlp/up holds NaN or infinity", "another")
+    monkeypatch.setattr(health, "load_run", lambda *args, **kwargs: SimpleNamespace(base=base.params))
+    assert health.load_base(run, None).base is base.params
 
 
 def test_a_state_that_is_not_finite_is_not_saved(runs, tmp_path, monkeypatch):  # noqa: F811

@@ -10,7 +10,7 @@ import optax
 import pytest
 from graftax import InputError, peft
 from graftax.model import forward, generate
-from graftax.model.tree import named, paths
+from graftax.model.tree import is_stacked, named, nested, paths
 from graftax.peft import Subset
 from graftax.train.config import Optim
 from graftax.train.optim import make_optimizer
@@ -50,14 +50,42 @@ def plain(model, params):
     return model.apply({"params": params}, BATCH["ids"], BATCH["positions"], BATCH["segments"])
 
 
+@pytest.fixture(scope="session")
+def base_with_zeros(base):
+    """The same shapes, with a zero row and column in every matrix, and one layer whose queries are all 0."""
+
+    def emptied(path, x):
+        if x.ndim - is_stacked(path) < 2:
+            return x
+        x = x.at[..., 0, :].set(0).at[..., 0].set(0)
+        return x.at[-1].set(0) if path == "layers/attn/q" else x
+
+    return base._replace(params=nested({path: emptied(path, x) for path, x in named(base.params).items()}))
+
+
 @every_method
 def test_1_identity_at_init(base, method):
+    begins_as_the_base(base, method)
+
+
+@every_method
+def test_1_2_hold_on_a_base_with_zeros(base_with_zeros, method):
+    begins_as_the_base(base_with_zeros, method)
+    trains(base_with_zeros, method)
+
+
+def begins_as_the_base(base, method):
     difference = jnp.abs(outputs(base, method, begun(base, method))[0] - plain(base.model, base.params))
     assert (float(difference.max()) <= 1e-5) == method.identity
 
 
 @every_method
 def test_2_frozen_stays_and_trainable_moves(base, method):
+    trains(base, method)
+
+
+def trains(base, method):
+    """Four steps move every trainable leaf and no frozen one; a step with NaN moves nothing."""
     frozen, state, step = stepper(base, method)
     before, start = jax.tree.map(np.array, frozen), state.trainable
     for i in range(4):

@@ -1,9 +1,11 @@
 """Methods beyond the laws: counts, partition, chains, and errors."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from graftax import InputError, peft
 from graftax.model import presets
@@ -27,6 +29,7 @@ from graftax.peft import (
 )  # fmt: skip
 from graftax.peft.lokr import split
 from graftax.peft.lora import LoRAWeight
+from graftax.peft.pissa import principal
 from graftax.train.added_tokens import trained
 from graftax.train.config import Optim, Run
 from graftax.train.optim import make_optimizer
@@ -211,6 +214,40 @@ def test_b_learns_faster_in_lora_plus(base):
         moved[type(method)] = jax.tree.map(lambda a, b: a - b, after, state.trainable)["layers/attn/q"]
     close(moved[LoRAPlus]["a"], moved[LoRA]["a"])
     close(moved[LoRAPlus]["b"], 8 * moved[LoRA]["b"])
+
+
+def test_dora_of_a_matrix_with_columns_of_zeros():
+    """HF PEFT divides 0 by 0 there. The factor of such a column is 1, so that B, and then m, can move it."""
+    w = np.float32([[1, 0, 1e-4]] * 6)
+    a, b, x = np.ones((1, 6, 2), np.float32), np.zeros((1, 2, 3), np.float32), np.float32([range(6), range(6, 12)])
+    start = {"layers/attn/q": {"a": a, "b": b, "m": np.linalg.norm(w, axis=0)[None]}}
+
+    @partial(jax.jit, static_argnums=1)
+    def out(trainable, dtype=jnp.float32):
+        bound = DoRA(where="layers/attn/q").bind({"layers": {"attn": {"q": w[None]}}}, trainable)["layers"]["attn"]["q"]
+        return x.astype(dtype) @ jax.tree.map(lambda leaf: leaf[0].astype(dtype), bound)
+
+    @jax.jit
+    def step(trainable):
+        slopes = jax.grad(lambda t: (out(t) - 1).var())(trainable)
+        return jax.tree.map(lambda p, g: p - 0.01 * g, trainable, slopes), slopes["layers/attn/q"]
+
+    for dtype in (jnp.float32, jnp.float16):  # in which the square of 1e-4 is 0
+        close(out(start, dtype), x.astype(dtype) @ w.astype(dtype))
+    first, slopes = step(start)
+    assert (slopes["b"][..., 1] != 0).all()
+    second, slopes = step(first)
+    assert slopes["m"][0, 1] != 0
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((second, slopes)))
+    cancelled = {"layers/attn/q": start["layers/attn/q"] | {"a": -a, "b": np.full_like(b, 1 / 16)}}  # w + a b = 0
+    assert jnp.isfinite(out(cancelled)).all()
+
+
+def test_pissa_trains_where_a_matrix_has_no_more_singular_values():
+    for w in (jnp.zeros((6, 4)), jnp.zeros((6, 4)).at[0, 1].set(3)):
+        a, b = principal(w, 2.0, 3)
+        close(2 * a @ b, w)
+        assert (jnp.linalg.norm(a, axis=0) > 0).all()
 
 
 def test_dora_is_its_formula(base):

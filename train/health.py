@@ -13,6 +13,7 @@ from ..model.tree import paths
 from . import distributed
 from .commit import write_whole
 from .config import Run
+from .runs import Loaded, load_run
 
 
 class Health:
@@ -49,13 +50,29 @@ class Health:
 
 def must_be_finite(trainable: Any, step: int, run: Run) -> None:
     """InputError naming the first parameter with NaN or infinity in it: such a state is not saved."""
-    flat = {path: x for path, x in paths(trainable) if jnp.issubdtype(x.dtype, jnp.inexact)}
-    for path, fine in jax.device_get(_finite(flat)).items():
-        if not fine:
-            raise InputError(
-                f"{run.out}: at step {step} {path} is not finite, so nothing was saved of it; lower --optim.lr, then "
-                "go on with --resume"
-            )
+    for path in not_finite(trainable):
+        raise InputError(
+            f"{run.out}: at step {step} {path} is not finite, so nothing was saved of it; lower --optim.lr, then "
+            "go on with --resume"
+        )
+
+
+def load_base(run: Run, mesh: Any) -> Loaded:
+    """The base that a run trains on. Raises InputError for a parameter of it that holds NaN or infinity."""
+    got = load_run(run.base, mesh, layers=run.layers, quantize=run.quantize, verify=run.verify)
+    if bad := not_finite(got.base):
+        others = f" ({len(bad) - 1} other parameters do, too)" if len(bad) > 1 else ""
+        raise InputError(
+            f"{run.base}: the parameter {bad[0]} holds NaN or infinity{others}, so nothing can be trained on it; copy "
+            "the base again, or take an earlier checkpoint or another base"
+        )
+    return got
+
+
+def not_finite(tree: Any) -> list[str]:
+    """The paths of the arrays of a tree that hold NaN or infinity; each array is read once, where it is."""
+    flat = {path: x for path, x in paths(tree) if jnp.issubdtype(x.dtype, jnp.inexact)}
+    return [path for path, fine in jax.device_get(_finite(flat)).items() if not fine]
 
 
 @jax.jit

@@ -15,10 +15,11 @@ from . import distributed, report
 from .added_tokens import untrained
 from .config import Run
 from .digests import contents
+from .health import load_base
 from .inputs import check_lengths, corpus_and_tokenizer, tuning_rows, validation_rows
 from .program import layout
 from .progress import console
-from .runs import laid, load_run, numerics, place
+from .runs import laid, numerics, place
 from .step import State
 
 
@@ -73,7 +74,7 @@ def _tuning(run: Run, mesh: Any, work: Path) -> Phase:
     if not run.base:
         raise InputError("fine-tuning starts from a base: give --base RUN, a Hugging Face folder, or a hub id")
     distributed.agree("the base", {"base": contents(Path(run.base))})
-    base = load_run(run.base, mesh, layers=run.layers, quantize=run.quantize, verify=run.verify)
+    base = load_base(run, mesh)
     config = numerics(base.config, run.dtype, run.remat)
     check_lengths(run.data, config.context)
     task, sft = tuning_rows(run.data, run.seed, base.tokenizer, config.V)

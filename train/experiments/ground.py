@@ -16,11 +16,12 @@ from ..added_tokens import untrained
 from ..checkpoint import Checkpoints
 from ..config import Run, to_json
 from ..evaluate import held_out_losses, mean_loss
+from ..health import load_base
 from ..inputs import check_lengths, tuning_rows, validation_rows
 from ..outcome import rows_loss
 from ..phase import Phase, resolve_method
 from ..program import start
-from ..runs import Loaded, load_run, numerics, place
+from ..runs import Loaded, numerics, place
 from ..step import init_state
 from .cells import Cell
 
@@ -43,8 +44,7 @@ class Ground:
         key = (run.base, run.layers, run.quantize)
         if self._base is None or self._base[0] != key:
             self._base = None
-            got = load_run(run.base, self.mesh, layers=run.layers, quantize=run.quantize, verify=run.verify)
-            self._base = key, got
+            self._base = key, load_base(run, self.mesh)
         return self._base[1]
 
     def model(self, run: Run) -> tuple[Transformer, Any]:
