@@ -6,6 +6,7 @@ target is not to be learned (padding, the end of a document); `segments` int32, 
 """
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,14 +89,19 @@ def fingerprint(docs: Sequence[Document], tokenizer: Tokenizer) -> str:
 def tokenize(docs: Sequence[Document], tokenizer: Tokenizer, cache_dir: Path | str | None = None) -> Tokens:
     """The tokens of `docs`, read from `cache_dir` when the same documents and tokenizer were there before.
 
-    InputError when the cached file is damaged.
+    A cache that cannot be read or written is not used, and a line says so. InputError when what is in it is damaged.
     """
     if cache_dir is None:
         return _tokenize(docs, tokenizer)
-    folder = Path(cache_dir) / fingerprint(docs, tokenizer)
-    if not folder.is_dir():
-        _write(folder, _tokenize(docs, tokenizer))
-    return _read(folder)
+    folder, made = Path(cache_dir) / fingerprint(docs, tokenizer), None
+    try:
+        if not folder.is_dir():
+            made = _tokenize(docs, tokenizer)
+            _write(folder, made)
+        return _read(folder)
+    except OSError as error:  # no right to read or write it, no room: not damage
+        logging.getLogger("graftax").warning(f"without a cache: {folder}: {error.strerror or error}")
+        return made or _tokenize(docs, tokenizer)
 
 
 def _tokenize(docs: Sequence[Document], tokenizer: Tokenizer) -> Tokens:
@@ -140,6 +146,6 @@ def _read(folder: Path) -> Tokens:
         digest = (folder / "digest").read_text()
         if _digest(flat, offsets) == digest:
             return Tokens(flat, offsets, digest)
-    except (OSError, ValueError, EOFError):
+    except (FileNotFoundError, ValueError, EOFError):
         pass
     raise InputError(f"{folder}: the cached tokens are damaged; delete this folder, it is made again")

@@ -13,6 +13,7 @@ if version("jaxlib").startswith("0.10."):
 os.environ["XLA_FLAGS"] = flags + os.environ.get("XLA_FLAGS", "")  # of two that differ, the last one counts
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".cache")  # tokens; the user's own cache is no test's
 
 import jax  # noqa: E402
 

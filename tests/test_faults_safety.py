@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import pickle
 import shutil
 import struct
@@ -10,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import huggingface_hub.constants
+import jax
 import numpy as np
 import pytest
 from graftax.data import chat
@@ -21,6 +23,8 @@ from graftax.data.tasks import tasks
 from graftax.data.tokenizer import load_tokenizer
 from graftax.model.hf_files import fetch, header, index, shards
 from graftax.peft import hf as adapters
+from graftax.train import cli
+from graftax.train.caches import cache_folder
 from graftax.train.cli import main
 from graftax.train.config import Run, to_json
 from graftax.train.inputs import load_held_out, save_held_out
@@ -209,6 +213,67 @@ def test_a_strange_tokenizer(text, tmp_path):
     keep = old if name == "tokenizer.json" else {"added_tokens_decoder": None}
     (tmp_path / "t" / name).write_text(json.dumps(keep)[:-1] + ", " + text[1:])
     said(lambda: load_tokenizer(tmp_path / "t"), *STRANGE[text])
+
+
+# --- caches ---
+
+
+def test_a_cache_is_the_users_own(tmp_path, monkeypatch, capsys):
+    """Made private, in the user's folder, whatever the current one holds; what others could write is not used."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".cache" / "jax").mkdir(parents=True)  # a repository that brings programs
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    before = os.umask(0o002)
+    folder = cache_folder("jax")
+    os.umask(before)
+    assert folder == tmp_path / "xdg" / "graftax" / "jax"
+    assert [oct(path.stat().st_mode)[-3:] for path in (folder.parent, folder)] == ["700", "700"]
+    assert cache_folder("data", "") is None
+    assert cache_folder("data", "mine") == Path("mine")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, as its specification has it
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_folder("data") == tmp_path / "home" / ".cache" / "graftax" / "data"
+    (tmp_path / "file").write_text("")
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o775)
+    foreign = "belongs to another user" if os.geteuid() == 0 else "can be written to by others"
+    if os.geteuid() == 0:
+        (tmp_path / "shared").chmod(0o755)
+        os.chown(tmp_path / "shared", 12345, -1)
+    for given, words in (("file", "cannot be made (File exists)"), ("shared", foreign), ("file/x", "cannot be made")):
+        assert cache_folder("data", str(tmp_path / given)) is None
+        line = capsys.readouterr().err
+        assert line.startswith(f"without a cache: {tmp_path / given} {words}")
+        assert line.count("\n") == 1
+    folder.chmod(0o770)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    asked = []
+    monkeypatch.setattr(cli, "keep_memory", lambda: None)
+    monkeypatch.setattr(type(jax.config), "update", lambda self, key, value: asked.append(key))
+    monkeypatch.setattr("sys.argv", ["graftax", "lineage", "none"])
+    for argv, keys in ((["lineage", "none"], 0), (["eval", "none"], 1)):
+        monkeypatch.setattr("sys.argv", ["graftax", *argv])
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+        with pytest.raises(SystemExit):
+            main()
+        assert len(asked) == keys, "no folder of compiled programs, and for the first command no more than that"
+    assert "can be written to by others; chmod go-w" in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_used_is_not_damaged(tok, tmp_path, monkeypatch, caplog):  # noqa: F811
+    docs = [Document("a", "some words")]
+    wanted = tokenize(docs, tok)
+    (tmp_path / "file").write_text("")
+    assert (tokenize(docs, tok, tmp_path / "file").flat == wanted.flat).all()
+    tokenize(docs, tok, tmp_path / "cache")
+
+    def load(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(np, "load", load)
+    assert (tokenize(docs, tok, tmp_path / "cache").flat == wanted.flat).all()
+    assert [record.message.rpartition(": ")[2] for record in caplog.records] == ["Not a directory", "Permission denied"]
 
 
 # --- adapters ---

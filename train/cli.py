@@ -186,6 +186,9 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], Any]]] = {
 }
 
 
+READING = ("lineage", "masks", "methods")  # these compile nothing, and leave nothing behind
+
+
 def usage() -> str:
     lines = [f"graftax {__version__}: pretrain a base, graft onto it", "", "graftax COMMAND --help", ""]
     return "\n".join(lines + [f"  {name:10} {about}" for name, (about, _) in COMMANDS.items()])
@@ -199,11 +202,13 @@ def keep_memory() -> None:
 
 
 def keep_compilations() -> None:
-    """Reuse compiled programs between commands: `.cache/jax` here, or where JAX_COMPILATION_CACHE_DIR says."""
+    """Reuse compiled programs between commands: in the user's cache, or where JAX_COMPILATION_CACHE_DIR says."""
     import jax
 
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(Path(".cache/jax").absolute()))
+    from .caches import cache_folder
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR") and (folder := cache_folder("jax")):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
@@ -220,7 +225,8 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(f"no command {name!r}{close(name, COMMANDS)}; there are {', '.join(COMMANDS)}")
         if argv is None:
             keep_memory()
-            keep_compilations()
+            if name not in READING:
+                keep_compilations()
         if name in ("pretrain", "finetune"):
             result = together(processes, lambda: COMMANDS[name][1](rest))
         elif processes:

@@ -72,7 +72,7 @@ class Data:
     held_out: float = 0.02  # part of the documents that no training row comes from
     vocab: int = 4096  # pieces of a tokenizer trained on the domains
     tokenizer: str = ""  # a file or folder to use instead
-    cache: str = ".cache/data"  # tokenised domains; empty: none
+    cache: str = "auto"  # a folder for tokenised domains; auto: the user's own (train/caches.py); empty: none
     bad: Policy = "error"  # a row that cannot be used: is an error, is left out, is repaired where that can be
     bad_cap: float = 0.01  # part of the rows that may be left out or repaired
 

@@ -17,6 +17,7 @@ from ..data.sft import Sft, sft_rows
 from ..data.sources import Document, documents, five_domains, is_held_out
 from ..data.tasks import Task, file_task, tasks
 from ..data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from .caches import cache_folder
 from .config import Data, close
 from .progress import console
 
@@ -64,7 +65,8 @@ def corpus_and_tokenizer(data: Data, seed: int, work: Path) -> tuple[Corpus, Tok
         texts = (d.text for docs in first.values() for d in docs if not is_held_out(d.id, data.held_out))
         tokenizer = train_tokenizer(texts, work / "tokenizer.model", data.vocab)
     weights = {name: weight for name, _, weight in data.domains}
-    corpus = pretrain_rows(domains, weights, tokenizer, data.T, seed, data.held_out, data.cache or None)
+    cache = cache_folder("data", data.cache)
+    corpus = pretrain_rows(domains, weights, tokenizer, data.T, seed, data.held_out, cache)
     _say(bad, sum(corpus.dropped.values()))
     return corpus, tokenizer
 
