@@ -14,9 +14,10 @@ from typing import Any
 import jax
 
 from .. import InputError
+from .pattern import Pattern, pattern
 
 Rules = Sequence[tuple[str, Any]]
-_RANGE = re.compile(r"\[(-?\d*)(:?)(-?\d*)\]")
+_RANGE = re.compile(r"(?<=layers/)\[(?:(-?\d{1,9})?:(-?\d{1,9})?|(-?\d{1,9}))\]/")
 _CUT = re.compile(r"\[(\d+):(\d+)\]")
 _NONE = object()
 
@@ -99,19 +100,14 @@ def spread(tree: Any) -> Iterator[tuple[str, str, range | None]]:
         yield path, name, range(depth) if depth else layers
 
 
-def _compiled(rule: str, depth: int) -> tuple[re.Pattern[str], range | None]:
+def _compiled(rule: str, depth: int, what: str) -> tuple[Pattern, range | None]:
     """A rule as (regex over canonical names, the layers it picks)."""
-    layers, found = None, re.search(r"(?<=layers/)" + _RANGE.pattern + "/", rule)
+    layers, found = None, _RANGE.search(rule)
     if found:
-        start, colon, stop = found.groups()
-        index = slice(*(int(x) if x else None for x in (start, stop))) if colon else None
-        one = int(start) if start and not colon else 0
-        layers = range(depth)[index] if index else range(depth)[one : one + 1 or None]
+        start, stop, one = (int(x) if x else None for x in found.groups())
+        layers = range(depth)[start:stop] if one is None else range(depth)[one : one + 1 or None]
         rule = rule[: found.start()] + rule[found.end() :]
-    try:
-        return re.compile(rule), layers
-    except re.error as error:
-        raise InputError(f"rule {rule!r} is not a regular expression: {error}") from None
+    return pattern(rule, what), layers
 
 
 def match(rules: Rules, tree: Any, default: Any = _NONE, what: str = "rule") -> dict[str, list[Any]]:
@@ -121,7 +117,7 @@ def match(rules: Rules, tree: Any, default: Any = _NONE, what: str = "rule") -> 
     """
     leaves = list(spread(tree))
     depth = max((layers.stop for _, _, layers in leaves if layers), default=0)
-    compiled = [(*_compiled(rule, depth), value) for rule, value in rules]
+    compiled = [(*_compiled(rule, depth, what), value) for rule, value in rules]
     hits, used, values = [0] * len(compiled), [False] * len(compiled), {}
     for path, name, layers in leaves:
         row: list[Any] = []
@@ -143,7 +139,7 @@ def match(rules: Rules, tree: Any, default: Any = _NONE, what: str = "rule") -> 
         if not has_effect:
             raise InputError(f"{what} {rule!r} is never reached: rules before it match all that it does; put it first")
         for part in alternatives(rule):
-            regex, _ = _compiled(part, depth)
+            regex, _ = _compiled(part, depth, what)
             if not any(regex.fullmatch(name) for name in names):
                 raise InputError(f"{what} {rule!r}: its part {part!r} matches no parameter{nearest(part, names)}")
     return values

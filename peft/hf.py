@@ -12,6 +12,7 @@ import numpy as np
 from .. import InputError
 from ..model import Config
 from ..model.hf_files import empty, header, read_json
+from ..model.pattern import patterns_of
 from .base import Method
 from .hf_build import build
 from .hf_constants import ask, constants, held, joined, parted, remember, remembered
@@ -30,7 +31,9 @@ def method_from_config(adapter_config: Mapping[str, Any], config: Config) -> Met
     Raises InputError for a type, a key or a target that is not known. What an adapter file holds besides what trains
     (VeRA's projections, SHiRA's places) is drawn from a seed here; `load` takes the file's.
     """
-    return build(complete(adapter_config, CONFIG), config, CONFIG)
+    c = complete(adapter_config, CONFIG)
+    with patterns_of(CONFIG):
+        return build(c, config, CONFIG)
 
 
 def load(folder: str | Path, config: Config, params: Any) -> tuple[Method, Any]:
@@ -44,7 +47,8 @@ def load(folder: str | Path, config: Config, params: Any) -> tuple[Method, Any]:
         raise InputError(f"{folder}: has no {CONFIG}; give the folder that save_pretrained wrote")
     c = complete(read_json(folder / CONFIG), str(folder / CONFIG))
     tensors = read(folder)
-    method = build(ask(c, tensors), config, str(folder / CONFIG))
+    with patterns_of(folder / CONFIG):
+        method = build(ask(c, tensors), config, str(folder / CONFIG))
     structure = jax.eval_shape(method.init, jax.random.key(0), params)
     tensors = parted(c, tensors, structure, folder)
     found = entries(method, structure, config)

@@ -1,12 +1,12 @@
 """A method from an HF PEFT config: modules with the same settings together, what trains beside them in a chain."""
 
 import dataclasses
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from .. import InputError
 from ..model import Config, shapes_of
+from ..model.pattern import pattern
 from ..model.tree import named, nearest
 from .base import Method, chain
 from .hf_names import Module, family_of, modules, resolve, rules_of, where_of
@@ -105,8 +105,8 @@ def _ia3(c: dict[str, Any], picked: Mapping[str, Module], config: Config) -> Met
     inner = c["feedforward_modules"]
     if inner is None:
         inner = _FEEDFORWARD.get(family_of(config), ["down_proj"])
-    pattern = isinstance(inner, str)
-    before = {m for m in picked if (re.fullmatch(inner, m) if pattern else any(m.endswith(f) for f in inner))}
+    whole = isinstance(inner, str)
+    before = {m for m in picked if (pattern(inner).fullmatch(m) if whole else any(m.endswith(f) for f in inner))}
     at = lambda names: where_of([(picked[m].path, picked[m].layer) for m in names], config.L)  # noqa: E731
     return _class("IA3")(where=at([m for m in picked if m not in before]), inner=at([m for m in picked if m in before]))
 

@@ -1,12 +1,12 @@
 """The values of an adapter_config.json before anything is made of them: for a wrong type one line, no traceback."""
 
 import math
-import re
 import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from .. import InputError
+from ..model.pattern import Pattern
 
 
 def _texts(value: Any) -> bool:
@@ -62,7 +62,7 @@ def check(c: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> None
             raise InputError(f"{where}: {key} is {reprlib.repr(value)}; {wanted} is wanted")
         if key.endswith(("_modules", "_pattern", "_to_save")):
             for pattern in [value] if isinstance(value, str) else value:
-                _compiles(pattern, f"{where}: {key}")
+                Pattern(pattern, f"{where}: {key}")
     if c.get("boft_block_size") == 0 and not c.get("boft_block_num"):
         raise InputError(f"{where}: boft_block_size and boft_block_num are 0; one of the two is wanted")
 
@@ -77,31 +77,3 @@ def _like(default: Any) -> _Rule:
     if isinstance(default, float):
         return _number, "a finite number"
     return lambda v: isinstance(v, str), "text"
-
-
-def _compiles(pattern: str, where: str) -> None:
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise InputError(f"{where}: {reprlib.repr(pattern)} is not a pattern ({error}); mend it") from None
-    # Python's re has no time limit, and somebody else wrote this: what could try for ever is not tried.
-    if _endless(re._parser.parse(pattern)) or len(re.findall(r"[*+{]", pattern)) > 6:  # type: ignore[attr-defined]
-        raise InputError(f"{where}: {reprlib.repr(pattern)} repeats what repeats or branches, or repeats more than 6 "
-                         "times, which can take for ever to match; write it simpler")  # fmt: skip
-
-
-def _endless(parsed: Any, inside: bool = False) -> bool:
-    """Whether a parsed pattern repeats what repeats, branches or may be left out: its ways to match can multiply."""
-    for op, args in parsed:
-        name = str(op)
-        if name == "BRANCH" and (inside or any(_endless(part) for part in args[1])):
-            return True
-        if name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
-            low, high, part = args
-            if (inside and low != high) or _endless(part, inside or int(high) > 1):
-                return True
-        if name in ("SUBPATTERN", "ATOMIC_GROUP", "ASSERT", "ASSERT_NOT"):
-            part = args if name == "ATOMIC_GROUP" else args[-1]
-            if _endless(part, inside):
-                return True
-    return False

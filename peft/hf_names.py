@@ -1,7 +1,6 @@
 """Which matrices an HF PEFT config means: module paths of transformers <-> parameters here, and back to a config."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,6 +8,7 @@ from .. import InputError
 from ..model import Config, shapes_of
 from ..model.hf_config import config_to_hf
 from ..model.hf_families import families
+from ..model.pattern import pattern
 from ..model.tree import is_stacked, named, nearest, runs
 
 PREFIX = "base_model.model."
@@ -81,9 +81,9 @@ def resolve(c: Mapping[str, Any], config: Config, where: str) -> dict[str, Modul
                              "adapts the output projection alone then, which is not here; leave it out")  # fmt: skip
     kept, left_out = _listed(c.get("modules_to_save")), _listed(c.get("exclude_modules"))
     if isinstance(c.get("exclude_modules"), str):
-        picked = [m for m in picked if not re.fullmatch(c["exclude_modules"], m)]
+        picked = [m for m in picked if not pattern(c["exclude_modules"]).fullmatch(m)]
     picked = [m for m in picked if not _matches(m, left_out)]
-    picked = [m for m in picked if not any(re.match(rf"(^|.*\.){k}($|\..*)", m) for k in kept)]
+    picked = [m for m in picked if not any(pattern(rf"(^|.*\.){k}($|\..*)").match(m) for k in kept)]
     if not picked:
         names = {m.split(".")[-1] for m in found}
         wanted = wanted if isinstance(wanted, str) else ", ".join(sorted(wanted))
@@ -98,7 +98,7 @@ def _listed(value: Any) -> list[str]:
 def _matches(module: str, wanted: Any) -> bool:
     """HF PEFT's rule: a string is a pattern of the whole path, a list holds paths or their last parts."""
     if isinstance(wanted, str):
-        return bool(re.fullmatch(wanted, module))
+        return pattern(wanted).fullmatch(module)
     return any(module == w or module.endswith(f".{w}") for w in wanted)
 
 
@@ -108,21 +108,21 @@ def _layer(module: str, wanted: Any, c: Mapping[str, Any]) -> bool:
     if only is None or only == [] or isinstance(wanted, str) or module in wanted:
         return True
     patterns = c.get("layers_pattern") or []
-    for pattern in [patterns] if isinstance(patterns, str) else patterns or [r"[^.]*"]:
-        if at := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
+    for name in [patterns] if isinstance(patterns, str) else patterns or [r"[^.]*"]:
+        if at := pattern(rf"(?:^|.*?\.){name}\.(\d+)\.").match(module):
             return int(at[1]) in ([only] if isinstance(only, int) else only)
     return False
 
 
 def by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """rank_pattern, alpha_pattern: the value of the first key that is a pattern of the path's end, from a dot on."""
-    return next((v for k, v in (patterns or {}).items() if re.match(rf"(.*\.)?({k})$", module)), default)
+    return next((v for k, v in (patterns or {}).items() if pattern(rf"(.*\.)?({k})$").match(module)), default)
 
 
 def by_suffix(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """n_frequency_pattern, block_size_pattern: the same of paths longer than the key, or the path itself."""
     values = patterns or {}
-    return next((v for k, v in values.items() if re.match(rf".*\.{k}$", module)), values.get(module, default))
+    return next((v for k, v in values.items() if pattern(rf".*\.{k}$").match(module)), values.get(module, default))
 
 
 def rules_of(values: Mapping[tuple[str, int | None], Any], L: int) -> list[tuple[str, Any]]:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..model import tree
+from ..model.pattern import BadPattern
 from ..model.tree import Rules
 
 Where = str | Rules
@@ -45,7 +46,7 @@ def select(where: Where, params: Any) -> dict[str, list[tuple[int, int]]]:
     try:
         values = tree.match(rules(where), params, default=False)
     except tree.InputError as error:
-        if not isinstance(where, str) or "/" in where or where in named:
+        if isinstance(error, BadPattern) or not isinstance(where, str) or "/" in where or where in named:
             raise
         close = tree.nearest(where, named)
         raise tree.InputError(f"{error}{close} (masks by name: {', '.join(named)}, last_K)") from None

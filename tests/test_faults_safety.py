@@ -21,6 +21,7 @@ from graftax.data.sft import sft_rows
 from graftax.data.sources import Document, documents
 from graftax.data.tasks import tasks
 from graftax.data.tokenizer import load_tokenizer
+from graftax.model import pattern
 from graftax.model.hf_files import fetch, header, index, shards
 from graftax.peft import hf as adapters
 from graftax.train import cli
@@ -287,6 +288,7 @@ def renamed(old, new):
     return change
 
 
+SLOW = ".|..|...)+[!?]"  # its ways to match n letters grow as 1.8^n
 WANTED = "Those that save_pretrained writes are wanted"
 ADAPTERS = {  # name: (what is done to its tensors, changed keys, words)
     "missing": (lambda t: t.pop(Q), {}, (f"1 missing: {Q}", WANTED)),
@@ -302,9 +304,20 @@ ADAPTERS = {  # name: (what is done to its tensors, changed keys, words)
     "alpha": (None, {"lora_alpha": float("nan")}, ("lora_alpha is nan", "a finite number is wanted")),
     "a switch": (None, {"use_dora": "yes"}, ("use_dora is 'yes'", "true or false is wanted")),
     "targets": (None, {"target_modules": [3]}, ("target_modules is [3]", "a pattern or a list of names is wanted")),
-    "pattern": (None, {"target_modules": "(q"}, ("target_modules: '(q' is not a pattern", "mend it")),
-    "endless": (None, {"target_modules": "(.*)+x"}, ("repeats what repeats or branches", "write it simpler")),
-    "many": (None, {"target_modules": ".*" * 7}, ("repeats more than 6 times", "write it simpler")),
+    "pattern": (None, {"target_modules": "(q"}, ("target_modules '(q' is not a regular expression",)),
+    "endless": (
+        None,
+        {"target_modules": f"({SLOW}"},
+        ("takes more than 0.05 s to match 'model", "a repeat inside a repeat"),
+    ),
+    "endless key": (None, {"rank_pattern": {f"(?:{SLOW}": 2}}, ("takes more than 0.05 s to match 'model",)),
+    "endless list": (None, {"modules_to_save": [f"(?P<a>{SLOW}"]}, ("takes more than 0.05 s to match 'model",)),
+    "large": (None, {"target_modules": "((a{1000}){1000}){1000}"}, ("counts of more than 1,000 repeats",)),
+    "flags": (
+        None,
+        {"rank_pattern": {"(?i)q_proj": 2}},
+        ("is not a regular expression: global flags not at the start",),
+    ),
     "ranks": (None, {"rank_pattern": {"q_proj": -1}}, ("rank_pattern is {'q_proj': -1}", "of 1 or more is wanted")),
     "layers": (None, {"layers_to_transform": "0"}, ("layers_to_transform is '0'", "a layer or a list of layers")),
     "saved": (None, {"modules_to_save": "lm_head"}, ("modules_to_save is 'lm_head'", "a list of names is wanted")),
@@ -313,7 +326,8 @@ ADAPTERS = {  # name: (what is done to its tensors, changed keys, words)
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_a_bad_adapter(name, tmp_path):
+def test_a_bad_adapter(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(pattern, "SECONDS", 0.05)
     change, keys, words = ADAPTERS[name]
     config, _, params = base("llama")
     folder = changed("llama_lora", tmp_path / "bad", change, **keys)

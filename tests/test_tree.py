@@ -1,8 +1,12 @@
 """The rule language: paths, layer ranges, first match, errors that name the nearest."""
 
+import re
+import time
+
 import jax
 import pytest
 from graftax import InputError
+from graftax.model import pattern
 from graftax.model.tree import canonical, cut_key, match, named, nearest, nested, runs
 from graftax.peft import masks
 from tiny import make_base, same
@@ -35,6 +39,29 @@ def test_rules_pick_layers_alike_stacked_and_unrolled():
         assert set(ranges) == {f"layers/mlp/{n}" for n in ("gate", "up", "down")}
         assert all(r == [(layers[0], layers[-1] + 1)] for r in ranges.values())
         assert set(picked(where, unrolled)) == {f"layers/{i}/mlp/{n}" for n in ("gate", "up", "down") for i in layers}
+
+
+def test_a_rule_that_would_take_for_ever(base, tmp_path, monkeypatch):
+    """Somebody else's config.json, or rule: one line that names it, as those of a rule that is no pattern."""
+    monkeypatch.setattr(pattern, "SECONDS", 0.05)
+    began = time.process_time()
+    for file in ("runs/x/config.json", tmp_path / "other.json"):  # a second look at it takes no more time
+        with pytest.raises(InputError) as caught, pattern.patterns_of(file):
+            picked("layers/(([a-z/_]+)|.|..|...|....)+[!?]", base)
+        assert str(caught.value).startswith(
+            f"{file}: rule 'layers/(([a-z/_]+)|.|..|...|....)+[!?]' takes more than 0.05 s"
+        )
+    assert time.process_time() - began < 10
+    for rule, words in {
+        "layers/((a{1000}){1000}){1000}": "counts of more than 1,000 repeats",
+        "layers/attn/q{e}": "a brace without a count",  # an approximate match of `regex`
+        "layers/attn/[[:alpha:]]": "Possible nested set",
+        "layers/[-]/mlp/.*": "matches no parameter",
+        "layers/[]/mlp/.*": "is not a regular expression",
+        f"layers/[{'9' * 5000}]/mlp/.*": "matches no parameter",
+    }.items():
+        with pytest.raises(InputError, match=re.escape(words)):
+            picked(rule, base)
 
 
 def test_first_match_wins_and_layers_may_differ(base):

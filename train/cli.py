@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import InputError, __version__
+from ..model.pattern import patterns_of
 from .config import MALLOC, Run, close, from_json, method_class
 from .distributed import together
 
@@ -112,7 +113,8 @@ def _train(phase: str) -> Callable[[list[str]], Any]:
         run = run_of(phase, args)
         from .loop import train
 
-        folder = train(run)
+        with patterns_of(args[0]) if args[0].endswith(".json") else contextlib.nullcontext():
+            folder = train(run)
         return json.loads((folder / "summary.json").read_text("utf-8")) | {"out": str(folder)}
 
     return command

@@ -61,7 +61,7 @@ def load_base(run: Run, mesh: Any) -> Loaded:
     """The base that a run trains on. Raises InputError for a parameter of it that holds NaN or infinity."""
     got = load_run(run.base, mesh, layers=run.layers, quantize=run.quantize, verify=run.verify)
     if bad := not_finite(got.base):
-        others = f" ({len(bad) - 1} other parameters do, too)" if len(bad) > 1 else ""
+        others = f" (and so do {len(bad) - 1} more)" if len(bad) > 1 else ""
         raise InputError(
             f"{run.base}: the parameter {bad[0]} holds NaN or infinity{others}, so nothing can be trained on it; copy "
             "the base again, or take an earlier checkpoint or another base"

@@ -54,7 +54,7 @@ def make_optimizer(
     else:
         scaled = adam
     if optim.decay_where:
-        decay = _per_layer(match([(optim.decay_where, 1.0)], trainable, default=0.0), trainable)
+        decay = _per_layer(match([(optim.decay_where, 1.0)], trainable, default=0.0, what="decay rule"), trainable)
     else:
         decay = _by_path(trainable, lambda path, leaf: float(_layer_ndim(path, leaf) >= 2))
     return optax.chain(

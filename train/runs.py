@@ -17,6 +17,7 @@ from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..model import Config, Context, Transformer, hf, shapes_of
 from ..model.backend import backend
 from ..model.hf_files import fetch, is_hub_id
+from ..model.pattern import patterns_of
 from ..model.quantize import quantize, quantized
 from ..model.sharding import follow, shardings
 from ..model.tree import canonical, named, nested, paths
@@ -245,7 +246,8 @@ def load_run(
             raise InputError(f"{folder} was tuned on another base than {name} (fingerprint {manifest['base'][:12]}, "
                              f"this one has {below.fingerprint[:12]}); give its own with --base")  # fmt: skip
     make = partial(method.init, jax.random.key(0))
-    like = jax.eval_shape(make, shapes)
+    with patterns_of(folder / "config.json"):
+        like = jax.eval_shape(make, shapes)
     like = like if below else _as_written(like, manifest["leaves"].get("trainable", {}))
     if mesh is not None:
         like = sharded(like, follow(mesh, make, shapes, shardings(mesh, shapes)))
