@@ -166,6 +166,16 @@ def test_imported_with_more_tokens(hf_base, rows, tmp_path, capsys):
     assert n + 5 == load(tmp_path / "hf")[0].V
 
 
+def test_an_id_without_a_token_is_never_written(hf_base, rows, tmp_path, capsys):
+    """The likeliest ids are rows of the table that no token has."""
+    config, params = load(hf_base)
+    n, table = config.V - 3, params["embed"]["table"]
+    params["embed"]["table"] = table.at[n].set(9).at[n + 1].set(-9)
+    save(tmp_path / "base", config, params, like=hf_base)
+    assert command(capsys, "generate", tmp_path / "base", "--prompt", "red", "--new", 3)["tokens"] <= 3
+    assert "scores" in command(capsys, "eval", tmp_path / "base", "--task", rows, "--rows", 2)
+
+
 def test_a_native_base_is_exported_with_its_tokenizer(tmp_path, capsys):
     words = [f"{a}{b} " for a in "bcdfghjklm" for b in ("ar", "en", "il", "os")]
     tokenizer = train_tokenizer([" ".join(words)] * 50, tmp_path / "tok", 330)
