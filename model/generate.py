@@ -31,8 +31,10 @@ class Sampling:
             raise InputError(f"{self}: wanted temperature >= 0, top_k >= 0 (0 is off), 0 < top_p <= 1")
 
 
-def sample(key: Array, logits_BV: Array, how: Sampling) -> Array:
-    """The next token ids [B]."""
+def sample(key: Array, logits_BV: Array, how: Sampling, allowed_V: Any = None) -> Array:
+    """The next token ids [B], of those that `allowed_V` (bool, None: all) allows."""
+    if allowed_V is not None:
+        logits_BV = jnp.where(allowed_V, logits_BV, -jnp.inf)
     if how.temperature == 0:
         return logits_BV.argmax(-1).astype(jnp.int32)
     logits_BV = logits_BV.astype(jnp.float32) / how.temperature
@@ -59,7 +61,7 @@ def empty_cache(config: Config, B: int, S: int) -> dict[str, Any]:
     return {"positions": slots + S, "segments": slots, "index": jnp.int32(0), "layers": layers}
 
 
-def decode(model: Transformer, params: Any, past: Any, ids_BT: Array, lengths_B: Array, key: Array,
+def decode(model: Transformer, params: Any, past: Any, ids_BT: Array, lengths_B: Array, key: Array, allowed_V: Any,
            new: int, stop: tuple[int, ...], how: Sampling, tokens: int) -> Array:  # fmt: skip
     """ids [B, new] behind prompts that are padded to T: one prefill, then a token of each row a step."""
     B, T = ids_BT.shape
@@ -73,7 +75,7 @@ def decode(model: Transformer, params: Any, past: Any, ids_BT: Array, lengths_B:
 
     def step(state: Any) -> Any:
         i, logits, cache, done, out = state
-        token = jnp.where(done, stop[0] if stop else 0, sample(jax.random.fold_in(key, i), logits, how))
+        token = jnp.where(done, stop[0] if stop else 0, sample(jax.random.fold_in(key, i), logits, how, allowed_V))
         out = out.at[:, i].set(token)
         done = done | jnp.isin(token, jnp.array(stop or (-1,)))
         at = (lengths_B + i)[:, None]
@@ -92,18 +94,22 @@ _decode = partial(jax.jit, static_argnames=STATIC)(decode)
 
 def generate(
     model: Transformer, params: Any, prompts: Sequence[Sequence[int]], new: int, *, stop: Sequence[int] = (),
-    how: Sampling | None = None, key: Array | None = None, context: Context | None = None, pad_to: int = 32,
-    by: Callable[..., Array] = _decode,
+    how: Sampling | None = None, key: Array | None = None, allowed_V: Any = None, context: Context | None = None,
+    pad_to: int = 32, by: Callable[..., Array] = _decode,
 ) -> list[list[int]]:  # fmt: skip
     """Up to `new` token ids behind each prompt, cut before the first stop token. `params` may be bound, or whatever
     `by`, which stands for `decode`, takes for them.
 
-    Prompts are padded on the right to a multiple of `pad_to`, so that few shapes compile.
-    Raises InputError for an empty prompt and for one that, with its answer, exceeds the context.
+    Prompts are padded on the right to a multiple of `pad_to`, so that few shapes compile. allowed_V: the ids that may
+    be written (bool, None: all); a table may have rows that no token has (`Tokenizer.has_token`).
+    Raises InputError for an empty prompt, an id without a row, and a prompt that, with its answer, exceeds the context.
     """
     context, longest = context or Context(), max(map(len, prompts), default=0)
     if not prompts or not all(prompts):
         raise InputError("a prompt is empty: generation needs at least one token (a tokenizer's bos will do)")
+    if (largest := max(map(max, prompts))) >= model.config.V:
+        raise InputError(f"a prompt holds the token id {largest}, but the model has {model.config.V} rows: its "
+                         "tokenizer is not the one that the model was trained with")  # fmt: skip
     if new < 1:
         raise InputError(f"{new} new tokens: wanted 1 or more")
     endless = model.config.rope is not None and model.config.rope.kind == "dynamic"  # it stretches as the text grows
@@ -119,7 +125,7 @@ def generate(
         for row, prompt in zip(ids, prompts, strict=True):
             row[: len(prompt)] = prompt
         lengths = np.array([len(p) for p in prompts], np.int32)
-        out = by(model, params, context.past, ids, lengths, key, new, tuple(stop), how, context.tokens)
+        out = by(model, params, context.past, ids, lengths, key, allowed_V, new, tuple(stop), how, context.tokens)
         return [_cut(row, stop) for row in fetch(out).tolist()]
 
     edge = _turning_point(model.config) - P

@@ -76,13 +76,13 @@ def generate(
 @partial(jax.jit, static_argnames=("method", *STATIC))
 def _decode(
     method: Method, params: Any, model: Transformer, mine: Any, past: Any, ids_BT: Array, lengths_B: Array,
-    key: Array, new: int, stop: tuple[int, ...], how: Any, tokens: int,
+    key: Array, allowed_V: Any, new: int, stop: tuple[int, ...], how: Any, tokens: int,
 ) -> Array:  # fmt: skip
     """`decode` of rows that have an adapter each, and a key each; the past is that of the row's own adapter."""
     if len(ids_BT) != len(jax.tree.leaves(mine)[0]):
         raise InputError("a base with longrope takes prompts across its first length one by one; give adapters singly")
 
     def one(bound: Any, context: Context, ids: Array, length: Array, key: Array) -> Array:
-        return decode(model, bound, context.past, ids, length, key[0], new, stop, how, tokens)
+        return decode(model, bound, context.past, ids, length, key[0], allowed_V, new, stop, how, tokens)
 
     return each_row(one, params, method, mine, ids_BT, lengths_B, jax.random.split(key, len(ids_BT)))

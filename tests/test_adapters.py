@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from graftax import InputError, peft
+from graftax.data.added_tokens import add_tokens
 from graftax.train import adapters, export
 from graftax.train.adapters import uniform
 from graftax.train.cli import main
@@ -34,6 +35,13 @@ def test_out_and_in_again(adapter, hf_base, tmp_path, capsys):  # noqa: F811
     merged = tmp_path / "merged"
     command(capsys, "merge", out, "--out", merged)
     assert load_run(merged).run.phase == "pretrain"
+    large, _ = add_tokens(before.tokenizer, [f"<|{i}|>" for i in range(9)])  # six more than the base has spare rows
+    large.save(out)
+    for args in (["generate", out, *asked], ["eval", out], ["export", out, "--out", tmp_path / "x"]):
+        line = refused(capsys, *args)
+        assert f"{out}: the tokenizer has {before.config.V + 6} tokens, but the base has {before.config.V} rows" in line
+    for name in large.files | {large.file: b""}:
+        (out / name).unlink()
     base_alone = ["export", hf_base, "--out", tmp_path / "x", "--format", "hf-peft"]
     assert "is a base, not an adapter" in refused(capsys, *base_alone)
     assert "--for vllm is of --format hf-peft" in refused(

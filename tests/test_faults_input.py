@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pyarrow
 import pytest
 from graftax import InputError, peft
@@ -345,6 +346,7 @@ def test_gaps_between_ids_count(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>", "unk_token": "?"}')
     tok = load_tokenizer(tmp_path)
     assert tok.vocab_size == 70_001
+    assert np.flatnonzero(tok.has_token(70_009)).tolist() == [0, 1, 2, 70_000]
     assert tokenize([Document("x", "a b")], tok).flat.tolist() == [2, 0, 70_000, 2]
 
 

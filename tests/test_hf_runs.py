@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from graftax import InputError
 from graftax.data.sft import encode_example
 from graftax.data.tokenizer import load_tokenizer, train_tokenizer
 from graftax.model import Config, init
@@ -17,8 +18,10 @@ from graftax.model.hf import load, save
 from graftax.model.sharding import make_mesh
 from graftax.model.tree import named
 from graftax.peft import LoRA, Subset
+from graftax.train import export
 from graftax.train.cli import main
 from graftax.train.config import Run, from_json
+from graftax.train.equivalence import compare
 from graftax.train.export import write_base
 from graftax.train.phase import prepare
 from graftax.train.runs import Loaded, load_run
@@ -112,6 +115,7 @@ def logits(folder):
 def test_merged_and_exported_are_checked(adapter, hf_base, tmp_path, capsys):
     wide = command(capsys, "export", adapter, "--out", tmp_path / "wide", "--dtype", "float32")
     assert wide["kl_mean"] < 1e-6
+    assert wide["kept"] > 0.99
     np.testing.assert_allclose(logits(tmp_path / "wide"), logits(adapter), atol=1e-3)
     kept = command(capsys, "export", adapter, "--out", tmp_path / "hf")
     assert 1e-7 < kept["kl_mean"] < 2e-2  # rounded to the base's bfloat16
@@ -136,6 +140,35 @@ def test_merged_and_exported_are_checked(adapter, hf_base, tmp_path, capsys):
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
         tmp_path / "hf" / "model.safetensors"
     ).read_bytes()
+
+
+def test_an_adapter_that_rounding_would_lose_is_not_merged(adapter, tmp_path, capsys, monkeypatch):
+    """Its KL is far below the bound of bfloat16, and so is that of the base alone."""
+    got = load_run(adapter)
+    for size, out in ((1e-2, "lost"), (0.0, "as_it_begins")):  # without an effect nothing can be lost
+        small = jax.tree.map(lambda x, size=size: x * size, got.trainable)
+        tuned = dataclasses.replace(got, trainable=small)
+        monkeypatch.setattr(export, "load_run", lambda f, tuned=tuned, **kw: tuned if f == "x" else load_run(f, **kw))
+        if size:
+            line = refused(capsys, "merge", "x", "--out", tmp_path / out)
+            assert "% of the adapter's effect" in line
+            assert line.endswith("less than half; nothing was written. --dtype float32 rounds least")
+        else:
+            assert "kept" not in command(capsys, "merge", "x", "--out", tmp_path / out)
+    assert [p.name for p in tmp_path.iterdir()] == ["as_it_begins"]
+
+
+@pytest.mark.parametrize(("merged", "kept"), [(0.9, 0.99), (0.5, 0.75), (0.2, None), (-1.0, None)])
+def test_the_share_of_an_effect_that_is_kept(merged, kept, capsys):
+    """For small differences the KL is quadratic in them."""
+    base, effect = np.random.default_rng(0).normal(size=(2, 1, 4, 30)) * [[[[1]]], [[[1e-3]]]]
+    args = (base + effect, base + merged * effect, 1.0, "x", base)
+    if kept is None:
+        with pytest.raises(InputError, match="less than half"):
+            compare(*args)
+    else:
+        assert compare(*args)["kept"] == pytest.approx(kept, abs=1e-3)
+    assert "kept" not in compare(*args, noise=1e-4)
 
 
 def test_imported_with_more_tokens(hf_base, rows, tmp_path, capsys):
@@ -164,6 +197,16 @@ def test_imported_with_more_tokens(hf_base, rows, tmp_path, capsys):
     )
     command(capsys, "export", tmp_path / "run", "--out", tmp_path / "hf")
     assert n + 5 == load(tmp_path / "hf")[0].V
+
+
+def test_an_id_without_a_token_is_never_written(hf_base, rows, tmp_path, capsys):
+    """The likeliest ids are rows of the table that no token has."""
+    config, params = load(hf_base)
+    n, table = config.V - 3, params["embed"]["table"]
+    params["embed"]["table"] = table.at[n].set(9).at[n + 1].set(-9)
+    save(tmp_path / "base", config, params, like=hf_base)
+    assert command(capsys, "generate", tmp_path / "base", "--prompt", "red", "--new", 3)["tokens"] <= 3
+    assert "scores" in command(capsys, "eval", tmp_path / "base", "--task", rows, "--rows", 2)
 
 
 def test_a_native_base_is_exported_with_its_tokenizer(tmp_path, capsys):

@@ -152,6 +152,13 @@ def test_generation_stops_and_refuses(base):
         generate(base.model, base.params, [[1] * 60], 6)
     with pytest.raises(InputError, match="empty"):
         generate(base.model, base.params, [[]], 6)
+    with pytest.raises(InputError, match="a prompt holds the token id 61, but the model has 61 rows"):
+        generate(base.model, base.params, [[1, 61]], 6)
+    allowed = np.arange(CONFIG.V) != free[0]
+    assert free[0] not in generate(base.model, base.params, prompt, 6, allowed_V=allowed, pad_to=16)[0]
+    few = jnp.arange(4) % 2 > 0
+    drawn = sample(jax.random.key(0), jnp.zeros((99, 4)), Sampling(temperature=1.0, top_k=3), few)
+    assert set(drawn.tolist()) == {1, 3}
 
 
 def test_config_errors():

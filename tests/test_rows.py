@@ -58,10 +58,13 @@ def test_text_of_each_is_its_own(base, name):
     """Prompts of different lengths, some rows ended early by a stop token."""
     method, prompts = METHODS[name], [[i + 2] * (i % 4 + 1) for i in range(8)]
     trainables = eight(base, method)
-    mixed = rows.generate(base.model, base.params, method, trainables, WHICH, prompts, 6, stop=(5,), pad_to=8)
+    allowed = np.arange(base.config.V) % 7 != 0
+    how = {"stop": (5,), "pad_to": 8, "allowed_V": allowed}
+    mixed = rows.generate(base.model, base.params, method, trainables, WHICH, prompts, 6, **how)
+    assert allowed[np.concatenate(mixed).astype(int)].all()
     for k, prompt, text in zip(WHICH, prompts, mixed, strict=True):
         bound, context = method.bind(base.params, trainables[k]), method.context(trainables[k])
-        assert generate(base.model, bound, [prompt], 6, stop=(5,), context=context, pad_to=8) == [text]
+        assert generate(base.model, bound, [prompt], 6, context=context, **how) == [text]
     assert len({tuple(text) for text in mixed}) > 2
 
 

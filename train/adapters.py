@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from .. import InputError, peft
 from ..atomic import whole_folder
+from ..data.hf_files import MAIN
 from ..data.tokenizer import load_tokenizer
 from ..model.hf_files import is_hub_id, read_json
 from ..model.tree import cut_key
@@ -16,6 +17,7 @@ from ..peft import Method
 from ..peft.hf_names import family_of
 from ..peft.lora import LoRA
 from .config import Run
+from .inputs import check_rows
 from .lineage import keep, kept
 from .progress import console
 
@@ -100,8 +102,9 @@ def read(folder: Path, below: Any, base: str) -> Any:
     total = sum(x.size for x in jax.tree.leaves(trainable))
     console.print(f"read {folder}: {type(method).__name__}, {total:,} numbers, of {touched}", soft_wrap=True)
     run = Run(phase="finetune", recipe="imported", out=str(folder), base=base, method=method, data=below.run.data)
-    own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    own = any((folder / name).is_file() for name in MAIN)
     tokenizer = load_tokenizer(folder) if own else below.tokenizer
+    check_rows(tokenizer, below.config.V, f"{folder}: ")
     records, mark = kept(folder), below.fingerprint
     said = str(records[-1].get("base") or "") if records else ""
     if said not in ("", mark):

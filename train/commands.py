@@ -91,9 +91,10 @@ class Generate:
         turns = [{"role": "user", "content": self.prompt}]
         ids = render_prompt(turns, got.tokenizer) if self.chat else got.tokenizer.prompt(self.prompt)
         model, bound, context = got.bound
+        tokens, key = got.tokenizer, jax.random.key(self.seed)
         out = generate(
-            model, bound, [ids], self.new, stop=got.tokenizer.stops, how=how, key=jax.random.key(self.seed),
-            context=context,
+            model, bound, [ids], self.new, stop=tokens.stops, how=how, key=key,
+            allowed_V=tokens.has_token(model.config.V), context=context,
         )  # fmt: skip
         text = got.tokenizer.decode(out[0])
         console.print(Text("" if self.chat else self.prompt, "dim") + Text(text), soft_wrap=True)

@@ -81,7 +81,8 @@ def replies(
         taken = list(range(at, min(at + batch, len(prompts))))
         filled = taken + taken[:1] * (batch - len(taken))  # one batch size compiles once
         ids = generate(model, bound, [prompts[i] for i in filled], new, stop=tokenizer.stops,
-                       how=how or Sampling(), context=context, key=jax.random.key(at), pad_to=longest)  # fmt: skip
+                       allowed_V=tokenizer.has_token(model.config.V), how=how or Sampling(),
+                       context=context, key=jax.random.key(at), pad_to=longest)  # fmt: skip
         for i, out in zip(taken, ids, strict=False):
             answers[i] = tokenizer.decode(out).strip()
         progress(len(taken))

@@ -22,7 +22,7 @@ from . import adapters
 from .adapters import Target
 from .checkpoint import Checkpoints, fingerprint, marks, sealed
 from .config import to_json
-from .equivalence import BOUNDS, compare, logits_of, probe_ids, widest
+from .equivalence import BOUNDS, base_logits, compare, logits_of, probe_ids, widest
 from .inputs import save_held_out
 from .lineage import code, keep
 from .progress import console
@@ -77,11 +77,12 @@ def checked(out: Path, got: Loaded, dtype: str, bound: float, write: Callable[[P
     One of the two models is in memory at a time. Raises InputError, and leaves nothing, if they differ too much.
     """
     ids = probe_ids(got)
-    before, merged = logits_of(got, ids), folded(got, dtype)
+    before, alone, merged = logits_of(got, ids), base_logits(got, ids), folded(got, dtype)
     with whole_folder(out) as made:
         said, bound = write(made, merged), bound or BOUNDS[widest(merged)]
         del merged, got
-        found = compare(before, logits_of(load_run(made), ids), bound, f"{out} read back against what it was made of")
+        what = f"{out} read back against what it was made of"
+        found = compare(before, logits_of(load_run(made), ids), bound, what, *alone)
     return {"out": str(out), **said, **found}
 
 
@@ -162,7 +163,8 @@ class Export:
         """Compare a run with what was read back of its adapter."""
         ids, again = probe_ids(got), dataclasses.replace(got, method=method, trainable=trainable)
         what = f"{self.out} read back against {self.folder}"
-        return compare(logits_of(got, ids), logits_of(again, ids), self.bound or BOUNDS["float32"], what)
+        bound, alone = self.bound or BOUNDS["float32"], base_logits(got, ids)
+        return compare(logits_of(got, ids), logits_of(again, ids), bound, what, *alone)
 
 
 def base_name(got: Loaded, moved: str = "") -> str:

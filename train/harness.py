@@ -125,11 +125,13 @@ class Harness:
         model, bound, context = self.bound
         ends = [self.tokenizer.encode(stop) for stop in until]  # one that is a token ends a row when it is written
         stops = (*self.tokenizer.stops, *(ids[0] for ids in ends if len(ids) == 1))
+        allowed = self.tokenizer.has_token(model.config.V)
         order, texts = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [""] * len(prompts)
         for at in range(0, len(order), self.batch):
             which = order[at : at + self.batch]
             filled = which + which[:1] * (self.batch - len(which))
-            ids = generate(model, bound, [prompts[i] for i in filled], new, stop=stops, how=how, context=context)
+            ids = generate(model, bound, [prompts[i] for i in filled], new, stop=stops, how=how, allowed_V=allowed,
+                           context=context)  # fmt: skip
             for i, out in zip(which, ids, strict=False):
                 text = self.tokenizer.decode(out)
                 texts[i] = text[: min((text.find(stop) for stop in until if stop in text), default=len(text))]

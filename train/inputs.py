@@ -73,11 +73,7 @@ def corpus_and_tokenizer(data: Data, seed: int, work: Path) -> tuple[Corpus, Tok
 
 def tuning_rows(data: Data, seed: int, tokenizer: Tokenizer, V: int) -> tuple[Task, Sft]:
     """The task of a fine-tuning run and its packed rows; V is the vocabulary of the base."""
-    if tokenizer.vocab_size > V:
-        raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, but the base has {V} rows: an id >= {V} has none; "
-            "give the tokenizer that the base was trained with"
-        )
+    check_rows(tokenizer, V)
     bad = Bad(data.bad, data.bad_cap)
     task = task_of(data, bad)
     pairs = list(task.pairs())
@@ -110,6 +106,15 @@ def _say(bad: Bad, dropped: int) -> None:
         console.print(line, soft_wrap=True)
     if dropped:
         console.print(f"left out of training: {dropped:,} that are held out too", soft_wrap=True)
+
+
+def check_rows(tokenizer: Tokenizer, V: int, where: str = "") -> None:
+    """InputError if a tokenizer has ids that a table of V rows does not hold: those would be read as other rows."""
+    if tokenizer.vocab_size > V:
+        raise InputError(
+            f"{where}the tokenizer has {tokenizer.vocab_size} tokens, but the base has {V} rows: an id >= {V} has none"
+            "; give the tokenizer that the base was trained with, or a base with as many rows (graftax import --resize)"
+        )
 
 
 def check_tokenizer(tokenizer: Tokenizer, digest: str, where: Path) -> None:

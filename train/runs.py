@@ -25,7 +25,7 @@ from ..peft import Method, Subset, merge
 from . import adapters, report
 from .checkpoint import Checkpoints, fingerprint, marks, sealed
 from .config import Data, Run, from_json, held_still, method_to_dict
-from .inputs import check_tokenizer, load_held_out
+from .inputs import check_rows, check_tokenizer, load_held_out
 from .layout import converted
 from .lineage import chain, kept
 from .progress import console
@@ -170,11 +170,8 @@ def load_hugging_face(
     tokenizer = load_tokenizer(folder)
     each, found = keeper(quantize, mesh) if quantize else (None, [])
     config, params = relaid(*hf.load(folder, dtype, mesh, each), layers, mesh, quantize)
-    if check and tokenizer.vocab_size > config.V:
-        raise InputError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, but the model has {config.V} rows; "
-            "`graftax import` gives it as many"
-        )
+    if check:
+        check_rows(tokenizer, config.V, f"{folder}: ")
     total, kind = sum(x.size for x in named(params).values()), config.param_dtype + (quantize and f" as {quantize}")
     size, seconds = report.size(report.nbytes(params)), time.perf_counter() - began
     said = f"read {name}: {config.family}, {total:,} parameters, {kind}, {size} in {seconds:.1f} s"
@@ -256,6 +253,7 @@ def load_run(
     checkpoints.close()
     params, tokenizer = below.base if below else nested(trainable), load_tokenizer(folder)
     check_tokenizer(tokenizer, manifest.get("tokenizer", ""), folder)
+    check_rows(tokenizer, config.V, f"{folder}: ")
     held_out = below.held_out if below else load_held_out(folder / "held_out.npz")
     got = Loaded(folder, run, config, params, method, trainable, tokenizer, held_out, manifest)
     if each:
