@@ -13,6 +13,7 @@ from rich.text import Text
 from .. import InputError, peft
 from ..data.sft import render_prompt
 from ..data.sources import documents
+from ..data.tasks import Task
 from ..data.tokenizer import train_tokenizer
 from ..model import Sampling, generate, presets, shapes_of
 from ..peft import Subset, masks
@@ -20,10 +21,10 @@ from . import report
 from .config import Optim, close
 from .evaluate import choose, held_out_losses, longest_answer, outputs, scored
 from .export import Verify
-from .inputs import task_of
+from .inputs import eval_task
 from .optim import make_optimizer
 from .progress import console
-from .runs import load_run
+from .runs import Loaded, load_run
 
 Arg = Annotated[str, tyro.conf.Positional]
 
@@ -34,39 +35,46 @@ class Eval:
 
     folder: Arg
     base: str = ""  # where its base is now, if it moved
-    task: str = ""  # another task, or a file of examples
+    task: str = ""  # another task, which is scored on its test; or a file of examples, all rows of which are scored
     root: str = ""  # the folder the task is read from
     tokens: int = 0  # held-out tokens of each domain; 0: all
-    rows: int = 0  # test rows; 0: all
+    rows: int = 0  # rows that are scored, evenly out of all of them; 0: all
     choices: bool = False  # answer with the likeliest of the task's choices, not by generation
     verify: Verify = "full"  # every digest, the files' sizes, the manifest alone
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "rows"):
+            if getattr(self, name) < 0:
+                raise InputError(f"--{name} {getattr(self, name)}: wanted 0 (all) or more")
 
     def run(self) -> dict[str, Any]:
         """Evaluate, say the numbers, and return them."""
         got = load_run(self.folder, base=self.base, verify=self.verify)
-        data = dataclasses.replace(
-            got.run.data, task=self.task or got.run.data.task, root=self.root or got.run.data.root
-        )
+        task = eval_task(got.run, self.task, self.root) if self.task or got.run.data.task else None
         args, found = got.bound, {}
         if got.held_out:
             found["held_out"] = held_out_losses(*args, got.held_out, 8, self.tokens)
             for name, v in found["held_out"].items():
                 console.print(f"{name}: loss {v['loss']:.4f} · perplexity {v['perplexity']:.2f} · "
                               f"bits per byte {v['bits_per_byte']:.4f} (zlib {v['zlib']:.2f})")  # fmt: skip
-        if data.task:
-            task = task_of(data)
-            rows = scored(task, self.rows)
-            if self.choices:
-                if task.choices is None:
-                    raise InputError(f"--choices: {task.name} has no list of choices; drop the flag")
-                answers = choose(*args, got.tokenizer, rows, task.choices)
-            else:
-                answers = outputs(*args, got.tokenizer, rows, longest_answer(rows, got.tokenizer))
-            found["scores"] = task.score(rows, answers)
-            console.print(
-                f"{task.name}, {len(rows)} rows: " + " · ".join(f"{k} {v:.4f}" for k, v in found["scores"].items())
-            )
-        return found
+        return found | (self.score(task, got) if task else {})
+
+    def score(self, task: Task, got: Loaded) -> dict[str, Any]:
+        """{"scores": of a task, "rows": how many rows have been scored}; {} for a task without any."""
+        args, rows = got.bound, scored(task, self.rows)
+        if not rows:
+            console.print(f"{task.name}: no row was kept back to judge by; give --task FILE", soft_wrap=True)
+            return {}
+        if self.choices:
+            if task.choices is None:
+                raise InputError(f"--choices: {task.name} has no list of choices; drop the flag")
+            answers = choose(*args, got.tokenizer, rows, task.choices)
+        else:
+            answers = outputs(*args, got.tokenizer, rows, longest_answer(rows, got.tokenizer))
+        scores, total = task.score(rows, answers), len(task.test or task.valid)
+        part = f"{len(rows):,} rows" if len(rows) == total else f"{len(rows):,} of {total:,} rows"
+        console.print(f"{task.name}, {part}: " + " · ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+        return {"scores": scores, "rows": len(rows)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What a run reads: its corpus or task, its tokenizer, and its base, all checked before anything is written."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from ..data.mixture import Corpus, HeldOut, pretrain_rows
 from ..data.pack import empty_row
 from ..data.sft import Sft, sft_rows
 from ..data.sources import Document, documents, five_domains, is_held_out
-from ..data.tasks import Task, file_task, tasks
+from ..data.tasks import Task, file_task, same_prompts, tasks, whole_task
 from ..data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from .config import Data, close
+from .config import Data, Run, close
 from .progress import console
+
+FEW = 30  # rows: of fewer, each is more than 3 % of a score
 
 
 def domain_documents(data: Data, bad: Bad = STRICT) -> dict[str, Any]:
@@ -76,14 +79,19 @@ def tuning_rows(data: Data, seed: int, tokenizer: Tokenizer, V: int) -> tuple[Ta
         )
     bad = Bad(data.bad, data.bad_cap)
     task = task_of(data, bad)
+    sft = sft_rows(training_pairs(task, data), tokenizer, data.T, seed, data.pack, bad)
+    _say(bad, task.dropped)
+    return task, sft
+
+
+def training_pairs(task: Task, data: Data) -> list[tuple[str, dict[str, Any]]]:
+    """(where, row) of what a run trains on: all of the task's training rows, or --data.examples of them."""
     pairs = list(task.pairs())
     if data.examples > len(pairs):
         raise InputError(f"--data.examples {data.examples:,}: {task.name} has {len(pairs):,} for training")
     if data.examples:
         pairs = [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))[: data.examples]]
-    sft = sft_rows(pairs, tokenizer, data.T, seed, data.pack, bad)
-    _say(bad, task.dropped)
-    return task, sft
+    return pairs
 
 
 def validation_rows(task: Task, data: Data, tokenizer: Tokenizer) -> list[Any]:
@@ -101,7 +109,20 @@ def validation_rows(task: Task, data: Data, tokenizer: Tokenizer) -> list[Any]:
     return found.rows
 
 
-def _say(bad: Bad, dropped: int) -> None:
+def say_parts(task: Task) -> None:
+    """Say how many rows train, choose and judge, and what so few of them cannot tell."""
+    train, valid, test = (len(rows) for rows in (task.train, task.valid, task.test))
+    say = lambda text: console.print(f"{task.name}: {text}", soft_wrap=True)  # noqa: E731
+    say(f"{train + valid + test:,} rows: {train:,} train, {valid:,} choose (validation), {test:,} judge (test)")
+    judges = test or valid
+    if not judges:
+        say("no row chooses a checkpoint or judges the result; give --data.valid FILE and --data.test FILE")
+    elif judges < FEW:
+        part = "test" if test else "validation"
+        say(f"few: one of {judges} {part} rows is {1 / judges:.1%} of a score; give --data.test FILE with more rows")
+
+
+def _say(bad: Bad, dropped: int = 0) -> None:
     for line in bad.settle():
         console.print(line, soft_wrap=True)
     if dropped:
@@ -117,18 +138,54 @@ def check_tokenizer(tokenizer: Tokenizer, digest: str, where: Path) -> None:
         )
 
 
+def eval_task(run: Run, name: str, root: str) -> Task:
+    """What `graftax eval` scores: all rows of a file, the test of a named task, or what a run was judged by."""
+    data, bad = dataclasses.replace(run.data, root=root or run.data.root), Bad(run.data.bad, run.data.bad_cap)
+    file = name or data.test
+    if not file or file in tasks:
+        task = task_of(dataclasses.replace(data, task=name, valid="", test="") if name else data, bad)
+    else:
+        trained = _trained_on(data) if run.data.task else []
+        task = whole_task(check_file(file), bad, trained or [])
+        if trained is None:
+            console.print(f"{task.name}: the run's training rows are not here, so it is not known whether these are "
+                          "among them", soft_wrap=True)  # fmt: skip
+        elif n := same_prompts(task.test, trained):
+            console.print(f"{task.name}: {n:,} of {len(task.test):,} rows have a prompt that the run was trained on",
+                          soft_wrap=True)  # fmt: skip
+    _say(bad)
+    return task
+
+
+def _trained_on(data: Data) -> list[dict[str, Any]] | None:
+    """The training rows of a run; None where they cannot be read."""
+    try:
+        return [row for _, row in training_pairs(task_of(data, Bad(data.bad, 1.0)), data)]
+    except InputError:
+        return None
+
+
+def check_file(name: str) -> str:
+    """The name of a file of examples. InputError for what is neither that nor a task."""
+    if not Path(name).suffix and not Path(name).exists() and not name.startswith("hub:"):
+        raise InputError(f"no task and no file {name!r}{close(name, tasks)}; tasks: {', '.join(tasks)}")
+    return name
+
+
 def task_of(data: Data, bad: Bad | None = None) -> Task:
     """The task of a fine-tuning run: a known name below --data.root, or a file of examples, which is cut into parts in
     the same way whatever the run's seed: no seed trains on what another is judged by."""
     if not data.task:
         raise InputError("nothing to tune on: give --data FILE.jsonl, or --data.task with one of " + ", ".join(tasks))
     if data.task in tasks:
+        if data.valid or data.test:
+            flag = "--data.valid" if data.valid else "--data.test"
+            raise InputError(f"{flag}: task {data.task!r} has rows of its own to choose and to judge by; drop the flag")
         if not data.root and not data.task.startswith("embedded"):
             raise InputError(f"task {data.task!r} is read from files: say where they are with --data.root FOLDER")
         return tasks[data.task](Path(data.root or "."))
-    if not Path(data.task).suffix and not Path(data.task).exists():
-        raise InputError(f"no task and no file {data.task!r}{close(data.task, tasks)}; tasks: {', '.join(tasks)}")
-    return file_task(Path(data.task), data.held_out, 0, bad or Bad(data.bad, data.bad_cap))
+    bad = bad or Bad(data.bad, data.bad_cap)
+    return file_task(check_file(data.task), data.held_out, 0, bad, data.valid, data.test)
 
 
 def save_held_out(path: Path, held_out: dict[str, HeldOut]) -> None:

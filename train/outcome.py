@@ -20,22 +20,36 @@ from .progress import console, cut_metrics, plot_losses, read_metrics
 
 
 def evaluate(phase: Phase, score: bool = True) -> dict[str, Any]:
-    """Held-out loss of the base's domains; of the task validation loss and, with `score`, scores and some samples."""
-    run, found = phase.run, {}
+    """`losses` and, with `score`, `scores`."""
+    return losses(phase) | (scores(phase) if score else {})
+
+
+def bound(phase: Phase) -> tuple[Any, Any, Any]:
+    """(model, bound parameters, context) of a phase as it is now."""
     method, trainable = phase.method, phase.state.trainable
-    args = (phase.model, method.bind(phase.frozen, trainable), method.context(trainable))
+    return phase.model, method.bind(phase.frozen, trainable), method.context(trainable)
+
+
+def losses(phase: Phase) -> dict[str, Any]:
+    """Held-out loss of the base's domains, and validation loss of the task, as far as there are such rows."""
+    run, found, args = phase.run, {}, bound(phase)
     if phase.held_out:
         held = held_out_losses(*args, phase.held_out, run.data.batch, run.eval_tokens, put_batch(phase.mesh))
         found = {"held_out_loss": mean_loss(held), "held_out": held}
     if phase.valid:
         found["valid_loss"] = rows_loss(args, phase.valid, run, phase.mesh)
-    if score and phase.task:
-        rows = scored(phase.task, run.eval_rows)
-        answers = outputs(*args, phase.tokenizer, rows, longest_answer(rows, phase.tokenizer))
-        pairs = list(zip(rows, answers, strict=True))[:8]
-        samples = [{"prompt": r["prompt"], "wanted": r["completion"], "got": a} for r, a in pairs]
-        found |= {"scores": phase.task.score(rows, answers), "samples": samples}
     return found
+
+
+def scores(phase: Phase) -> dict[str, Any]:
+    """Scores of the task's test rows, with some samples; {} for a run without rows to judge by."""
+    rows = scored(phase.task, phase.run.eval_rows) if phase.task else []
+    if not rows:
+        return {}
+    answers = outputs(*bound(phase), phase.tokenizer, rows, longest_answer(rows, phase.tokenizer))
+    pairs = list(zip(rows, answers, strict=True))[:8]
+    samples = [{"prompt": r["prompt"], "wanted": r["completion"], "got": a} for r, a in pairs]
+    return {"scores": phase.task.score(rows, answers), "samples": samples}
 
 
 def rows_loss(args: Any, rows: Any, run: Run, mesh: Any) -> float:

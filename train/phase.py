@@ -14,7 +14,7 @@ from ..peft import Chain, Method
 from . import distributed, report
 from .config import Run
 from .digests import contents
-from .inputs import check_lengths, corpus_and_tokenizer, tuning_rows, validation_rows
+from .inputs import check_lengths, corpus_and_tokenizer, say_parts, tuning_rows, validation_rows
 from .program import layout
 from .progress import console
 from .runs import laid, load_run, numerics, place
@@ -81,6 +81,7 @@ def _tuning(run: Run, mesh: Any, work: Path) -> Phase:
     _few(len(sft.rows), run)
     share = sft.tokens / (len(sft.rows) * run.data.T)
     rows = f"{sft.examples:,} examples in {len(sft.rows):,} rows of {run.data.T} ({share:.0%} filled)"
+    say_parts(task)
     console.print(f"{task.name}: {rows}, {sft.target_tokens:,} target tokens; {steps} steps", soft_wrap=True)
     params, mark = base.base, base.fingerprint
     phase = _assemble(run, mesh, config, params, sft.train, sft.digest, base.tokenizer, base.held_out)

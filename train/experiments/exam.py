@@ -48,7 +48,7 @@ class Exam:
         task = task_of(dataclasses.replace(run.data, task=name))
         rows = evenly(task.test or task.valid, run.eval_rows)
         if not rows:
-            raise InputError(f"--task {said}: no row to score; a test, or validation rows, are wanted")
+            raise InputError(f"--task {said}: no row to score; give --data.test FILE, or --data.held-out above 0")
         has = list(task.score(rows, [row["completion"] for row in rows]))
         metric = metric or asked
         if (at or metric) and metric not in has:

@@ -15,7 +15,7 @@ from ...model.sharding import make_mesh, put_batch
 from ..checkpoint import Checkpoints
 from ..config import Run, to_json
 from ..evaluate import held_out_losses, mean_loss
-from ..inputs import check_lengths, tuning_rows, validation_rows
+from ..inputs import check_lengths, say_parts, tuning_rows, validation_rows
 from ..outcome import rows_loss
 from ..phase import Phase, with_ids
 from ..program import start
@@ -59,6 +59,8 @@ class Ground:
         if key not in self._rows:
             check_lengths(run.data, base.config.context)
             task, sft = tuning_rows(run.data, run.seed, base.tokenizer, base.config.V)
+            if not self._rows:
+                say_parts(task)
             self._rows[key] = task, sft, validation_rows(task, run.data, base.tokenizer)
         return self._rows[key]
 

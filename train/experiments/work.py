@@ -41,8 +41,11 @@ class Work:
         self.seconds, self.since, self.taken, self.left = 0.0, 0.0, 0, 0  # in steps; lane-steps done here, and to do
         self.groups, apart = groups(made, ground.model)
         if sweep.halve and not all(ground.rows(cell.run)[2] for cell in made):
-            raise InputError("--halve: the task has no validation rows that fit into --data.T, so that nothing says "
-                             "which cells are the best; drop the flag, or give such rows")  # fmt: skip
+            raise InputError("--halve: the task has no validation rows, so that nothing says which cells are the best; "
+                             "drop the flag, or give --data.valid FILE")  # fmt: skip
+        if sweep.score and not all(ground.rows(cell.run)[0].valid for cell in made):
+            raise InputError(f"--score {sweep.score}: the task has no validation rows to answer; drop the flag, or "
+                             "give --data.valid FILE")  # fmt: skip
         announce(self.groups, apart, len(made))
 
     def go(self) -> None:
