@@ -11,9 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import InputError, peft
+from ..data.bad import Bad
 from ..data.sft import render_prompt
 from ..data.sources import documents
-from ..data.tasks import Task
+from ..data.tasks import Task, same_prompts, tasks, whole_task
 from ..data.tokenizer import train_tokenizer
 from ..model import Sampling, generate, presets, shapes_of
 from ..peft import Subset, masks
@@ -21,7 +22,7 @@ from . import report
 from .config import Optim, close
 from .evaluate import choose, held_out_losses, longest_answer, outputs, scored
 from .export import Verify
-from .inputs import eval_task
+from .inputs import check_file, judged, say, task_of, trained_on
 from .optim import make_optimizer
 from .progress import console
 from .runs import Loaded, load_run
@@ -50,7 +51,7 @@ class Eval:
     def run(self) -> dict[str, Any]:
         """Evaluate, say the numbers, and return them."""
         got = load_run(self.folder, base=self.base, verify=self.verify)
-        task = eval_task(got.run, self.task, self.root) if self.task or got.run.data.task else None
+        task = self.judged_by(got) if self.task or got.run.data.task else None
         args, found = got.bound, {}
         if got.held_out:
             found["held_out"] = held_out_losses(*args, got.held_out, 8, self.tokens)
@@ -58,6 +59,25 @@ class Eval:
                 console.print(f"{name}: loss {v['loss']:.4f} · perplexity {v['perplexity']:.2f} · "
                               f"bits per byte {v['bits_per_byte']:.4f} (zlib {v['zlib']:.2f})")  # fmt: skip
         return found | (self.score(task, got) if task else {})
+
+    def judged_by(self, got: Loaded) -> Task:
+        """All rows of a file, the test of a named task, or the rows that the run itself was judged by."""
+        data = dataclasses.replace(got.run.data, root=self.root or got.run.data.root)
+        bad, file = Bad(data.bad, data.bad_cap), self.task or data.test
+        if not file or file in tasks:
+            named = dataclasses.replace(data, task=file, valid="", test="") if file else data
+            task = task_of(named, bad)
+        else:
+            trained = trained_on(data)
+            task = whole_task(check_file(file), bad, trained or [])
+            seen = same_prompts(task.test, trained or [])
+            if seen or trained is None:
+                said = f"{seen:,} of {len(task.test):,} rows have a prompt that the run was trained on"
+                unknown = "the run's training rows are not here, so it is not known whether these are among them"
+                console.print(f"{task.name}: {said if seen else unknown}", soft_wrap=True)
+        task = judged(task, got.tokenizer, got.config, got.bound[2].length, bad)
+        say(bad)
+        return task
 
     def score(self, task: Task, got: Loaded) -> dict[str, Any]:
         """{"scores": of a task, "rows": how many rows have been scored}; {} for a task without any."""

@@ -1,6 +1,8 @@
 """What a run reads: its corpus or task, its tokenizer, and its base, all checked before anything is written."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ from ..data.mixture import Corpus, HeldOut, pretrain_rows
 from ..data.pack import empty_row
 from ..data.sft import Sft, sft_rows
 from ..data.sources import Document, documents, five_domains, is_held_out
-from ..data.tasks import Task, file_task, same_prompts, tasks, whole_task
+from ..data.tasks import Task, file_task, tasks
 from ..data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from .config import Data, Run, close
+from ..model import Config
+from .config import Data, close
+from .evaluate import answerable
 from .progress import console
 
 FEW = 30  # rows: of fewer, each is more than 3 % of a score
@@ -66,12 +70,18 @@ def corpus_and_tokenizer(data: Data, seed: int, work: Path) -> tuple[Corpus, Tok
         tokenizer = train_tokenizer(texts, work / "tokenizer.model", data.vocab)
     weights = {name: weight for name, _, weight in data.domains}
     corpus = pretrain_rows(domains, weights, tokenizer, data.T, seed, data.held_out, data.cache or None)
-    _say(bad, sum(corpus.dropped.values()))
+    say(bad, sum(corpus.dropped.values()))
     return corpus, tokenizer
 
 
-def tuning_rows(data: Data, seed: int, tokenizer: Tokenizer, V: int) -> tuple[Task, Sft]:
-    """The task of a fine-tuning run and its packed rows; V is the vocabulary of the base."""
+def tuning_rows(
+    data: Data, seed: int, tokenizer: Tokenizer, V: int, config: Config | None = None, virtual: int = 0
+) -> tuple[Task, Sft]:
+    """The task of a fine-tuning run and its packed rows; V is the vocabulary of the base.
+
+    config, virtual: the base and the number of virtual tokens, for a run that is scored: see `judged`.
+    InputError: a row that is bad, or does not fit, wherever it is; unless --data.bad says otherwise.
+    """
     if tokenizer.vocab_size > V:
         raise InputError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, but the base has {V} rows: an id >= {V} has none; "
@@ -79,8 +89,18 @@ def tuning_rows(data: Data, seed: int, tokenizer: Tokenizer, V: int) -> tuple[Ta
         )
     bad = Bad(data.bad, data.bad_cap)
     task = task_of(data, bad)
-    sft = sft_rows(training_pairs(task, data), tokenizer, data.T, seed, data.pack, bad)
-    _say(bad, task.dropped)
+    pairs = training_pairs(task, data)
+    bad.rows = max(bad.rows, len(pairs) + len(task.valid) + len(task.test))  # tasks that no reader has counted
+    task = judged(task, tokenizer, config, virtual, bad) if config else task
+    sft = sft_rows(pairs, tokenizer, data.T, seed, data.pack, bad)
+    if task.valid:
+        valid = sft_rows(task.pairs("valid"), tokenizer, data.T, 0, data.pack, bad)
+        sft = dataclasses.replace(sft, valid=valid.rows)
+    if data.valid or data.test:  # so that a run goes on with no others
+        judges = [[row["prompt"], row["completion"]] for row in task.valid + task.test]
+        digest = hashlib.sha256(json.dumps([sft.digest, judges]).encode()).hexdigest()
+        sft = dataclasses.replace(sft, digest=digest)
+    say(bad, task.dropped)
     return task, sft
 
 
@@ -94,35 +114,39 @@ def training_pairs(task: Task, data: Data) -> list[tuple[str, dict[str, Any]]]:
     return pairs
 
 
-def validation_rows(task: Task, data: Data, tokenizer: Tokenizer) -> list[Any]:
-    """The task's validation rows, packed; those that no row of T holds are left out, and counted."""
-    if not task.valid:
-        return []
-    bad = Bad("skip", 1.0)
+def trained_on(data: Data) -> list[dict[str, Any]] | None:
+    """The training rows of a run, [] for one that has none; None where they cannot be read."""
     try:
-        found = sft_rows(task.pairs("valid"), tokenizer, data.T, 0, data.pack, bad)
-    except InputError as error:
-        console.print(f"no validation loss of {task.name}: {error}", soft_wrap=True)
-        return []
-    if left := len(task.valid) - found.examples:
-        console.print(f"left out of the validation loss: {left:,} that do not fit into T={data.T}", soft_wrap=True)
-    return found.rows
+        return [row for _, row in training_pairs(task_of(data, Bad(data.bad, 1.0)), data)] if data.task else []
+    except InputError:
+        return None
+
+
+def judged(task: Task, tokenizer: Tokenizer, config: Config, virtual: int, bad: Bad) -> Task:
+    """The task, with those of the rows that judge it which are `answerable`. InputError if there were some and none is
+    left."""
+    rows = task.test or task.valid
+    kept = answerable(rows, tokenizer, config, virtual, bad) if rows else []
+    if rows and not kept:
+        bad.settle()
+        raise InputError(f"{task.name}: none of the {len(rows)} rows that judge can be used; {bad.first[0]}")
+    return dataclasses.replace(task, test=kept) if task.test else dataclasses.replace(task, valid=kept)
 
 
 def say_parts(task: Task) -> None:
     """Say how many rows train, choose and judge, and what so few of them cannot tell."""
     train, valid, test = (len(rows) for rows in (task.train, task.valid, task.test))
-    say = lambda text: console.print(f"{task.name}: {text}", soft_wrap=True)  # noqa: E731
-    say(f"{train + valid + test:,} rows: {train:,} train, {valid:,} choose (validation), {test:,} judge (test)")
-    judges = test or valid
+    said = f"{train + valid + test:,} rows: {train:,} train, {valid:,} choose (validation), {test:,} judge (test)"
+    judges, part = test or valid, "test" if test else "validation"
     if not judges:
-        say("no row chooses a checkpoint or judges the result; give --data.valid FILE and --data.test FILE")
+        said += "; nothing chooses a checkpoint or judges the result: give --data.valid FILE, --data.test FILE"
     elif judges < FEW:
-        part = "test" if test else "validation"
-        say(f"few: one of {judges} {part} rows is {1 / judges:.1%} of a score; give --data.test FILE with more rows")
+        said += f"; few: one {part} row is {1 / judges:.1%} of the score, give --data.test FILE with more"
+    console.print(f"{task.name}: {said}", soft_wrap=True)
 
 
-def _say(bad: Bad, dropped: int = 0) -> None:
+def say(bad: Bad, dropped: int = 0) -> None:
+    """Say what was left out. InputError if it is more than the cap."""
     for line in bad.settle():
         console.print(line, soft_wrap=True)
     if dropped:
@@ -136,33 +160,6 @@ def check_tokenizer(tokenizer: Tokenizer, digest: str, where: Path) -> None:
             f"{where}: {tokenizer.file} is not the tokenizer of this run (sha256 {tokenizer.digest[:12]}, saved with "
             f"{digest[:12]}); put the old file back, it lies in the run's base too"
         )
-
-
-def eval_task(run: Run, name: str, root: str) -> Task:
-    """What `graftax eval` scores: all rows of a file, the test of a named task, or what a run was judged by."""
-    data, bad = dataclasses.replace(run.data, root=root or run.data.root), Bad(run.data.bad, run.data.bad_cap)
-    file = name or data.test
-    if not file or file in tasks:
-        task = task_of(dataclasses.replace(data, task=name, valid="", test="") if name else data, bad)
-    else:
-        trained = _trained_on(data) if run.data.task else []
-        task = whole_task(check_file(file), bad, trained or [])
-        if trained is None:
-            console.print(f"{task.name}: the run's training rows are not here, so it is not known whether these are "
-                          "among them", soft_wrap=True)  # fmt: skip
-        elif n := same_prompts(task.test, trained):
-            console.print(f"{task.name}: {n:,} of {len(task.test):,} rows have a prompt that the run was trained on",
-                          soft_wrap=True)  # fmt: skip
-    _say(bad)
-    return task
-
-
-def _trained_on(data: Data) -> list[dict[str, Any]] | None:
-    """The training rows of a run; None where they cannot be read."""
-    try:
-        return [row for _, row in training_pairs(task_of(data, Bad(data.bad, 1.0)), data)]
-    except InputError:
-        return None
 
 
 def check_file(name: str) -> str:
@@ -225,7 +222,8 @@ def _held_out(name: str, arrays: dict[str, Any]) -> HeldOut:
     return HeldOut([{k: v[i] for k, v in fields.items()} for i in range(n)], int(n_bytes), float(zlib))
 
 
-def check_lengths(data: Data, context: int) -> None:
-    """Rows must fit the base."""
-    if context < data.T:
-        raise InputError(f"--data.T {data.T} is longer than the model's context of {context}; shorten the rows")
+def check_lengths(data: Data, context: int, virtual: int = 0) -> None:
+    """Rows must fit the base, `virtual` positions of which are taken."""
+    if context - virtual < data.T:
+        taken = f" ({virtual} of it are virtual tokens)" if virtual else ""
+        raise InputError(f"--data.T {data.T} is longer than the model's context of {context}{taken}; shorten the rows")

@@ -1,7 +1,9 @@
 """What a run found: its evaluations, and the files that it begins and ends with."""
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from . import distributed
 from .checkpoint import Checkpoints
 from .commit import write_whole
 from .config import Run, to_json
-from .evaluate import held_out_losses, longest_answer, mean_loss, outputs, row_losses, scored
+from .evaluate import held_out_losses, longest_answer, mean_loss, outputs, row_losses, scored, within
 from .inputs import save_held_out
 from .phase import Phase
 from .progress import console, cut_metrics, plot_losses, read_metrics
@@ -31,7 +33,7 @@ def bound(phase: Phase) -> tuple[Any, Any, Any]:
 
 
 def losses(phase: Phase) -> dict[str, Any]:
-    """Held-out loss of the base's domains, and validation loss of the task, as far as there are such rows."""
+    """Held-out loss of the base's domains, and validation loss of the task, where there are rows for them."""
     run, found, args = phase.run, {}, bound(phase)
     if phase.held_out:
         held = held_out_losses(*args, phase.held_out, run.data.batch, run.eval_tokens, put_batch(phase.mesh))
@@ -52,9 +54,21 @@ def scores(phase: Phase) -> dict[str, Any]:
     return {"scores": phase.task.score(rows, answers), "samples": samples}
 
 
+@contextlib.contextmanager
+def of_saved(run: Run, step: int) -> Iterator[None]:
+    """Around the scoring of a step whose checkpoint is there: whatever goes wrong is one line that says so."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0][:300]
+        reason = reason if isinstance(error, InputError) else f"{type(error).__name__}: {reason}"
+        raise InputError(f"{run.out}: step {step} is done and saved, but scoring it failed ({reason}); mend that, and "
+                         "--resume scores it again") from error  # fmt: skip
+
+
 def rows_loss(args: Any, rows: Any, run: Run, mesh: Any) -> float:
-    """Nats a target token of rows, at most `eval_tokens` tokens of them; args: (model, bound parameters, context)."""
-    rows = rows[: max(run.eval_tokens // run.data.T, 1)]
+    """Nats a target token of rows, of at most `eval_tokens` tokens; args: (model, bound parameters, context)."""
+    rows = within(rows, run.eval_tokens)
     model, bound, context = args
     loss = row_losses(model, bound, context, rows, run.data.batch, put_batch(mesh)).sum()
     return float(loss / max(sum(float(row["weights"].sum()) for row in rows), 1.0))

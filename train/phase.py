@@ -14,7 +14,7 @@ from ..peft import Chain, Method
 from . import distributed, report
 from .config import Run
 from .digests import contents
-from .inputs import check_lengths, corpus_and_tokenizer, say_parts, tuning_rows, validation_rows
+from .inputs import check_lengths, corpus_and_tokenizer, say_parts, tuning_rows
 from .program import layout
 from .progress import console
 from .runs import laid, load_run, numerics, place
@@ -73,10 +73,11 @@ def _tuning(run: Run, mesh: Any, work: Path) -> Phase:
     distributed.agree("the base", {"base": contents(Path(run.base))})
     base = load_run(run.base, mesh, layers=run.layers, quantize=run.quantize, verify=run.verify)
     config = numerics(base.config, run.dtype, run.remat)
-    check_lengths(run.data, config.context)
-    task, sft = tuning_rows(run.data, run.seed, base.tokenizer, config.V)
-    steps = run.steps or max(round(run.epochs * len(sft.rows) / run.data.batch), 1)
     method = with_ids(run.method, base.tokenizer)
+    virtual = virtual_tokens(method, base.base)
+    check_lengths(run.data, config.context, virtual if config.learned_positions else 0)
+    task, sft = tuning_rows(run.data, run.seed, base.tokenizer, config.V, config, virtual)
+    steps = run.steps or max(round(run.epochs * len(sft.rows) / run.data.batch), 1)
     run = dataclasses.replace(run, steps=steps, base=place(run.base), method=method)
     _few(len(sft.rows), run)
     share = sft.tokens / (len(sft.rows) * run.data.T)
@@ -86,7 +87,7 @@ def _tuning(run: Run, mesh: Any, work: Path) -> Phase:
     params, mark = base.base, base.fingerprint
     phase = _assemble(run, mesh, config, params, sft.train, sft.digest, base.tokenizer, base.held_out)
     phase.task, phase.base, phase.lineage = task, mark, base.lineage
-    phase.valid = validation_rows(task, run.data, base.tokenizer)
+    phase.valid = sft.valid
     phase.facts = {"examples": sft.examples, "target tokens": sft.target_tokens}
     distributed.agree("the base", {"base": mark})
     return phase
@@ -96,6 +97,13 @@ def _few(rows: int, run: Run) -> None:
     if rows < (batch := run.data.batch):
         said = f"{rows} rows are fewer than the {batch} of a batch: rows stand in a step more than once"
         console.print(said, soft_wrap=True)
+
+
+def virtual_tokens(method: Method, params: Any) -> int:
+    """How many positions a method puts before the text; nothing is computed."""
+    lengths = []
+    jax.eval_shape(lambda p: lengths.append(method.context(method.init(jax.random.key(0), p)).length), params)
+    return lengths[0]
 
 
 def with_ids(method: Any, tokenizer: Any) -> Any:
