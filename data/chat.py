@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import InputError
+from .bad import STRICT, Bad
 from .tokenizer import Tokenizer
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
@@ -35,17 +36,29 @@ class Rendered(NamedTuple):
     marked: bool = False
 
 
-def render(tokenizer: Tokenizer, chats: Sequence[Chat], *, add_generation_prompt: bool = False) -> list[Rendered]:
+LEFT_OUT = Rendered("", [])  # of a chat that is refused
+
+
+def render(
+    tokenizer: Tokenizer, chats: Sequence[Chat], *, add_generation_prompt: bool = False, bad: Bad = STRICT
+) -> list[Rendered]:
     """What the template makes of `chats`, all in one child process; a generation prompt has no spans.
 
     Spans are what {% generation %} marks; without it, what a turn adds to the prompt before it, with the token that
-    ends it. InputError: the template is broken, hostile, refuses a chat, or does not say whose words are whose.
+    ends it. InputError: the template is broken; or it is hostile, refuses a chat, or does not say whose words are whose
+    in one, unless `bad` says otherwise: LEFT_OUT stands for such a chat then.
     """
-    return _render(tokenizer, chats, prompt=add_generation_prompt, spans=not add_generation_prompt)
+    return _render(tokenizer, chats, add_generation_prompt, not add_generation_prompt, bad)
 
 
-def _render(tokenizer: Tokenizer, chats: Sequence[Chat], prompt: bool, spans: bool) -> list[Rendered]:
-    _check_content(tokenizer, chats)
+def _render(
+    tokenizer: Tokenizer, chats: Sequence[Chat], prompt: bool, spans: bool, bad: Bad = STRICT
+) -> list[Rendered]:
+    rendered, left, special = [LEFT_OUT] * len(chats), [], re.compile(_special(tokenizer))
+    for i, chat in enumerate(chats):
+        with bad:
+            _check_content(special, chat)
+            left.append(i)
     lines = [json.dumps(turns) for _, turns in chats]
     header = {
         "template": tokenizer.template,
@@ -57,13 +70,20 @@ def _render(tokenizer: Tokenizer, chats: Sequence[Chat], prompt: bool, spans: bo
         "bytes": MEMORY + 32 * max(map(len, lines), default=0),
     }
     renders = 2 * sum(len(turns) for _, turns in chats)
-    replies, end = _exchange([json.dumps(header), *lines], wall=60 + 0.1 * renders)
-    bad = replies[-1].get("error", "") if replies else ""
-    if not bad and len(replies) == 1 + len(chats):
-        return [Rendered(one["text"], [(a, b) for a, b in one["spans"]], one["marked"]) for one in replies[1:]]
-    n = len(replies) - 1 - bool(bad)  # chats that came out well; -1: the template itself did not compile
-    where = f"{chats[n][0]}: " if n >= 0 else ""
-    raise InputError(f"{where}chat template {tokenizer.template_file or 'of the tokenizer'}: {bad or end}")
+    name = f"chat template {tokenizer.template_file or 'of the tokenizer'}"
+    while left:
+        replies, end = _exchange([json.dumps(header), *(lines[i] for i in left)], wall=60 + 0.1 * renders)
+        if not replies or "error" in replies[0]:
+            raise InputError(f"{name}: {replies[0]['error'] if replies else end}")  # it does not compile
+        done = replies[1:] if len(replies) > len(left) else [*replies[1:], {"error": end}]  # that one ended the process
+        for i, one in zip(left, done, strict=False):
+            with bad:
+                if "error" in one:
+                    raise InputError(f"{chats[i][0]}: {name}: {one['error']}")
+                rendered[i] = Rendered(one["text"], [(a, b) for a, b in one["spans"]], one["marked"])
+        if left := left[len(done) :]:
+            bad.settle()  # a process that ends takes seconds: not once for every row
+    return rendered
 
 
 def _special(tokenizer: Tokenizer) -> str:
@@ -71,16 +91,15 @@ def _special(tokenizer: Tokenizer) -> str:
     return "|".join(map(re.escape, sorted(tokenizer.special, key=len, reverse=True))) or "(?!)"
 
 
-def _check_content(tokenizer: Tokenizer, chats: Sequence[Chat]) -> None:
+def _check_content(special: re.Pattern, chat: Chat) -> None:
     """HF takes the text of a special token for the token, so a row could end its own turn."""
-    special = re.compile(_special(tokenizer))
-    for where, turns in chats:
-        for n, turn in enumerate(turns):
-            if found := special.search(turn["content"]):
-                raise InputError(
-                    f"{where}: message {n} holds {found[0]!r}, which this tokenizer takes for its special token; "
-                    "rewrite it or drop the row"
-                )
+    where, turns = chat
+    for n, turn in enumerate(turns):
+        if found := special.search(turn["content"]):
+            raise InputError(
+                f"{where}: message {n} holds {found[0]!r}, which this tokenizer takes for its special token; "
+                "rewrite it or drop the row"
+            )
 
 
 def _exchange(lines: list[str], wall: float) -> tuple[list[dict], str]:
@@ -106,19 +125,24 @@ def _replies(out: bytes) -> list[dict]:
     return [json.loads(line) for line in out.split(b"\n")[:-1]]
 
 
-def encode_chats(tokenizer: Tokenizer, chats: Sequence[Chat]) -> Iterator[tuple[list[int], list[int]]]:
-    """(ids, weights) of each chat: weight 1 on the assistant's tokens, 0 elsewhere."""
-    rendered = render(tokenizer, chats)
+def encode_chats(
+    tokenizer: Tokenizer, chats: Sequence[Chat], bad: Bad = STRICT
+) -> Iterator[tuple[list[int], list[int]]]:
+    """(ids, weights) of each chat: weight 1 on the assistant's tokens, 0 elsewhere; ([], []) if it is left out."""
+    rendered = render(tokenizer, chats, bad=bad)
     for n, (encoding, one) in enumerate(zip(_encodings(tokenizer, rendered), rendered, strict=True)):
-        weights = _weights(encoding.offsets, one)
-        if not weights.any():
-            raise InputError(f"{chats[n][0]}: the chat template gives no words by the assistant; nothing to learn")
-        yield encoding.ids, weights.tolist()
+        ids, weights = [], []
+        with bad:
+            found = _weights(encoding.offsets, one)
+            if one is not LEFT_OUT and not found.any():
+                raise InputError(f"{chats[n][0]}: the chat template gives no words by the assistant; nothing to learn")
+            ids, weights = encoding.ids, found.tolist()
+        yield ids, weights
 
 
-def encode_prompts(tokenizer: Tokenizer, chats: Sequence[Chat]) -> list[list[int]]:
-    """The ids that a reply to each chat is generated from."""
-    rendered = render(tokenizer, chats, add_generation_prompt=True)
+def encode_prompts(tokenizer: Tokenizer, chats: Sequence[Chat], bad: Bad = STRICT) -> list[list[int]]:
+    """The ids that a reply to each chat is generated from; [] for one that is left out."""
+    rendered = render(tokenizer, chats, add_generation_prompt=True, bad=bad)
     return [encoding.ids for encoding in _encodings(tokenizer, rendered)]
 
 

@@ -1,8 +1,8 @@
 """Renders chat templates in a process of its own, which a hostile template may stall, fill or crash; see chat.py.
 
 It imports the standard library and jinja2 alone. stdin: one line {"template", "variables", "special", "prompt",
-"spans", "seconds", "bytes"}, then one line a conversation. stdout: {} once the template compiles, then one line each,
-{"text", "spans", "marked"} or {"error"}, and nothing after an error.
+"spans", "seconds", "bytes"}, then one line a conversation. stdout: {} once the template compiles, or {"error"} and no
+more; then one line each, {"text", "spans", "marked"} or {"error"}.
 """
 
 import datetime
@@ -245,10 +245,15 @@ def main() -> None:
         env, render = renderer(header)
         special = re.compile(header["special"])
         print("{}", flush=True)  # the template compiles
-        for line in sys.stdin.buffer:
-            print(json.dumps(answer(env, render, header, special, line)), flush=True)
-    except BaseException as e:  # MemoryError and RecursionError too
+    except Exception as e:  # MemoryError and RecursionError too
         print(json.dumps({"error": reason(e)}), flush=True)
+        return
+    for line in sys.stdin.buffer:
+        try:
+            said = json.dumps(answer(env, render, header, special, line))
+        except Exception as e:
+            said = json.dumps({"error": reason(e)})
+        print(said, flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ The template is the tokenizer's own (chat.py) where a Hugging Face tokenizer has
 import hashlib
 import reprlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grain
@@ -38,6 +38,7 @@ class Sft:
     tokens: int  # of one epoch, padding not counted
     target_tokens: int  # of one epoch, those with weight 1
     digest: str  # the same digest is the same stream of rows
+    valid: list[Row] = field(default_factory=list)  # the rows that choose, packed
 
 
 def messages(row: dict[str, Any], where: str, bad: Bad = STRICT) -> list[Message]:
@@ -94,11 +95,12 @@ def encode_example(turns: list[Message], tokenizer: Tokenizer) -> tuple[list[int
 
 
 def encode_examples(
-    rows: Sequence[tuple[str, list[Message]]], tokenizer: Tokenizer
+    rows: Sequence[tuple[str, list[Message]]], tokenizer: Tokenizer, bad: Bad = STRICT
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """`encode_example` of many (where, messages) at once: a chat template then takes one child process for all."""
+    """`encode_example` of many (where, messages) at once: a chat template then takes one child process for all.
+    ([], []) for a row that it refuses, if `bad` leaves that out."""
     if tokenizer.template:
-        yield from encode_chats(tokenizer, rows)
+        yield from encode_chats(tokenizer, rows, bad)
         return
     contents = iter(tokenizer.encode_batch([turn["content"] for _, turns in rows for turn in turns]))
     for _, turns in rows:
@@ -119,11 +121,13 @@ def render_prompt(turns: list[Message], tokenizer: Tokenizer) -> list[int]:
     return render_prompts([("chat", turns)], tokenizer)[0]
 
 
-def render_prompts(rows: Sequence[tuple[str, list[Message]]], tokenizer: Tokenizer) -> list[list[int]]:
-    """`render_prompt` of many (where, messages) at once."""
+def render_prompts(
+    rows: Sequence[tuple[str, list[Message]]], tokenizer: Tokenizer, bad: Bad = STRICT
+) -> list[list[int]]:
+    """`render_prompt` of many (where, messages) at once; [] for a row that `bad` leaves out."""
     asked = [(where, turns[:-1] if turns[-1]["role"] == "assistant" else turns) for where, turns in rows]
     if tokenizer.template:
-        return encode_prompts(tokenizer, asked)
+        return encode_prompts(tokenizer, asked, bad)
     return [ids + _marker("assistant", tokenizer) for ids, _ in encode_examples(asked, tokenizer)]
 
 
@@ -144,7 +148,9 @@ def sft_rows(
             checked.append((where, messages(row, where, bad)))
     bad.rows = max(bad.rows, len(checked))  # tasks that no reader has counted
     examples = []
-    for (where, _), pair in zip(checked, encode_examples(checked, tokenizer), strict=True):
+    for (where, _), pair in zip(checked, encode_examples(checked, tokenizer, bad), strict=True):
+        if not pair[0]:
+            continue  # left out
         with bad:
             ids, weights = _fitting(pair, T, where, bad)
             sha.update(ids.tobytes() + b"|" + weights.tobytes())

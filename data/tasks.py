@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,15 +86,9 @@ def floors(task: Task) -> dict[str, float]:
     }
 
 
-def file_task(path: Path | str, fraction: float, seed: int = 0, bad: Bad = STRICT) -> Task:
-    """A user's rows: `fraction` of the prompts, by hash, are held out, half of them to choose by (valid) and half to
-    judge on (test); if they are too few for both, all are valid. Score: exact match.
-
-    InputError: a bad row, unless `bad` says otherwise, or nothing left on one side.
-    """
-    if not 0 < fraction < 1:
-        raise InputError(f"validation fraction {fraction}: a number between 0 and 1 is wanted")
-    parts: dict[str, list[Row]] = {"train": [], "valid": [], "test": []}
+def file_rows(path: Path | str, bad: Bad = STRICT) -> list[Row]:
+    """All rows of a file of examples, checked. InputError: a bad row, unless `bad` says otherwise, or none left."""
+    rows: list[Row] = []
     for where, row in source_rows(str(path), bad):
         with bad:
             turns = messages(row, where, bad)
@@ -103,24 +97,67 @@ def file_task(path: Path | str, fraction: float, seed: int = 0, bad: Bad = STRIC
                 raise InputError(f"{where}: {said}; a reply by assistant is wanted, add one or drop the row")
             pair = len(turns) == 2 and turns[0]["role"] == "user"
             prompt = turns[0]["content"] if pair else turns[:-1]
-            said = f"{seed}/{json.dumps(prompt)}"  # by prompt: its repetitions stay on one side
-            part = ("test" if is_held_out(f"test/{said}", 0.5) else "valid") if is_held_out(said, fraction) else "train"
-            parts[part].append({"prompt": prompt, "completion": turns[-1]["content"], "where": where})
-    valid, test = parts["valid"], parts["test"]
-    train, dropped = drop_leaks(parts["train"], valid + test, _words)
-    valid, leaked = drop_leaks(valid, test, _words)
-    if not valid or not test:
-        valid, test = valid + test, []
-    for found, name in ((train, "training"), (valid, "validation")):
-        if not found:
-            bad.settle()
-            total = sum(map(len, parts.values()))
-            raise InputError(f"{path}: {total} rows leave none for {name} at fraction {fraction}; give more rows")
-    score = lambda rows, outputs: {"exact_match": exact_match(rows, outputs)}  # noqa: E731
-    return Task(Path(path).stem, train, valid, test, score, _few(train, valid + test), dropped + leaked)
+            rows.append({"prompt": prompt, "completion": turns[-1]["content"], "where": where})
+    if not rows:
+        bad.settle()
+        raise InputError(f"{path}: no row of it can be used; mend the file")
+    return rows
 
 
-def _few(train: list[Row], held: list[Row]) -> list[str] | None:
+def file_task(
+    path: Path | str, fraction: float, seed: int = 0, bad: Bad = STRICT, valid: str = "", test: str = ""
+) -> Task:
+    """The rows of a file to train on, and rows to choose by (valid) and to judge on (test). Score: exact match.
+
+    valid, test: files of such rows. For what is not given, `fraction` of the training file's prompts, by hash, is held
+    out: half of them for each, or all for the one that is missing; if they are too few for both, all are valid.
+
+    InputError: a bad row, unless `bad` says otherwise, or nothing left on one side.
+    """
+    if not 0 <= fraction < 1:
+        raise InputError(f"--data.held-out {fraction:g}: wanted a number of 0 or more, below 1")
+    rows, files = file_rows(path, bad), {"valid": valid, "test": test}
+    free = [part for part, file in files.items() if not file]  # what the training file itself must give
+    parts: dict[str, list[Row]] = {part: file_rows(file, bad) if file else [] for part, file in files.items()}
+    parts["train"] = []
+    for row in rows:
+        said = f"{seed}/{json.dumps(row['prompt'])}"  # by prompt: its repetitions stay on one side
+        held = free and is_held_out(said, fraction)
+        parts[free[-1 if is_held_out(f"test/{said}", 0.5) else 0] if held else "train"].append(row)
+    train, dropped = drop_leaks(parts["train"], parts["valid"] + parts["test"], _words)
+    kept, leaked = drop_leaks(parts["valid"], parts["test"], _words)
+    parts |= {"train": train, "valid": kept}
+    if len(free) == 2 and not (kept and parts["test"]):
+        parts |= {"valid": kept + parts["test"], "test": []}
+    if not train or not parts["valid"]:
+        bad.settle()  # too many bad rows may be why
+    if not train:
+        raise InputError(f"{path}: {len(rows)} rows leave none for training: all prompts are held out; give more rows")
+    if valid and not kept:
+        raise InputError(f"--data.valid {valid}: every prompt is among the test rows too; give other rows")
+    if fraction and not parts["valid"]:
+        raise InputError(f"{path}: {len(rows)} rows leave none for validation at --data.held-out {fraction:g}; give "
+                         "more, or --data.valid FILE, or train on all of them with --data.held-out 0")  # fmt: skip
+    choices = _few(train, parts["valid"] + parts["test"])
+    return Task(Path(path).stem, **parts, score=_exact, choices=choices, dropped=dropped + leaked)
+
+
+def whole_task(path: Path | str, bad: Bad = STRICT, train: Sequence[Row] = ()) -> Task:
+    """All rows of a file to judge on, by exact match. Its choices are those of `train` if they are this file's too."""
+    rows = file_rows(path, bad)
+    return Task(Path(path).stem, [], [], rows, _exact, _few(train, rows) or _few(rows, []))
+
+
+def same_prompts(rows: Sequence[Row], others: Sequence[Row]) -> int:
+    """How many rows have the prompt of one of the others, white space aside."""
+    return drop_leaks(list(rows), list(others), _words)[1]
+
+
+def _exact(rows: list[Row], outputs: list[str]) -> dict[str, float]:
+    return {"exact_match": exact_match(rows, outputs)}
+
+
+def _few(train: Sequence[Row], held: Sequence[Row]) -> list[str] | None:
     """The completions, if they are choices: no others are held out, and each stands in several rows."""
     known = {row["completion"] for row in train}
     few = 1 < len(known) <= min(MOST, len(train) / 4) and all(row["completion"] in known for row in held)

@@ -13,7 +13,7 @@ from jax import Array
 from .. import InputError
 from .attention import PAD
 from .config import Config
-from .layers import check_positions
+from .layers import check_room
 from .sharding import fetch
 from .transformer import Context, Transformer, forward
 
@@ -104,7 +104,7 @@ def generate(
     be written (bool, None: all); a table may have rows that no token has (`Tokenizer.has_token`).
     Raises InputError for an empty prompt, an id without a row, and a prompt that, with its answer, exceeds the context.
     """
-    context, longest = context or Context(), max(map(len, prompts), default=0)
+    context = context or Context()
     if not prompts or not all(prompts):
         raise InputError("a prompt is empty: generation needs at least one token (a tokenizer's bos will do)")
     if (largest := max(map(max, prompts))) >= model.config.V:
@@ -112,11 +112,8 @@ def generate(
                          "tokenizer is not the one that the model was trained with")  # fmt: skip
     if new < 1:
         raise InputError(f"{new} new tokens: wanted 1 or more")
-    endless = model.config.rope is not None and model.config.rope.kind == "dynamic"  # it stretches as the text grows
-    if longest + new > model.config.context and not endless:
-        raise InputError(f"a prompt of {longest} tokens + {new} new ones exceeds the context of {model.config.context}")
     key, how, P = jax.random.key(0) if key is None else key, how or Sampling(), context.length
-    check_positions(model.config, longest + new + P)
+    check_room(model.config, prompts, new, P)
 
     def run(prompts: Sequence[Sequence[int]], new: int, key: Array) -> list[list[int]]:
         longest = max(map(len, prompts))

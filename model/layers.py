@@ -1,5 +1,7 @@
 """The parts of the decoder that own parameters: norm, attention, MLP, embedding, head. Axes: model/transformer.py."""
 
+import sys
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -138,6 +140,27 @@ class MLP(Part):
         else:
             y = act(y)
         return self.beside(self.bias(matmul(y, self.leaf("down", c.F, c.D)), "down_bias", c.mlp_bias), x_BTD)
+
+
+def room(config: Config, virtual: int = 0) -> int:
+    """How many positions a text may take: the context, less the virtual tokens before it where positions are learned;
+    no limit where RoPE stretches as the text grows (dynamic)."""
+    if config.rope is not None and config.rope.kind == "dynamic":
+        return sys.maxsize
+    return config.context - (virtual if config.learned_positions else 0)
+
+
+def check_room(
+    config: Config, prompts: Sequence[Sequence[int]], more: int, virtual: int = 0, where: Sequence[str] = ()
+) -> None:
+    """InputError naming the first of the prompts that, with `more` tokens behind it, is longer than `room`."""
+    most = room(config, virtual)
+    for i, prompt in enumerate(prompts):
+        if len(prompt) + more > most:
+            name = where[i] if where else f"prompt {i + 1}"
+            taken = f" ({virtual} virtual tokens taken off)" if most < config.context else ""
+            raise InputError(f"{name}: a prompt of {len(prompt)} tokens and {more} behind it exceed the model's "
+                             f"context of {most}{taken}; shorten it, or leave it out")  # fmt: skip
 
 
 def check_positions(config: Config, length: int) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from graftax import InputError
 from graftax.model import Context, Transformer, forward, generate
 from graftax.peft import LoRA, Prefix, Prompt, Subset
 from graftax.train import choices
+from graftax.train.evaluate import replies
 from tiny import CONFIG, make_base, shaken
 
 PROMPTS = [[5, 6, 7, 8, 9], [3], [11, 12, 13]]
@@ -58,6 +60,27 @@ def test_a_window_sees_no_more_than_it_should():
     args = (model, base.params, method.context({}))
     found = choices.continuation_losses(*args, PROMPTS, TAILS)
     np.testing.assert_allclose(found, [[alone(*args, p, t) for t in TAILS] for p in PROMPTS], rtol=1e-5, atol=1e-5)
+
+
+def test_no_position_is_behind_the_context(monkeypatch):
+    """Scoring, as generation, refuses what the model was not made for, and names it; the last token is not read."""
+    base = make_base()
+    args = (base.model, base.params, Subset("all").context({}))
+    where, prompts = ["a:1", "a:2"], [[1], [1] * 62]
+
+    def scored(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(choices, "_of_segments", scored)
+    long = r"^(a:2|pair 2): a prompt of 62 tokens and 3 behind it exceed"
+    for tail, error, words in (([1, 2, 3], ZeroDivisionError, None), ([1, 2, 3, 4], InputError, long)):
+        with pytest.raises(error, match=words):
+            choices.continuation_losses(*args, prompts, [[1], tail], 4, where)
+        with pytest.raises(error, match=words):
+            choices.pair_scores(*args, [([1], [2]), (prompts[1], tail)])
+    tokenizer = SimpleNamespace(stops=(2,), decode=str)
+    with pytest.raises(InputError, match=r"^prompt 2: a prompt of 62 tokens and 3 behind it exceed"):
+        replies(*args, tokenizer, prompts, 3)
 
 
 def test_nothing_is_no_prompt_and_no_choice():

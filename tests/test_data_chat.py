@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from graftax import InputError
 from graftax.data import chat, chat_worker
+from graftax.data.bad import Bad
 from graftax.data.sft import encode_example, encode_examples, render_prompt, render_prompts, sft_rows
 from graftax.data.tokenizer import load_tokenizer, train_tokenizer
 
@@ -179,8 +180,9 @@ def test_plain_text_markers(qwen):
     assert [text[a:b] for a, b in spans] == ["because\n\n<|im_end|><|endoftext|>"]
 
 
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 HOSTILE = [
-    ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "not done after 0.3 seconds"),
+    (LOOP, "not done after 0.3 seconds"),
     ("{{ 7 ** (7 ** 9) }}", "not done after 0.3 seconds"),
     ("{{ 'a' * 10 ** 10 }}", "too much memory"),
     ("{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}", "too much memory"),
@@ -225,6 +227,31 @@ def test_a_hostile_template_is_one_line(qwen, monkeypatch, template, message):
 def test_a_template_that_does_not_compile(qwen, template, message):
     with pytest.raises(InputError, match=message):
         chat.render(dataclasses.replace(qwen, template=template), [("f:1", ASK)])
+
+
+@pytest.mark.parametrize("words", ["{{ raise_exception('no') }}", "{{ 'a' * 10 ** 10 }}", "{{ ''.__class__ }}", LOOP])
+def test_one_refused_chat_costs_no_other(qwen, monkeypatch, words):
+    """Whether the template raises, or the process that renders is killed, or a message holds a special token."""
+    monkeypatch.setattr(chat, "SECONDS", 0.15)
+    words = "{% if 'x' in messages[0].content %}" + words + "{% endif %}"
+    tok, texts = dataclasses.replace(qwen, template=words + qwen.template), ["a", "x", "b", "<|im_end|>", "x", "c"]
+    rows = [(f"f:{n}", [{"role": "user", "content": text}, ASK[1]]) for n, text in enumerate(texts)]
+    bad, good = Bad("skip", 1.0), [0, 2, 5]
+    found = list(encode_examples(rows, tok, bad))
+    assert [n for n, (ids, _) in enumerate(found) if ids] == good
+    assert [found[n] for n in good] == list(encode_examples([rows[n] for n in good], qwen))
+    assert {line.split(":")[2] for line in bad.first} == {"1", "3", "4"}
+    assert bad.left_out == 3
+    assert [n for n, ids in enumerate(render_prompts(rows, tok, Bad("skip", 1.0))) if ids] == good
+    with pytest.raises(InputError, match=r"^f:3: message 0 holds"):
+        list(encode_examples(rows, tok))
+    if "range" in words:  # a process that is killed takes its seconds: no more of them than the cap allows
+        bad = Bad("skip", 0.001)
+        bad.rows = 1000
+        with pytest.raises(InputError, match=r"2 of 1000 rows left out.*more than --data\.bad-cap"):
+            list(encode_examples([*rows[:2], *rows[1:2] * 99], tok, bad))
+    with pytest.raises(InputError, match=r"^chat template .*: line 1"):
+        list(encode_examples(rows, dataclasses.replace(qwen, template="{% if %}"), Bad("skip", 1.0)))
 
 
 def test_gemma_has_no_system_role_and_the_row_is_named():

@@ -9,7 +9,7 @@ import pytest
 from graftax import InputError
 from graftax.data import embedded, embedded_tasks
 from graftax.data.embedded import normal
-from graftax.data.tasks import Task, accuracy, drop_leaks, exact_match, file_task, floors, tasks
+from graftax.data.tasks import Task, accuracy, drop_leaks, exact_match, file_task, floors, tasks, whole_task
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -158,12 +158,46 @@ def test_file_task(tmp_path):
     assert next(task.pairs("train"))[0].startswith(f"{path}:")
 
 
+def pairs(*numbers):
+    return [{"prompt": f"q {i}", "completion": f"a {i % 3}"} for i in numbers]
+
+
+def test_files_to_choose_and_to_judge_by(tmp_path):
+    """What a file gives is not taken from the training file, and what is held out is not trained on."""
+    path = write(tmp_path / "mine.jsonl", pairs(*range(60)))
+    valid, test = (write(tmp_path / f"{n}.jsonl", pairs(*range(n, n + 6))) for n in (57, 100))
+    split = file_task(path, 0.3)
+    both = file_task(path, 0.3, valid=str(valid), test=str(test))
+    assert [len(part) for part in (both.train, both.valid, both.test)] == [57, 6, 6]
+    assert both.dropped == 3
+    assert both.choices == ["a 0", "a 1", "a 2"]
+    one = file_task(path, 0.3, test=str(test))
+    assert one.test == both.test
+    assert {r["prompt"] for r in one.valid} == {r["prompt"] for r in split.valid + split.test}
+    assert file_task(path, 0.3, valid=str(valid)).test, "the other part is held out"
+    every = file_task(path, 0)
+    assert [len(part) for part in (every.train, every.valid, every.test)] == [60, 0, 0]
+    assert len(file_task(path, 0, test=str(test)).train) == 60
+    whole = whole_task(path)
+    assert [row["prompt"] for row in whole.test] == [f"q {i}" for i in range(60)]
+    assert whole.choices == both.choices
+    assert whole_task(test).choices is None
+    assert whole_task(test, train=every.train).choices == both.choices
+    for kwargs, said in (({"test": str(path)}, "60 rows leave none for training: all prompts are held out"),
+                         ({"valid": str(test), "test": str(test)}, "100.jsonl: every prompt is among the test rows"),
+                         ({"test": str(tmp_path / "none.jsonl")}, "none.jsonl: no such file")):  # fmt: skip
+        with pytest.raises(InputError, match=said):
+            file_task(path, 0.3, **kwargs)
+
+
 def test_file_task_refuses(tmp_path):
     rows = [{"prompt": "q", "completion": "a"}]
-    with pytest.raises(InputError, match="1 rows leave none for "):
+    with pytest.raises(
+        InputError, match=r"1 rows leave none for validation at .*, or train .* with --data\.held-out 0$"
+    ):
         file_task(write(tmp_path / "a.jsonl", rows), 0.1, 0)
-    with pytest.raises(InputError, match="fraction 0"):
-        file_task(tmp_path / "a.jsonl", 0, 0)
+    with pytest.raises(InputError, match=r"--data\.held-out 1: wanted a number of 0 or more, below 1"):
+        file_task(tmp_path / "a.jsonl", 1, 0)
     turns = [{"role": "assistant", "content": "v"}, {"role": "user", "content": "u"}]
     with pytest.raises(InputError, match=r"b\.jsonl:1: the last message is from user"):
         file_task(write(tmp_path / "b.jsonl", [{"messages": turns}]), 0.1, 0)

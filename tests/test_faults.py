@@ -272,6 +272,28 @@ def test_a_signal_in_a_save_or_an_evaluation(fault, step, cut, whole, tmp_path, 
     assert json.loads((Path(run.out) / "summary.json").read_text())["after"]["scores"]
 
 
+def test_scoring_that_fails_costs_no_step(cut, whole, tmp_path, monkeypatch):  # noqa: F811
+    """The checkpoint of the last step, with the loss that ranks it, is on the disk before the first answer."""
+    run = copied(cut, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(outcome, "outputs", _raising)
+        for _ in range(2):  # and so again in its second life, which has nothing else to do
+            ended = life(patch, run)
+            assert isinstance(ended, InputError)
+            assert str(ended).startswith(
+                f"{run.out}: step 40 is done and saved, but scoring it failed (ValueError: no)"
+            )
+            assert last(run.out) == last(whole("lora"))
+    assert Checkpoints(Path(run.out) / "checkpoints").best() == 40
+    assert life(monkeypatch, run) is None
+    assert json.loads((Path(run.out) / "summary.json").read_text())["after"]["scores"]
+    metrics_once(run.out)
+
+
+def _raising(*_):
+    raise ValueError("no\nmore")
+
+
 def test_a_second_signal_ends_at_once(monkeypatch, capsys):
     left = threading.Event()
     monkeypatch.setattr(stop.os, "_exit", lambda code: code == 75 and left.set())

@@ -1,5 +1,6 @@
 """Faults in what is read (tests/FAULTS.md, Input): each, injected, is one line with what, where and what to do."""
 
+import dataclasses
 import gzip
 import json
 from pathlib import Path
@@ -19,9 +20,10 @@ from graftax.data.tasks import file_task
 from graftax.data.tokenizer import load_tokenizer, train_tokenizer
 from graftax.train.cli import main
 from graftax.train.config import Data, Run, from_json, method_from_dict, method_to_dict, to_json
+from graftax.train.evaluate import answerable
 from graftax.train.experiments.exam import Exam
 from graftax.train.inputs import check_tokenizer, corpus_and_tokenizer, task_of, tuning_rows
-from tiny import OPTIM, make_base, make_batch, same, train_step
+from tiny import CONFIG, OPTIM, make_base, make_batch, same, train_step
 
 pytestmark = pytest.mark.faults
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -141,6 +143,65 @@ def test_repairs_are_what_they_say(tok, tmp_path):
     bad = Bad("replace", 1)
     assert sft_rows(prompt, tok, 32, 0, bad=bad).examples == 1  # cut, nothing of it would be learnt
     assert "no target tokens in the first 32 tokens" in bad.first[1]
+
+
+# --- the rows that choose and judge ---
+
+LONG = [json.dumps({"prompt": f"t {n}", "completion": "b " * n}).encode() for n in (1, 2, 60, 3)]  # 60: more than 64
+
+
+def test_rows_that_judge_are_checked_before_the_first_step(tok, tmp_path, capsys):
+    """A file given with --data.test: prompt and longest answer must fit the context of 64, under the same policy."""
+    path, test = write(tmp_path / "rows.jsonl", good(96)), write(tmp_path / "test.jsonl", LONG)
+
+    def tuned(policy, cap, **files):
+        data = Data(task=str(path), T=32, held_out=0, bad=policy, bad_cap=cap, **files)
+        return tuning_rows(data, 0, tok, 300, CONFIG, 0)
+
+    words = (f"{test}:3: a prompt of ", " tokens and ", "exceed the model's context of 64", "shorten it")
+    said(lambda: tuned("error", 1.0, test=str(test)), *words)
+    said(lambda: tuned("skip", 0.005, test=str(test)), "1 of 100 rows left out", "more than --data.bad-cap", *words)
+    capsys.readouterr()
+    task, _ = tuned("skip", 0.01, test=str(test))
+    assert [row["prompt"] for row in task.test] == ["t 1", "t 2", "t 3"]
+    assert capsys.readouterr().err.startswith("--data.bad skip: 1 of 100 rows left out, 0 repaired")
+    said(lambda: tuned("error", 1.0, valid=str(test)), f"{test}:3: ")
+    task, sft = tuned("skip", 0.01, valid=str(test))
+    assert len(task.valid) == 3
+    assert sft.valid
+    assert "1 of 100 rows left out, 0 repaired" in capsys.readouterr().err, "once, though it is read for two things"
+    write(test, LONG[2:3])
+    said(lambda: tuned("skip", 1.0, test=str(test)), "none of the 1 rows that judge can be used", f"{test}:1")
+
+
+def test_a_row_of_the_rest_is_refused_for_the_longest_answer(tok, tmp_path):
+    """One row's long answer fits behind its own prompt; behind another's it does not: that one is named."""
+    rows = [{"prompt": "a", "completion": "b " * 10}, {"prompt": "b " * 10, "completion": "c"}]
+    assert answerable(rows, tok, CONFIG) == rows
+    rows[1]["prompt"] = "b " * 27
+    said(lambda: answerable(rows, tok, CONFIG), "row 2: a prompt of ", "exceed the model's context of 64")
+    assert answerable(rows, tok, CONFIG, bad=Bad("skip")) == rows[:1]
+    assert answerable(rows[1:], tok, CONFIG) == rows[1:]
+    learned = dataclasses.replace(CONFIG, rope=None, learned_positions=True)
+    said(lambda: answerable(rows[1:], tok, learned, 9), "context of 55 (9 virtual tokens taken off)")
+
+
+@pytest.mark.parametrize("part", ["task", "valid", "test"])
+def test_a_row_that_the_template_refuses_is_one_row(part, tmp_path, capsys):
+    """Wherever it is: gemma's template has no system role."""
+    gemma = load_tokenizer(Path(__file__).parent / "golden" / "tokenizers" / "gemma")
+    turns = [{"role": role, "content": "x"} for role in ("system", "user", "assistant")]
+    files = {"task": write(tmp_path / "task.jsonl", good(30))}
+    other = [json.dumps({"prompt": f"other {i}", "completion": "a"}).encode() for i in range(30)]
+    files[part] = write(tmp_path / "bad.jsonl", [*other, json.dumps({"messages": turns}).encode()])
+    data = Data(T=64, held_out=0, bad_cap=0.1, **{name: str(file) for name, file in files.items()})
+    read = lambda **changes: tuning_rows(dataclasses.replace(data, **changes), 0, gemma, 10**6, CONFIG)  # noqa: E731
+    line = said(read, "System role not supported")
+    assert line.startswith(f"{files[part]}:31: chat template ")
+    capsys.readouterr()
+    task, sft = read(bad="skip")
+    assert f"--data.bad skip: 1 of {31 if part == 'task' else 61} rows left out" in capsys.readouterr().err
+    assert (sft.examples, bool(sft.valid), len(task.test)) == (30, part == "valid", 30 * (part == "test"))
 
 
 # --- whole files ---

@@ -57,6 +57,11 @@ def test_loglikelihood(model):
         assert greedy == wanted[1]
 
 
+def test_windows_are_not_longer_than_the_context(folder):
+    with pytest.raises(InputError, match="max_length=65: the model's context is 64"):
+        Harness(folder, max_length=65)
+
+
 def test_rolling_windows_count_each_token_once(model):
     ids = list(range(30, 71))
     windows = list(model._windows(ids))

@@ -16,9 +16,11 @@ from graftax.peft import LoRA, Prompt, Subset
 from graftax.train import loop
 from graftax.train.checkpoint import Checkpoints, fingerprint
 from graftax.train.cli import main
+from graftax.train.commands import Eval
 from graftax.train.commit import sealed_manifest
 from graftax.train.config import Data, Optim, Run, from_json, to_json
-from graftax.train.evaluate import choose, held_out_losses, row_losses
+from graftax.train.evaluate import choose, held_out_losses, row_losses, within
+from graftax.train.inputs import task_of
 from graftax.train.loop import train
 from graftax.train.optim import schedule
 from graftax.train.runs import load_run
@@ -193,10 +195,58 @@ def test_an_adapter_is_refused_on_another_base(pretraining, adapter, tmp_path, c
     assert "was tuned on another base" in failing(["eval", str(adapter), "--base", str(other)], capsys)
 
 
+def test_a_file_is_scored_whole(adapter, base, examples, tmp_path, capsys):
+    """All rows of it, the same ones for a run and its base; --rows are even; what was trained on is said."""
+    rows = {}
+    for folder in (adapter, base):
+        main(["eval", str(folder), "--task", str(examples), "--json"])
+        said = capsys.readouterr()
+        rows[folder] = json.loads(said.out)["rows"]
+        assert ("rows have a prompt that the run was trained on" in said.err) == (folder == adapter)
+    assert set(rows.values()) == {60}
+    got = load_run(adapter)
+    data = dataclasses.replace(got.run.data, test=str(examples), task=str(tmp_path / "gone.jsonl"))
+    moved = dataclasses.replace(got, run=dataclasses.replace(got.run, data=data))
+    assert len(Eval(str(adapter)).judged_by(moved).test) == 60, "the rows of a run's --data.test"
+    assert "it is not known whether these are among them" in capsys.readouterr().err
+    main(["eval", str(adapter), "--task", str(examples), "--rows", "5"])
+    assert "5 of 60 rows: " in capsys.readouterr().err
+    assert "--rows -1: wanted 0 (all) or more" in failing(["eval", str(adapter), "--rows", "-1"], capsys)
+
+
+def test_a_run_on_all_rows(base, examples, tmp_path, capsys):
+    """--data.held-out 0: nothing chooses and nothing judges, which is said once and breaks nothing."""
+    run = tuning(base, examples, LoRA(rank=2), out=str(tmp_path / "all"))
+    run = dataclasses.replace(
+        run, steps=4, eval_every=2, score_base=True, data=dataclasses.replace(run.data, held_out=0)
+    )
+    summary = json.loads((train(run) / "summary.json").read_text())
+    assert set(summary["after"]) == {"held_out_loss", "held_out"}
+    assert (
+        capsys.readouterr().err.count("60 rows: 60 train, 0 choose (validation), 0 judge (test); nothing chooses") == 1
+    )
+    assert Checkpoints(tmp_path / "all/checkpoints").best() is None
+    main(["eval", run.out, "--json"])
+    said = capsys.readouterr()
+    assert set(json.loads(said.out)) == {"held_out"}
+    assert "no row was kept back to judge by; give --task FILE" in said.err
+    for flag in ("valid", "test"):
+        named = dataclasses.replace(run.data, task="snips", **{flag: str(examples)})
+        with pytest.raises(InputError, match=rf"--data\.{flag}: task 'snips' has rows of its own"):
+            task_of(named)
+
+
+def test_losses_of_few_rows_are_of_rows_all_over():
+    rows = [{"ids": np.zeros(8), "n": n} for n in range(10)]
+    assert [row["n"] for row in within(rows, 40)] == [0, 2, 4, 6, 8]
+    assert within(rows, 0) == rows
+    assert within(rows, 1) == rows[:1]
+
+
 def test_commands(adapter, base, capsys):
     main(["eval", str(adapter), "--rows", "4", "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"held_out", "scores"}
+    assert set(found) == {"held_out", "scores", "rows"}
     main(["generate", str(base), "--prompt", "The", "--new", "4", "--json"])
     assert json.loads(capsys.readouterr().out)["tokens"] <= 4
     main(["methods", "--preset", "tiny", "--json"])

@@ -16,7 +16,7 @@ from .. import InputError
 from ..data.loader import batches
 from ..data.pack import empty_row
 from ..data.sft import encode_examples, messages, render_prompts
-from ..model import Context, Transformer, token_scores
+from ..model import Context, Transformer, check_room, token_scores
 from ..model.attention import VIRTUAL
 from ..model.sharding import fetch
 
@@ -34,11 +34,13 @@ def _scores(model: Transformer, bound: Any, past: Any, batch: Any, tokens: int, 
 
 def continuation_losses(
     model: Transformer, bound: Any, context: Context, prompts: Sequence[Sequence[int]], tails: Sequence[Sequence[int]],
-    batch: int = 4,
+    batch: int = 4, where: Sequence[str] = (),
 ) -> np.ndarray:  # fmt: skip
-    """-log p(tail | prompt) [prompts, tails] in nats. InputError for an empty prompt or tail."""
+    """-log p(tail | prompt) [prompts, tails] in nats. InputError, which names the prompt by `where`, for an empty
+    prompt or tail, and for one that, with the longest tail, exceeds the context."""
     if not all(prompts) or not all(tails):
         raise InputError("a prompt or a continuation is empty: each wants one token or more")
+    check_room(model.config, prompts, max(map(len, tails)) - 1, context.length, where)  # the last token is not read
     groups, room = _plan(model, prompts, tails)
     n, lead = max(map(len, groups)), max(map(len, prompts)) - 1
     T = -(-(lead + room) // 32) * 32
@@ -53,8 +55,10 @@ def pair_scores(
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """(-log p(tail | prompt) in nats, whether the tail is what greedy decoding writes) of each (prompt, tail) [pairs].
 
-    T: positions of a row; 0: as many as the longest pair needs.
+    T: positions of a row; 0: as many as the longest pair needs. InputError for a pair that exceeds the context.
     """
+    for i, (prompt, tail) in enumerate(pairs, 1):
+        check_room(model.config, [prompt], len(tail) - 1, context.length, [f"pair {i}"])
     T = T or -(-max(len(prompt) - 1 + len(tail) for prompt, tail in pairs) // 32) * 32
     rows = [_row(prompt, [tail], T) for prompt, tail in pairs]
     losses, greedy = _of_segments(model, bound, context, rows, 1, batch)

@@ -11,8 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import InputError, peft
+from ..data.bad import Bad
 from ..data.sft import render_prompt
 from ..data.sources import documents
+from ..data.tasks import Task, same_prompts, tasks, whole_task
 from ..data.tokenizer import train_tokenizer
 from ..model import Sampling, generate, presets, shapes_of
 from ..peft import Subset, masks
@@ -20,10 +22,10 @@ from . import report
 from .config import Optim, close
 from .evaluate import choose, held_out_losses, longest_answer, outputs, scored
 from .export import Verify
-from .inputs import task_of
+from .inputs import check_file, judged, say, task_of, trained_on
 from .optim import make_optimizer
 from .progress import console
-from .runs import load_run
+from .runs import Loaded, load_run
 
 Arg = Annotated[str, tyro.conf.Positional]
 
@@ -34,39 +36,65 @@ class Eval:
 
     folder: Arg
     base: str = ""  # where its base is now, if it moved
-    task: str = ""  # another task, or a file of examples
+    task: str = ""  # another task, which is scored on its test; or a file of examples, all rows of which are scored
     root: str = ""  # the folder the task is read from
     tokens: int = 0  # held-out tokens of each domain; 0: all
-    rows: int = 0  # test rows; 0: all
+    rows: int = 0  # rows that are scored, evenly out of all of them; 0: all
     choices: bool = False  # answer with the likeliest of the task's choices, not by generation
     verify: Verify = "full"  # every digest, the files' sizes, the manifest alone
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "rows"):
+            if getattr(self, name) < 0:
+                raise InputError(f"--{name} {getattr(self, name)}: wanted 0 (all) or more")
 
     def run(self) -> dict[str, Any]:
         """Evaluate, say the numbers, and return them."""
         got = load_run(self.folder, base=self.base, verify=self.verify)
-        data = dataclasses.replace(
-            got.run.data, task=self.task or got.run.data.task, root=self.root or got.run.data.root
-        )
+        task = self.judged_by(got) if self.task or got.run.data.task else None
         args, found = got.bound, {}
         if got.held_out:
             found["held_out"] = held_out_losses(*args, got.held_out, 8, self.tokens)
             for name, v in found["held_out"].items():
                 console.print(f"{name}: loss {v['loss']:.4f} · perplexity {v['perplexity']:.2f} · "
                               f"bits per byte {v['bits_per_byte']:.4f} (zlib {v['zlib']:.2f})")  # fmt: skip
-        if data.task:
-            task = task_of(data)
-            rows = scored(task, self.rows)
-            if self.choices:
-                if task.choices is None:
-                    raise InputError(f"--choices: {task.name} has no list of choices; drop the flag")
-                answers = choose(*args, got.tokenizer, rows, task.choices)
-            else:
-                answers = outputs(*args, got.tokenizer, rows, longest_answer(rows, got.tokenizer))
-            found["scores"] = task.score(rows, answers)
-            console.print(
-                f"{task.name}, {len(rows)} rows: " + " · ".join(f"{k} {v:.4f}" for k, v in found["scores"].items())
-            )
-        return found
+        return found | (self.score(task, got) if task else {})
+
+    def judged_by(self, got: Loaded) -> Task:
+        """All rows of a file, the test of a named task, or the rows that the run itself was judged by."""
+        data = dataclasses.replace(got.run.data, root=self.root or got.run.data.root)
+        bad, file = Bad(data.bad, data.bad_cap), self.task or data.test
+        if not file or file in tasks:
+            named = dataclasses.replace(data, task=file, valid="", test="") if file else data
+            task = task_of(named, bad)
+        else:
+            trained = trained_on(data, got.run.seed)
+            task = whole_task(check_file(file), bad, trained or [])
+            seen = same_prompts(task.test, trained or [])
+            if seen or trained is None:
+                said = f"{seen:,} of {len(task.test):,} rows have a prompt that the run was trained on"
+                unknown = "the run's training rows are not here, so it is not known whether these are among them"
+                console.print(f"{task.name}: {said if seen else unknown}", soft_wrap=True)
+        task = judged(task, got.tokenizer, got.config, got.bound[2].length, bad)
+        say(bad)
+        return task
+
+    def score(self, task: Task, got: Loaded) -> dict[str, Any]:
+        """{"scores": of a task, "rows": how many rows have been scored}; {} for a task without any."""
+        args, rows = got.bound, scored(task, self.rows)
+        if not rows:
+            console.print(f"{task.name}: no row was kept back to judge by; give --task FILE", soft_wrap=True)
+            return {}
+        if self.choices:
+            if task.choices is None:
+                raise InputError(f"--choices: {task.name} has no list of choices; drop the flag")
+            answers = choose(*args, got.tokenizer, rows, task.choices)
+        else:
+            answers = outputs(*args, got.tokenizer, rows, longest_answer(rows, got.tokenizer))
+        scores, total = task.score(rows, answers), len(task.test or task.valid)
+        part = f"{len(rows):,} rows" if len(rows) == total else f"{len(rows):,} of {total:,} rows"
+        console.print(f"{task.name}, {part}: " + " · ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+        return {"scores": scores, "rows": len(rows)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,12 +64,14 @@ class Data:
 
     domains: tuple[tuple[str, str, float], ...] = ()  # (name, source, weight); `five:web` is a domain of five_domains
     task: str = ""  # fine-tuning: a task's name (see data/tasks.py) or the source of examples (data/sources.py)
+    valid: str = ""  # fine-tuning on examples: another source, whose rows choose the checkpoint
+    test: str = ""  # fine-tuning on examples: another source, whose rows judge the result
     root: str = ""  # the folder that named tasks and five_domains read from
     examples: int = 0  # fine-tuning: so many of the task's training examples, fewer being part of more; 0: all
     T: int = 256  # tokens in a row
     batch: int = 8  # rows in a step, over all devices
     pack: bool = True  # fine-tuning: several examples in a row
-    held_out: float = 0.02  # part of the documents that no training row comes from
+    held_out: float = 0.02  # part of the documents, or of a file's prompts, that no training row comes from
     vocab: int = 4096  # pieces of a tokenizer trained on the domains
     tokenizer: str = ""  # a file or folder to use instead
     cache: str = "auto"  # a folder for tokenised domains; auto: the user's own (train/caches.py); empty: none
@@ -139,6 +141,8 @@ class Run:
         for word in filter(None, self.accept.split(",")):
             if word not in ACCEPT:
                 raise InputError(f"--accept {word}{close(word, ACCEPT)}: wanted {', '.join(ACCEPT)}, commas between")
+        if self.phase == "pretrain" and (self.data.valid or self.data.test):
+            raise InputError("--data.valid and --data.test are files of examples for fine-tuning; drop them")
         if self.quantize and self.phase == "pretrain":
             raise InputError(f"--quantize {self.quantize}: of a frozen base; pretraining has none")
         if self.data.batch % self.accumulate:

@@ -1,7 +1,7 @@
 """Evaluation: held-out loss and bits per byte of each domain, and scores of a task by generation or by its choices."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..data.bad import STRICT, Bad
 from ..data.loader import batches
 from ..data.sft import encode_examples, messages, render_prompts
-from ..model import Context, Sampling, Transformer, generate, token_losses
+from ..model import Config, Context, Sampling, Transformer, check_room, generate, token_losses
 from ..model.sharding import fetch
 from .choices import chat_tails, continuation_losses
 
@@ -43,7 +44,7 @@ def held_out_losses(
     """
     result = {}
     for name, domain in held_out.items():
-        rows = domain.rows[: max(tokens // len(domain.rows[0]["ids"]), 1)] if tokens else domain.rows
+        rows = within(domain.rows, tokens)
         targets = sum(float(r["weights"].sum()) for r in rows)
         loss = float(row_losses(model, bound, context, rows, batch, put).sum()) / max(targets, 1)
         bytes_a_token = domain.n_bytes / sum(float(r["weights"].sum()) for r in domain.rows)
@@ -66,7 +67,9 @@ def outputs(
     new: int, batch: int = 32, how: Sampling | None = None, progress: Callable[[int], None] = lambda n: None,
 ) -> list[str]:  # fmt: skip
     """What the model answers to each row's prompt, up to `new` tokens."""
-    prompts = render_prompts(chats(rows), tokenizer)
+    named = chats(rows)
+    prompts = render_prompts(named, tokenizer)
+    check_room(model.config, prompts, new, context.length, [where for where, _ in named])
     return replies(model, bound, context, tokenizer, prompts, new, batch, how, progress)
 
 
@@ -75,6 +78,7 @@ def replies(
     new: int, batch: int = 32, how: Sampling | None = None, progress: Callable[[int], None] = lambda n: None,
 ) -> list[str]:  # fmt: skip
     """What the model writes behind each prompt of ids. All are padded to one length."""
+    check_room(model.config, prompts, new, context.length)
     answers = [""] * len(prompts)
     longest = -(-max(map(len, prompts)) // 32) * 32
     for at in range(0, len(prompts), batch):
@@ -95,7 +99,9 @@ def choose(
 ) -> list[str]:  # fmt: skip
     """The choice with the highest log-probability as the answer to each row's prompt."""
     tails = chat_tails(tokenizer, rows[0], choices)
-    losses = continuation_losses(model, bound, context, render_prompts(chats(rows), tokenizer), tails, batch)
+    named = chats(rows)
+    where = [where for where, _ in named]
+    losses = continuation_losses(model, bound, context, render_prompts(named, tokenizer), tails, batch, where)
     return [choices[i] for i in losses.argmin(axis=1)]
 
 
@@ -105,9 +111,38 @@ def evenly(rows: Sequence[Any], n: int = 0) -> list[Any]:
     return [rows[i * len(rows) // n] for i in range(n)]
 
 
+def within(rows: Sequence[Any], tokens: int) -> list[Any]:
+    """Packed rows of at most `tokens` tokens, one at least, evenly out of all of them (0: all)."""
+    return evenly(rows, max(tokens // len(rows[0]["ids"]), 1) if tokens else 0)
+
+
 def scored(task: Any, rows: int = 0) -> list[dict[str, Any]]:
     """The rows a task is scored on, at most `rows` (0: all): its test, or its validation rows where it has none."""
     return evenly(task.test or task.valid, rows)
+
+
+def answerable(
+    rows: Sequence[dict[str, Any]], tokenizer: Any, config: Config, virtual: int = 0, bad: Bad = STRICT
+) -> list[dict[str, Any]]:
+    """The rows that `outputs` can answer: the template takes them, and the prompt with the longest answer of all fits
+    into the context. `bad` says what becomes of any other; InputError, which names it, if that is an error."""
+    named = list(zip(rows, chats(rows), strict=True))
+    whole = encode_examples([chat for _, chat in named], tokenizer, bad)
+    sized = [(*pair, len(ids)) for pair, (ids, _) in zip(named, whole, strict=True) if ids]
+    prompts = render_prompts([chat for _, chat, _ in sized], tokenizer, bad)
+    asked = [(row, chat[0], ids, max(n - 1 - len(ids), 1)) for (row, chat, n), ids in zip(sized, prompts, strict=True)]
+
+    def fitting(asked: Iterable[tuple[Any, str, Sequence[int], int]]) -> Iterator[tuple[Any, str, Sequence[int]]]:
+        for row, where, ids, new in asked:
+            with bad:
+                check_room(config, [ids], new, virtual, [where])
+                yield row, where, ids
+
+    kept = list(fitting(one for one in asked if one[2]))  # each with its own answer
+    if not kept:
+        return []
+    new = longest_answer([row for row, _, _ in kept], tokenizer)
+    return [row for row, _, _ in fitting((*one, new) for one in kept)]
 
 
 def longest_answer(rows: Sequence[dict[str, Any]], tokenizer: Any) -> int:
@@ -117,4 +152,4 @@ def longest_answer(rows: Sequence[dict[str, Any]], tokenizer: Any) -> int:
 
 def chats(rows: Sequence[dict[str, Any]]) -> list[tuple[str, Any]]:
     """(where, messages) of rows, as they are rendered."""
-    return [(where := f"row {i}", messages(row, where)) for i, row in enumerate(rows, 1)]
+    return [(where := row.get("where", f"row {i}"), messages(row, where)) for i, row in enumerate(rows, 1)]

@@ -17,7 +17,7 @@ from typing import Any
 
 from .. import InputError
 from ..data.sft import render_prompt
-from ..model import Sampling, generate
+from ..model import Sampling, generate, room
 from .choices import pair_scores
 from .runs import load_run
 
@@ -33,7 +33,10 @@ class Harness:
         got = load_run(run, base=base)
         self.bound, self.tokenizer = got.bound, got.tokenizer
         self.batch = int(batch_size) if str(batch_size).isdigit() else 8
-        self.longest = int(max_length) or got.config.context
+        most = min(room(got.config, got.bound[2].length), got.config.context)
+        self.longest = int(max_length) or most
+        if self.longest > most:
+            raise InputError(f"max_length={max_length}: the model's context is {most}; give no more")
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """(log p(continuation | context), whether greedy decoding writes it) of each (context, continuation)."""

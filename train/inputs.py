@@ -1,5 +1,8 @@
 """What a run reads: its corpus or task, its tokenizer, and its base, all checked before anything is written."""
 
+import dataclasses
+import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -17,9 +20,13 @@ from ..data.sft import Sft, sft_rows
 from ..data.sources import Document, documents, five_domains, is_held_out
 from ..data.tasks import Task, file_task, tasks
 from ..data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from ..model import Config
 from .caches import cache_folder
 from .config import Data, close
+from .evaluate import answerable
 from .progress import console
+
+FEW = 30  # rows: of fewer, each is more than 3 % of a score
 
 
 def domain_documents(data: Data, bad: Bad = STRICT) -> dict[str, Any]:
@@ -67,41 +74,80 @@ def corpus_and_tokenizer(data: Data, seed: int, work: Path) -> tuple[Corpus, Tok
     weights = {name: weight for name, _, weight in data.domains}
     cache = cache_folder("data", data.cache)
     corpus = pretrain_rows(domains, weights, tokenizer, data.T, seed, data.held_out, cache)
-    _say(bad, sum(corpus.dropped.values()))
+    say(bad, sum(corpus.dropped.values()))
     return corpus, tokenizer
 
 
-def tuning_rows(data: Data, seed: int, tokenizer: Tokenizer, V: int) -> tuple[Task, Sft]:
-    """The task of a fine-tuning run and its packed rows; V is the vocabulary of the base."""
+def tuning_rows(
+    data: Data, seed: int, tokenizer: Tokenizer, V: int, config: Config | None = None, virtual: int = 0
+) -> tuple[Task, Sft]:
+    """The task of a fine-tuning run and its packed rows; V is the vocabulary of the base.
+
+    config, virtual: the base and the number of virtual tokens, for a run that is scored: see `judged`.
+    InputError: a row that is bad, or does not fit, wherever it is; unless --data.bad says otherwise.
+    """
     check_rows(tokenizer, V)
     bad = Bad(data.bad, data.bad_cap)
     task = task_of(data, bad)
+    pairs = training_pairs(task, data, seed)
+    bad.rows = max(bad.rows, len(pairs) + len(task.valid) + len(task.test))  # tasks that no reader has counted
+    task = judged(task, tokenizer, config, virtual, bad) if config else task
+    sft = sft_rows(pairs, tokenizer, data.T, seed, data.pack, bad)
+    if task.valid:
+        valid = sft_rows(task.pairs("valid"), tokenizer, data.T, 0, data.pack, bad)
+        sft = dataclasses.replace(sft, valid=valid.rows)
+    if data.valid or data.test:  # so that a run goes on with no others
+        judges = [[row["prompt"], row["completion"]] for row in task.valid + task.test]
+        digest = hashlib.sha256(json.dumps([sft.digest, judges]).encode()).hexdigest()
+        sft = dataclasses.replace(sft, digest=digest)
+    say(bad, task.dropped)
+    return task, sft
+
+
+def training_pairs(task: Task, data: Data, seed: int) -> list[tuple[str, dict[str, Any]]]:
+    """(where, row) of what a run trains on: all of the task's training rows, or --data.examples of them, drawn by its
+    seed; fewer are part of more."""
     pairs = list(task.pairs())
     if data.examples > len(pairs):
         raise InputError(f"--data.examples {data.examples:,}: {task.name} has {len(pairs):,} for training")
     if data.examples:
-        pairs = [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))[: data.examples]]
-    sft = sft_rows(pairs, tokenizer, data.T, seed, data.pack, bad)
-    _say(bad, task.dropped)
-    return task, sft
+        pairs = [pairs[i] for i in np.random.default_rng(seed).permutation(len(pairs))[: data.examples]]
+    return pairs
 
 
-def validation_rows(task: Task, data: Data, tokenizer: Tokenizer) -> list[Any]:
-    """The task's validation rows, packed; those that no row of T holds are left out, and counted."""
-    if not task.valid:
-        return []
-    bad = Bad("skip", 1.0)
+def trained_on(data: Data, seed: int) -> list[dict[str, Any]] | None:
+    """The training rows of a run, [] for one that has none; None where they cannot be read."""
     try:
-        found = sft_rows(task.pairs("valid"), tokenizer, data.T, 0, data.pack, bad)
-    except InputError as error:
-        console.print(f"no validation loss of {task.name}: {error}", soft_wrap=True)
-        return []
-    if left := len(task.valid) - found.examples:
-        console.print(f"left out of the validation loss: {left:,} that do not fit into T={data.T}", soft_wrap=True)
-    return found.rows
+        return [row for _, row in training_pairs(task_of(data, Bad(data.bad, 1.0)), data, seed)] if data.task else []
+    except InputError:
+        return None
 
 
-def _say(bad: Bad, dropped: int) -> None:
+def judged(task: Task, tokenizer: Tokenizer, config: Config, virtual: int, bad: Bad) -> Task:
+    """The task, with those of the rows that judge it which are `answerable`. InputError if there were some and none is
+    left."""
+    rows = task.test or task.valid
+    kept = answerable(rows, tokenizer, config, virtual, bad) if rows else []
+    if rows and not kept:
+        bad.settle()
+        raise InputError(f"{task.name}: none of the {len(rows)} rows that judge can be used; {bad.first[0]}")
+    return dataclasses.replace(task, test=kept) if task.test else dataclasses.replace(task, valid=kept)
+
+
+def say_parts(task: Task) -> None:
+    """Say how many rows train, choose and judge, and what so few of them cannot tell."""
+    train, valid, test = (len(rows) for rows in (task.train, task.valid, task.test))
+    said = f"{train + valid + test:,} rows: {train:,} train, {valid:,} choose (validation), {test:,} judge (test)"
+    judges, part = test or valid, "test" if test else "validation"
+    if not judges:
+        said += "; nothing chooses a checkpoint or judges the result: give --data.valid FILE, --data.test FILE"
+    elif judges < FEW:
+        said += f"; few: one {part} row is {1 / judges:.1%} of the score, give --data.test FILE with more"
+    console.print(f"{task.name}: {said}", soft_wrap=True)
+
+
+def say(bad: Bad, dropped: int = 0) -> None:
+    """Say what was left out. InputError if it is more than the cap."""
     for line in bad.settle():
         console.print(line, soft_wrap=True)
     if dropped:
@@ -126,18 +172,27 @@ def check_tokenizer(tokenizer: Tokenizer, digest: str, where: Path) -> None:
         )
 
 
+def check_file(name: str) -> str:
+    """The name of a file of examples. InputError for what is neither that nor a task."""
+    if re.fullmatch(r"(?!hub:)[\w:-]+", name) and not os.path.exists(name):
+        raise InputError(f"no task and no file {name!r}{close(name, tasks)}; tasks: {', '.join(tasks)}")
+    return name
+
+
 def task_of(data: Data, bad: Bad | None = None) -> Task:
     """The task of a fine-tuning run: a known name below --data.root, or a file of examples, which is cut into parts in
     the same way whatever the run's seed: no seed trains on what another is judged by."""
     if not data.task:
         raise InputError("nothing to tune on: give --data FILE.jsonl, or --data.task with one of " + ", ".join(tasks))
     if data.task in tasks:
+        if data.valid or data.test:
+            flag = "--data.valid" if data.valid else "--data.test"
+            raise InputError(f"{flag}: task {data.task!r} has rows of its own to choose and to judge by; drop the flag")
         if not data.root and not data.task.startswith("embedded"):
             raise InputError(f"task {data.task!r} is read from files: say where they are with --data.root FOLDER")
         return tasks[data.task](Path(data.root or "."))
-    if re.fullmatch(r"(?!hub:)[\w:-]+", data.task) and not os.path.exists(data.task):
-        raise InputError(f"no task and no file {data.task!r}{close(data.task, tasks)}; tasks: {', '.join(tasks)}")
-    return file_task(data.task, data.held_out, 0, bad or Bad(data.bad, data.bad_cap))
+    bad = bad or Bad(data.bad, data.bad_cap)
+    return file_task(check_file(data.task), data.held_out, 0, bad, data.valid, data.test)
 
 
 def save_held_out(path: Path, held_out: dict[str, HeldOut]) -> None:
@@ -177,7 +232,8 @@ def _held_out(name: str, arrays: dict[str, Any]) -> HeldOut:
     return HeldOut([{k: v[i] for k, v in fields.items()} for i in range(n)], int(n_bytes), float(zlib))
 
 
-def check_lengths(data: Data, context: int) -> None:
-    """Rows must fit the base."""
-    if context < data.T:
-        raise InputError(f"--data.T {data.T} is longer than the model's context of {context}; shorten the rows")
+def check_lengths(data: Data, context: int, virtual: int = 0) -> None:
+    """Rows must fit the base, `virtual` positions of which are taken."""
+    if context - virtual < data.T:
+        taken = f" ({virtual} of it are virtual tokens)" if virtual else ""
+        raise InputError(f"--data.T {data.T} is longer than the model's context of {context}{taken}; shorten the rows")

@@ -76,7 +76,8 @@ def _go(phase: Phase, folder: Path, loop: "Course", stop: Stop) -> dict[str, Any
     faults.at("compile")
     step, cost = compile_step(phase)
     found = {} if first < run.steps else outcome.noted(folder, first)
-    late = {} if first < run.steps or found else evaluate(phase)  # it was killed behind the last save
+    with outcome.of_saved(run, first):
+        late = {} if first < run.steps or found else evaluate(phase)  # it ended behind the last save
     stop.begin(first)
     with contextlib.closing(_log(phase, folder, first)) as log:
         log.note(0, before if begins else {})
@@ -92,11 +93,11 @@ def _go(phase: Phase, folder: Path, loop: "Course", stop: Stop) -> dict[str, Any
                 loop.log(log)
             with log.paused():
                 if last or (run.eval_every and i % run.eval_every == 0):
-                    found = stop.between(lambda i=i, last=last: _score(phase, i, last))
+                    found = _evaluated(loop, stop, i, last)
                     left, found = found is None, found or {}
                     log.note(i, found)
                 if last or (run.save_every and i % run.save_every == 0):
-                    loop.save(rank(found))
+                    loop.save(found)
         if left:
             loop.log(log)
             loop.save()
@@ -105,6 +106,25 @@ def _go(phase: Phase, folder: Path, loop: "Course", stop: Stop) -> dict[str, Any
         console.print(f"stopped at step {loop.done} of {run.steps}, saved; go on with --resume")
         raise Stopped
     return outcome.summary(phase, folder, before, found or late, cost) if distributed.index() == 0 else {}
+
+
+def _evaluated(loop: "Course", stop: Stop, i: int, last: bool) -> dict[str, Any] | None:
+    """The losses at a step and, at the last one, the scores, which only begin when its checkpoint is on the disk; None
+    if a signal ended that. What has been trained is not lost by an evaluation that fails."""
+    phase = loop.phase
+    try:
+        found = stop.between(lambda: (faults.at("score", i), outcome.losses(phase))[1])
+    except Exception:
+        if distributed.count() == 1:  # the others may not have failed, and would wait
+            loop.save()
+        raise
+    if not last or found is None:
+        return found
+    loop.save(found)
+    loop.checkpoints.wait()
+    with outcome.of_saved(phase.run, i):
+        scores = stop.between(lambda: outcome.scores(phase))
+    return None if scores is None else found | scores
 
 
 class Course:
@@ -160,20 +180,17 @@ class Course:
             log.step(self.done, _means(rows) | {"lr": lr}, len(rows) * data.batch * data.T)
             self.health.see(self.done, rows)
 
-    def save(self, score: float | None = None) -> None:
-        """Begin to save the state, unless it is saved already."""
+    def save(self, found: dict[str, Any] | None = None) -> None:
+        """Begin to save the state, unless it is saved already. The best checkpoint has the least loss in `found`: of
+        the validation rows or, in pretraining, of the held-out rows."""
         if self.saved == self.done:
             return
         state, self.saved = self.phase.state, self.done
+        score = (found or {}).get("valid_loss" if self.phase.run.phase == "finetune" else "held_out_loss")
         must_be_finite(state.trainable, self.done, self.phase.run)
         items = {"trainable": state.trainable, "optimizer": state._replace(trainable=None)}
         meta = _meta(self.phase, self.loader, self.seen) | self.constant
         self.checkpoints.save(self.done, items, meta, score)
-
-
-def rank(found: dict[str, Any]) -> float | None:
-    """What the best checkpoint has least of."""
-    return found.get("valid_loss", found.get("held_out_loss"))
 
 
 def _log(phase: Phase, folder: Path, first: int) -> Any:
@@ -181,11 +198,6 @@ def _log(phase: Phase, folder: Path, first: int) -> Any:
     flops = step_flops(phase.model.config, phase.totals["base"], phase.totals["trainable"], tokens, run.data.T)
     make = NoLog if distributed.index() else Log
     return make(folder, run.recipe or run.phase, run.steps, first, flops, run.tensorboard, run.wandb)
-
-
-def _score(phase: Phase, i: int, last: bool) -> dict[str, Any]:
-    faults.at("score", i)
-    return evaluate(phase, score=last)
 
 
 def row_sum(places: np.ndarray, rows: np.ndarray) -> int:

@@ -1,7 +1,9 @@
 """What a run found: its evaluations, and the files that it begins and ends with."""
 
+import contextlib
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,34 +15,60 @@ from . import distributed
 from .checkpoint import Checkpoints
 from .commit import write_whole
 from .config import Run, to_json
-from .evaluate import held_out_losses, longest_answer, mean_loss, outputs, row_losses, scored
+from .evaluate import held_out_losses, longest_answer, mean_loss, outputs, row_losses, scored, within
 from .inputs import save_held_out
 from .phase import Phase
 from .progress import console, cut_metrics, plot_losses, read_metrics
 
 
 def evaluate(phase: Phase, score: bool = True) -> dict[str, Any]:
-    """Held-out loss of the base's domains; of the task validation loss and, with `score`, scores and some samples."""
-    run, found = phase.run, {}
+    """`losses` and, with `score`, `scores`."""
+    return losses(phase) | (scores(phase) if score else {})
+
+
+def bound(phase: Phase) -> tuple[Any, Any, Any]:
+    """(model, bound parameters, context) of a phase as it is now."""
     method, trainable = phase.method, phase.state.trainable
-    args = (phase.model, method.bind(phase.frozen, trainable), method.context(trainable))
+    return phase.model, method.bind(phase.frozen, trainable), method.context(trainable)
+
+
+def losses(phase: Phase) -> dict[str, Any]:
+    """Held-out loss of the base's domains, and validation loss of the task, where there are rows for them."""
+    run, found, args = phase.run, {}, bound(phase)
     if phase.held_out:
         held = held_out_losses(*args, phase.held_out, run.data.batch, run.eval_tokens, put_batch(phase.mesh))
         found = {"held_out_loss": mean_loss(held), "held_out": held}
     if phase.valid:
         found["valid_loss"] = rows_loss(args, phase.valid, run, phase.mesh)
-    if score and phase.task:
-        rows = scored(phase.task, run.eval_rows)
-        answers = outputs(*args, phase.tokenizer, rows, longest_answer(rows, phase.tokenizer))
-        pairs = list(zip(rows, answers, strict=True))[:8]
-        samples = [{"prompt": r["prompt"], "wanted": r["completion"], "got": a} for r, a in pairs]
-        found |= {"scores": phase.task.score(rows, answers), "samples": samples}
     return found
 
 
+def scores(phase: Phase) -> dict[str, Any]:
+    """Scores of the task's test rows, with some samples; {} for a run without rows to judge by."""
+    rows = scored(phase.task, phase.run.eval_rows) if phase.task else []
+    if not rows:
+        return {}
+    answers = outputs(*bound(phase), phase.tokenizer, rows, longest_answer(rows, phase.tokenizer))
+    pairs = list(zip(rows, answers, strict=True))[:8]
+    samples = [{"prompt": r["prompt"], "wanted": r["completion"], "got": a} for r, a in pairs]
+    return {"scores": phase.task.score(rows, answers), "samples": samples}
+
+
+@contextlib.contextmanager
+def of_saved(run: Run, step: int) -> Iterator[None]:
+    """Around the scoring of a step whose checkpoint is there: whatever goes wrong is one line that says so."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0][:300]
+        reason = reason if isinstance(error, InputError) else f"{type(error).__name__}: {reason}"
+        raise InputError(f"{run.out}: step {step} is done and saved, but scoring it failed ({reason}); mend that, and "
+                         "--resume scores it again") from error  # fmt: skip
+
+
 def rows_loss(args: Any, rows: Any, run: Run, mesh: Any) -> float:
-    """Nats a target token of rows, at most `eval_tokens` tokens of them; args: (model, bound parameters, context)."""
-    rows = rows[: max(run.eval_tokens // run.data.T, 1)]
+    """Nats a target token of rows, of at most `eval_tokens` tokens; args: (model, bound parameters, context)."""
+    rows = within(rows, run.eval_tokens)
     model, bound, context = args
     loss = row_losses(model, bound, context, rows, run.data.batch, put_batch(mesh)).sum()
     return float(loss / max(sum(float(row["weights"].sum()) for row in rows), 1.0))

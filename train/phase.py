@@ -16,7 +16,7 @@ from .added_tokens import untrained
 from .config import Run
 from .digests import contents
 from .health import load_base
-from .inputs import check_lengths, corpus_and_tokenizer, tuning_rows, validation_rows
+from .inputs import check_lengths, corpus_and_tokenizer, say_parts, tuning_rows
 from .program import layout
 from .progress import console
 from .runs import laid, numerics, place
@@ -76,20 +76,22 @@ def _tuning(run: Run, mesh: Any, work: Path) -> Phase:
     distributed.agree("the base", {"base": contents(Path(run.base))})
     base = load_base(run, mesh)
     config = numerics(base.config, run.dtype, run.remat)
-    check_lengths(run.data, config.context)
-    task, sft = tuning_rows(run.data, run.seed, base.tokenizer, config.V)
-    steps = run.steps or max(round(run.epochs * len(sft.rows) / run.data.batch), 1)
     method = resolve_method(run.method, base.tokenizer, run.seed)
+    virtual = virtual_tokens(method, base.base)
+    check_lengths(run.data, config.context, virtual if config.learned_positions else 0)
+    task, sft = tuning_rows(run.data, run.seed, base.tokenizer, config.V, config, virtual)
+    steps = run.steps or max(round(run.epochs * len(sft.rows) / run.data.batch), 1)
     run = dataclasses.replace(run, steps=steps, base=place(run.base), method=method)
     _few(len(sft.rows), run)
     share = sft.tokens / (len(sft.rows) * run.data.T)
     rows = f"{sft.examples:,} examples in {len(sft.rows):,} rows of {run.data.T} ({share:.0%} filled)"
+    say_parts(task)
     console.print(f"{task.name}: {rows}, {sft.target_tokens:,} target tokens; {steps} steps", soft_wrap=True)
     params, mark = base.base, base.fingerprint
     added = untrained(method, params, base.manifest.get("added_tokens", {}), sft.rows)
     phase = _assemble(run, mesh, config, params, sft.train, sft.digest, base.tokenizer, base.held_out)
     phase.task, phase.base, phase.lineage, phase.added = task, mark, base.lineage, added
-    phase.valid = validation_rows(task, run.data, base.tokenizer)
+    phase.valid = sft.valid
     phase.facts = {"examples": sft.examples, "target tokens": sft.target_tokens}
     distributed.agree("the base", {"base": mark})
     return phase
@@ -99,6 +101,13 @@ def _few(rows: int, run: Run) -> None:
     if rows < (batch := run.data.batch):
         said = f"{rows} rows are fewer than the {batch} of a batch: rows stand in a step more than once"
         console.print(said, soft_wrap=True)
+
+
+def virtual_tokens(method: Method, params: Any) -> int:
+    """How many positions a method puts before the text; nothing is computed."""
+    lengths = []
+    jax.eval_shape(lambda p: lengths.append(method.context(method.init(jax.random.key(0), p)).length), params)
+    return lengths[0]
 
 
 def resolve_method(method: Any, tokenizer: Any, seed: int | None = None) -> Any:

@@ -69,6 +69,8 @@ class Compare:
             raise InputError(f"--methods {self.methods[0]}: one has nothing to be compared with; give two or more")
         if not all(0 < factor < float("inf") for factor in self.factors):
             raise InputError("--factors: finite numbers above 0 are wanted, of the learning rate")
+        if len(self.tasks) > 1 and (self.run.data.valid or self.run.data.test):
+            raise InputError("--data.valid and --data.test are the rows of one task; give one --task")
         if self.seeds < 1:
             raise InputError(f"--seeds {self.seeds}: wanted 1 or more")
         if not 0 <= self.budget < float("inf") or bool(self.budget) == bool(self.run.steps):

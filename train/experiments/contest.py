@@ -97,8 +97,8 @@ class Contest:
         for exam in self.exams:
             run = self.plan.run_of(exam.name, Entry(Subset()), 1.0)
             if not self.ground.rows(run)[2]:
-                raise InputError(f"--task {exam.name}: no validation row fits into --data.T {run.data.T}, so that "
-                                 "nothing chooses a rate; raise it, or give such rows")  # fmt: skip
+                raise InputError(f"--task {exam.name}: no validation rows, so that nothing chooses a rate; give "
+                                 "--data.valid FILE, or --data.held-out above 0")  # fmt: skip
         for name, entry in self.entries.items():
             try:
                 peft.count(entry.method, self.ground.model(self.plan.run)[1])

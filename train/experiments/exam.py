@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from ... import InputError
+from ...data.bad import Bad
 from ...data.sft import render_prompts
 from ..config import Run, close
-from ..evaluate import chats, evenly, longest_answer, outputs
-from ..inputs import task_of
+from ..evaluate import chats, evenly, longest_answer, outputs, scored
+from ..inputs import judged, say, task_of
 from .ground import Ground
 from .noise import by_row
 
@@ -47,21 +48,18 @@ class Exam:
     def read(cls, said: str, run: Run, ground: Ground, metric: str = "") -> "Exam":
         """TASK or TASK@METRIC, below a run's --data.root. InputError for a metric that the task does not have."""
         name, asked = cls.parted(said)
-        task = task_of(dataclasses.replace(run.data, task=name))
-        rows = evenly(task.test or task.valid, run.eval_rows)
+        base, bad = ground.base(run), Bad(run.data.bad, run.data.bad_cap)
+        task = task_of(dataclasses.replace(run.data, task=name), bad)
+        task = judged(task, base.tokenizer, base.config, 0, bad)
+        say(bad)
+        rows = scored(task, run.eval_rows)
         if not rows:
-            raise InputError(f"--task {said}: no row to score; a test, or validation rows, are wanted")
+            raise InputError(f"--task {said}: no row to score; give --data.test FILE, or --data.held-out above 0")
         has = list(task.score(rows, [row["completion"] for row in rows]))
         metric = metric or asked
         if (metric or name != said) and metric not in has:
             raise InputError(f"{task.name} has no score {metric!r}{close(metric, has)}; it has {', '.join(has)}")
-        base = ground.base(run)
-        new = longest_answer(rows, base.tokenizer)
-        exam = cls(name, metric or has[0], task, tuple(rows), new, base.tokenizer)
-        if (n := exam.longest_prompt) + new > base.config.context:
-            raise InputError(f"--task {said}: a prompt of {n} tokens and an answer of {new} do not fit into the base's "
-                             f"context of {base.config.context}")  # fmt: skip
-        return exam
+        return cls(name, metric or has[0], task, tuple(rows), longest_answer(rows, base.tokenizer), base.tokenizer)
 
     @staticmethod
     def parted(said: str) -> tuple[str, str]:

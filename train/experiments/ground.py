@@ -10,14 +10,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ... import InputError
+from ...data.bad import Bad
 from ...model import Context, Transformer
 from ...model.sharding import make_mesh, put_batch
 from ..added_tokens import untrained
 from ..checkpoint import Checkpoints
 from ..config import Run, to_json
-from ..evaluate import held_out_losses, mean_loss
+from ..evaluate import answerable, evenly, held_out_losses, mean_loss
 from ..health import load_base
-from ..inputs import check_lengths, tuning_rows, validation_rows
+from ..inputs import check_lengths, say, say_parts, tuning_rows
 from ..outcome import rows_loss
 from ..phase import Phase, resolve_method
 from ..program import start
@@ -34,6 +35,7 @@ class Ground:
         self.whole = NamedSharding(self.mesh, P())
         self._base: tuple[Any, Loaded] | None = None
         self._rows: dict[Any, Any] = {}
+        self._asked: dict[Any, list[Any]] = {}
         self._before: dict[Any, dict[str, float]] = {}
         self._frozen: tuple[Any, Any] | None = None
 
@@ -60,8 +62,24 @@ class Ground:
         if key not in self._rows:
             check_lengths(run.data, base.config.context)
             task, sft = tuning_rows(run.data, run.seed, base.tokenizer, base.config.V)
-            self._rows[key] = task, sft, validation_rows(task, run.data, base.tokenizer)
+            if not self._rows:
+                say_parts(task)
+            self._rows[key] = task, sft, sft.valid
         return self._rows[key]
+
+    def asked(self, run: Run, n: int) -> list[Any]:
+        """At most n of the validation rows, which a run answers at its end; --data.bad says what becomes of a row that
+        cannot be answered. InputError where there is none."""
+        key = (run.base, to_json(Run(data=run.data)), n)
+        if key not in self._asked:
+            base, bad = self.base(run), Bad(run.data.bad, run.data.bad_cap)
+            kept = answerable(self.rows(run)[0].valid, base.tokenizer, base.config, 0, bad)
+            say(bad)
+            if not kept:
+                raise InputError(f"--score {n}: the task has no validation rows to answer; drop the flag, or give "
+                                 "--data.valid FILE")  # fmt: skip
+            self._asked[key] = evenly(kept, n)
+        return self._asked[key]
 
     def settled(self, cells: list[Cell]) -> list[Cell]:
         """The cells with all said that a run needs: their steps, which are those of the first seed for all seeds."""

@@ -14,10 +14,9 @@ from ... import InputError
 from ...model.hf_files import read_json
 from .. import faults
 from ..commit import write_whole
-from ..evaluate import evenly, longest_answer, outputs
+from ..evaluate import longest_answer, outputs
 from ..health import must_be_finite
-from ..loop import rank
-from ..outcome import evaluate, noted, summary
+from ..outcome import bound, losses, noted, of_saved, summary
 from ..progress import clock, console
 from ..stop import Stop, Stopped
 from .cells import Cell
@@ -41,8 +40,10 @@ class Work:
         self.seconds, self.since, self.taken, self.left = 0.0, 0.0, 0, 0  # in steps; lane-steps done here, and to do
         self.groups, apart = groups(made, ground.model)
         if sweep.halve and not all(ground.rows(cell.run)[2] for cell in made):
-            raise InputError("--halve: the task has no validation rows that fit into --data.T, so that nothing says "
-                             "which cells are the best; drop the flag, or give such rows")  # fmt: skip
+            raise InputError("--halve: the task has no validation rows, so that nothing says which cells are the best; "
+                             "drop the flag, or give --data.valid FILE")  # fmt: skip
+        for cell in made if sweep.score else ():
+            ground.asked(cell.run, sweep.score)
         announce(self.groups, apart, len(made))
 
     def go(self) -> None:
@@ -169,8 +170,9 @@ class Work:
                       f"lane-steps/s · {clock(max(self.left, 0) / rate)} left", soft_wrap=True)  # fmt: skip
 
     def save(self, lanes: list[Lane], stack: Stack | None, i: int, until: int) -> None:
-        """Each living lane's checkpoint; at `until` with what it is worth."""
-        for lane, state in zip(lanes, stack.split_up() if stack else [lane.phase.state for lane in lanes], strict=True):
+        """Each living lane's checkpoint; at `until`, when all are there, what each is worth."""
+        states, ended = stack.split_up() if stack else [lane.phase.state for lane in lanes], []
+        for lane, state in zip(lanes, states, strict=True):
             if lane.dead or (stack is None and reached(lane.cell) >= until):
                 continue
             lane.phase.state = jax.device_put(state, self.ground.whole)
@@ -181,27 +183,31 @@ class Work:
                 console.print(f"cell {lane.cell.number} ({lane.cell.name}) diverged: {error}", soft_wrap=True)
                 continue
             before = noted(lane.folder, i) if stack is None else {}  # killed behind the last save
-            found = before or (self.judged(lane) if i == until else {})
-            if found and not before:
-                lane.log.write({"step": i, **found})
-            lane.course.save(rank(found))
-            if i == until:
-                lane.checkpoints.wait()
-                said = summary(lane.phase, lane.folder, self.ground.before(lane.run), found, cost(stack, len(lanes)))
-                said |= {"status": "done" if i == lane.run.steps else "stopped", "steps": i}
-                write_whole(lane.folder / "summary.json", json.dumps(said, indent=1) + "\n")
+            found = before or (losses(lane.phase) if i == until else {})
+            lane.course.save(found)
             lane.phase.state = None  # type: ignore[assignment]  # the stack has it
+            if i == until:
+                ended.append((lane, state, found, bool(before)))
+        for lane, state, found, noted_before in ended:
+            lane.checkpoints.wait()
+            lane.phase.state = state
+            if not noted_before:
+                found |= self.scores(lane)
+                lane.log.write({"step": i, **found})
+            said = summary(lane.phase, lane.folder, self.ground.before(lane.run), found, cost(stack, len(lanes)))
+            said |= {"status": "done" if i == lane.run.steps else "stopped", "steps": i}
+            write_whole(lane.folder / "summary.json", json.dumps(said, indent=1) + "\n")
+            lane.phase.state = None  # type: ignore[assignment]
 
-    def judged(self, lane: Lane) -> dict[str, Any]:
-        """A lane's losses; at its end also the score of validation rows."""
-        found, phase = evaluate(lane.phase, score=False), lane.phase
-        if self.sweep.score and phase.task.valid and lane.course.done == lane.run.steps:
-            rows = evenly(phase.task.valid, self.sweep.score)
-            bound = phase.method.bind(phase.frozen, phase.state.trainable)
-            args = (phase.model, bound, phase.method.context(phase.state.trainable))
-            answers = outputs(*args, phase.tokenizer, rows, longest_answer(rows, phase.tokenizer))
-            found["valid_scores"] = phase.task.score(rows, answers)
-        return found
+    def scores(self, lane: Lane) -> dict[str, Any]:
+        """The scores of a lane at its end on validation rows, if the sweep asks for them."""
+        if not self.sweep.score or lane.course.done != lane.run.steps:
+            return {}
+        phase, rows = lane.phase, self.ground.asked(lane.run, self.sweep.score)
+        phase.state = jax.device_put(phase.state, self.ground.whole)
+        with of_saved(lane.run, lane.run.steps):
+            answers = outputs(*bound(phase), phase.tokenizer, rows, longest_answer(rows, phase.tokenizer))
+            return {"valid_scores": phase.task.score(rows, answers)}
 
 
 def cost(stack: Stack | None, lanes: int) -> dict[str, Any]:
