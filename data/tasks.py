@@ -11,12 +11,14 @@ from typing import Any
 
 from .. import InputError
 from .bad import STRICT, Bad
-from .sft import messages
+from .columns import Columns, chat_of
+from .dialogue import Chat
 from .sources import is_held_out
 from .sources import rows as source_rows
 
 MOST = 1000  # choices of a file of examples
-Row = dict[str, Any]  # {"prompt": str or earlier turns, "completion": str}, maybe "meta" and "where"
+# {"prompt": str or earlier turns, "completion": str}, maybe "meta" and "where"; of a file also "chat", the whole Chat
+Row = dict[str, Any]
 Score = Callable[[list[Row], list[str]], dict[str, float]]
 
 
@@ -86,7 +88,20 @@ def floors(task: Task) -> dict[str, float]:
     }
 
 
-def file_task(path: Path | str, fraction: float, seed: int = 0, bad: Bad = STRICT) -> Task:
+def row_of(chat: Chat, where: str) -> Row:
+    """A task's row of a dialogue. InputError if it does not end with a reply."""
+    *earlier, last = chat.messages
+    if last["role"] != "assistant":
+        said = f"the last message is from {last['role']}"
+        raise InputError(f"{where}: {said}; a reply by assistant is wanted, add one or drop the row")
+    pair = len(earlier) == 1 and earlier[0]["role"] == "user"
+    prompt = earlier[0]["content"] if pair else earlier
+    return {"prompt": prompt, "completion": last["content"] or "", "where": where, "chat": chat}
+
+
+def file_task(
+    path: Path | str, fraction: float, seed: int = 0, bad: Bad = STRICT, columns: Columns = Columns()  # noqa: B008
+) -> Task:  # fmt: skip
     """A user's rows: `fraction` of the prompts, by hash, are held out, half of them to choose by (valid) and half to
     judge on (test); if they are too few for both, all are valid. Score: exact match.
 
@@ -97,15 +112,10 @@ def file_task(path: Path | str, fraction: float, seed: int = 0, bad: Bad = STRIC
     parts: dict[str, list[Row]] = {"train": [], "valid": [], "test": []}
     for where, row in source_rows(str(path), bad):
         with bad:
-            turns = messages(row, where, bad)
-            if turns[-1]["role"] != "assistant":
-                said = f"the last message is from {turns[-1]['role']}"
-                raise InputError(f"{where}: {said}; a reply by assistant is wanted, add one or drop the row")
-            pair = len(turns) == 2 and turns[0]["role"] == "user"
-            prompt = turns[0]["content"] if pair else turns[:-1]
-            said = f"{seed}/{json.dumps(prompt)}"  # by prompt: its repetitions stay on one side
+            row = row_of(chat_of(row, where, bad, columns), where)
+            said = f"{seed}/{json.dumps(row['prompt'])}"  # by prompt: its repetitions stay on one side
             part = ("test" if is_held_out(f"test/{said}", 0.5) else "valid") if is_held_out(said, fraction) else "train"
-            parts[part].append({"prompt": prompt, "completion": turns[-1]["content"], "where": where})
+            parts[part].append(row)
     valid, test = parts["valid"], parts["test"]
     train, dropped = drop_leaks(parts["train"], valid + test, _words)
     valid, leaked = drop_leaks(valid, test, _words)
@@ -121,7 +131,9 @@ def file_task(path: Path | str, fraction: float, seed: int = 0, bad: Bad = STRIC
 
 
 def _few(train: list[Row], held: list[Row]) -> list[str] | None:
-    """The completions, if they are choices: no others are held out, and each stands in several rows."""
+    """The completions, if they are choices: no others are held out, each stands in several rows, all are text alone."""
+    if not all(row["chat"].replies_in_text for row in train + held):
+        return None
     known = {row["completion"] for row in train}
     few = 1 < len(known) <= min(MOST, len(train) / 4) and all(row["completion"] in known for row in held)
     return sorted(known) if few else None

@@ -12,12 +12,12 @@ from rich.text import Text
 
 from .. import InputError, peft
 from ..data.sft import render_prompt
-from ..data.sources import documents
+from ..data.sources import documents, text_of
 from ..data.tokenizer import train_tokenizer
 from ..model import Sampling, generate, presets, shapes_of
 from ..peft import Subset, masks
 from . import report
-from .config import Optim, close
+from .config import Optim, check_date, close
 from .evaluate import choose, held_out_losses, longest_answer, outputs, scored
 from .export import Verify
 from .inputs import task_of
@@ -36,6 +36,8 @@ class Eval:
     base: str = ""  # where its base is now, if it moved
     task: str = ""  # another task, or a file of examples
     root: str = ""  # the folder the task is read from
+    columns: tuple[str, ...] = ()  # of that file, OURS=THEIRS: prompt=question completion=answer
+    ignore: tuple[str, ...] = ()  # its columns, fields of messages and template variables that are left out
     tokens: int = 0  # held-out tokens of each domain; 0: all
     rows: int = 0  # test rows; 0: all
     choices: bool = False  # answer with the likeliest of the task's choices, not by generation
@@ -45,8 +47,9 @@ class Eval:
         """Evaluate, say the numbers, and return them."""
         got = load_run(self.folder, base=self.base, verify=self.verify)
         data = dataclasses.replace(
-            got.run.data, task=self.task or got.run.data.task, root=self.root or got.run.data.root
-        )
+            got.run.data, task=self.task or got.run.data.task, root=self.root or got.run.data.root,
+            columns=self.columns or got.run.data.columns, ignore=self.ignore or got.run.data.ignore,
+        )  # fmt: skip
         args, found = got.bound, {}
         if got.held_out:
             found["held_out"] = held_out_losses(*args, got.held_out, 8, self.tokens)
@@ -55,7 +58,7 @@ class Eval:
                               f"bits per byte {v['bits_per_byte']:.4f} (zlib {v['zlib']:.2f})")  # fmt: skip
         if data.task:
             task = task_of(data)
-            rows = scored(task, self.rows)
+            rows = scored(task, got.tokenizer, self.rows)
             if self.choices:
                 if task.choices is None:
                     raise InputError(f"--choices: {task.name} has no list of choices; drop the flag")
@@ -81,15 +84,19 @@ class Generate:
     top_k: int = 0  # 0: all
     top_p: float = 1.0
     seed: int = 0
+    date: str = ""  # that the chat template writes, as 2026-11-29; empty: the run's, of a model without a run today's
     base: str = ""  # where its base is now, if it moved
     verify: Verify = "full"  # every digest, the files' sizes, the manifest alone
 
     def run(self) -> dict[str, Any]:
         """Generate, print the text, and return it."""
+        check_date(self.date)
+        text_of({"prompt": self.prompt}, "prompt", "--prompt")
         how = Sampling(self.temperature, self.top_k, self.top_p)
         got = load_run(self.folder, base=self.base, verify=self.verify)
-        turns = [{"role": "user", "content": self.prompt}]
-        ids = render_prompt(turns, got.tokenizer) if self.chat else got.tokenizer.prompt(self.prompt)
+        turns, tokenizer = [{"role": "user", "content": self.prompt}], got.tokenizer
+        dated = dataclasses.replace(tokenizer, date=self.date or tokenizer.date)
+        ids = render_prompt(turns, dated) if self.chat else tokenizer.prompt(self.prompt)
         model, bound, context = got.bound
         out = generate(
             model, bound, [ids], self.new, stop=got.tokenizer.stops, how=how, key=jax.random.key(self.seed),

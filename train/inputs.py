@@ -8,6 +8,7 @@ import numpy as np
 
 from .. import InputError
 from ..data.bad import STRICT, Bad
+from ..data.columns import Columns
 from ..data.embedded import code, prose
 from ..data.mixture import Corpus, HeldOut, pretrain_rows
 from ..data.pack import empty_row
@@ -125,10 +126,14 @@ def task_of(data: Data, bad: Bad | None = None) -> Task:
     if data.task in tasks:
         if not data.root and not data.task.startswith("embedded"):
             raise InputError(f"task {data.task!r} is read from files: say where they are with --data.root FOLDER")
+        if given := data.columns or data.ignore:
+            raise InputError(f"--data.columns and --data.ignore are of a file; the rows of {data.task!r} are known, "
+                             f"drop {' '.join(given)}")  # fmt: skip
         return tasks[data.task](Path(data.root or "."))
     if not Path(data.task).suffix and not Path(data.task).exists():
         raise InputError(f"no task and no file {data.task!r}{close(data.task, tasks)}; tasks: {', '.join(tasks)}")
-    return file_task(Path(data.task), data.held_out, 0, bad or Bad(data.bad, data.bad_cap))
+    columns = Columns(data.columns, data.ignore)
+    return file_task(Path(data.task), data.held_out, 0, bad or Bad(data.bad, data.bad_cap), columns)
 
 
 def save_held_out(path: Path, held_out: dict[str, HeldOut]) -> None:

@@ -30,7 +30,7 @@ def evaluate(phase: Phase, score: bool = True) -> dict[str, Any]:
     if phase.valid:
         found["valid_loss"] = rows_loss(args, phase.valid, run, phase.mesh)
     if score and phase.task:
-        rows = scored(phase.task, run.eval_rows)
+        rows = scored(phase.task, phase.tokenizer, run.eval_rows)
         answers = outputs(*args, phase.tokenizer, rows, longest_answer(rows, phase.tokenizer))
         pairs = list(zip(rows, answers, strict=True))[:8]
         samples = [{"prompt": r["prompt"], "wanted": r["completion"], "got": a} for r, a in pairs]

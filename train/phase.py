@@ -72,6 +72,7 @@ def _tuning(run: Run, mesh: Any, work: Path) -> Phase:
         raise InputError("fine-tuning starts from a base: give --base RUN, a Hugging Face folder, or a hub id")
     distributed.agree("the base", {"base": contents(Path(run.base))})
     base = load_run(run.base, mesh, layers=run.layers, quantize=run.quantize, verify=run.verify)
+    base = dataclasses.replace(base, tokenizer=dataclasses.replace(base.tokenizer, date=run.date))
     config = numerics(base.config, run.dtype, run.remat)
     check_lengths(run.data, config.context)
     task, sft = tuning_rows(run.data, run.seed, base.tokenizer, config.V)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from ... import InputError
 from ...data.sft import render_prompts
 from ..config import Run, close
-from ..evaluate import chats, evenly, longest_answer, outputs
+from ..evaluate import chats, evenly, longest_answer, outputs, scored
 from ..inputs import task_of
 from .ground import Ground
 from .noise import by_row
@@ -46,14 +46,14 @@ class Exam:
         """TASK or TASK@METRIC, below a run's --data.root. InputError for a metric that the task does not have."""
         name, at, asked = (said, "", "") if Path(said).exists() else said.partition("@")
         task = task_of(dataclasses.replace(run.data, task=name))
-        rows = evenly(task.test or task.valid, run.eval_rows)
+        base = ground.base(run)
+        rows = scored(task, base.tokenizer, run.eval_rows)
         if not rows:
             raise InputError(f"--task {said}: no row to score; a test, or validation rows, are wanted")
         has = list(task.score(rows, [row["completion"] for row in rows]))
         metric = metric or asked
         if (at or metric) and metric not in has:
             raise InputError(f"{task.name} has no score {metric!r}{close(metric, has)}; it has {', '.join(has)}")
-        base = ground.base(run)
         new = longest_answer(rows, base.tokenizer)
         exam = cls(name, metric or has[0], task, tuple(rows), new, base.tokenizer)
         if (n := exam.longest_prompt) + new > base.config.context:
@@ -74,7 +74,7 @@ class Exam:
     @property
     def digest(self) -> str:
         """sha256 of the rows and what they are judged by."""
-        return hashlib.sha256(json.dumps([self.metric, *self.rows], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.metric, *self.rows], sort_keys=True, default=vars).encode()).hexdigest()
 
     def answers(self, bound: Any, rows: Sequence[Any] = ()) -> list[str]:
         """What (model, bound parameters, context) answers, greedily; rows: others than the exam's."""

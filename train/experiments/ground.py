@@ -43,7 +43,7 @@ class Ground:
         if self._base is None or self._base[0] != key:
             self._base = None
             got = load_run(run.base, self.mesh, layers=run.layers, quantize=run.quantize, verify=run.verify)
-            self._base = key, got
+            self._base = key, dataclasses.replace(got, tokenizer=dataclasses.replace(got.tokenizer, date=run.date))
         return self._base[1]
 
     def model(self, run: Run) -> tuple[Transformer, Any]:

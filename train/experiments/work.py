@@ -14,7 +14,7 @@ from ... import InputError
 from ...model.hf_files import read_json
 from .. import faults
 from ..commit import write_whole
-from ..evaluate import evenly, longest_answer, outputs
+from ..evaluate import as_written, evenly, longest_answer, outputs
 from ..health import must_be_finite
 from ..loop import rank
 from ..outcome import evaluate, noted, summary
@@ -196,7 +196,7 @@ class Work:
         """A lane's losses; at its end also the score of validation rows."""
         found, phase = evaluate(lane.phase, score=False), lane.phase
         if self.sweep.score and phase.task.valid and lane.course.done == lane.run.steps:
-            rows = evenly(phase.task.valid, self.sweep.score)
+            rows = as_written(evenly(phase.task.valid, self.sweep.score), phase.tokenizer)
             bound = phase.method.bind(phase.frozen, phase.state.trainable)
             args = (phase.model, bound, phase.method.context(phase.state.trainable))
             answers = outputs(*args, phase.tokenizer, rows, longest_answer(rows, phase.tokenizer))
