@@ -4,6 +4,8 @@ A template is a program of somebody else's. It runs in jinja2's sandbox, in a pr
 limit on time a rendering and on memory: neither an endless loop nor a string of 10**10 characters reaches this one.
 """
 
+import datetime
+import functools
 import importlib.util
 import json
 import re
@@ -12,16 +14,16 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .. import InputError
 from .bad import STRICT, Bad
+from .dialogue import Chat, Message, as_chat, strings
 from .tokenizer import Tokenizer
 
-Message = dict[str, str]  # {"role": ..., "content": ...}
-Chat = tuple[str, list[Message]]  # (where it comes from, its messages)
+Chats = Sequence[tuple[str, Chat]]  # (where it comes from, a dialogue)
 
 SECONDS = 5.0  # of processor time, for one rendering: most take less than a thousandth
 MEMORY = 1 << 30  # bytes, and 32 times the longest conversation
@@ -40,7 +42,11 @@ LEFT_OUT = Rendered("", [])  # of a chat that is refused
 
 
 def render(
-    tokenizer: Tokenizer, chats: Sequence[Chat], *, add_generation_prompt: bool = False, bad: Bad = STRICT
+    tokenizer: Tokenizer,
+    chats: Sequence[tuple[str, Chat | list[Message]]],
+    *,
+    add_generation_prompt: bool = False,
+    bad: Bad = STRICT,
 ) -> list[Rendered]:
     """What the template makes of `chats`, all in one child process; a generation prompt has no spans.
 
@@ -48,28 +54,30 @@ def render(
     ends it. InputError: the template is broken; or it is hostile, refuses a chat, or does not say whose words are whose
     in one, unless `bad` says otherwise: LEFT_OUT stands for such a chat then.
     """
-    return _render(tokenizer, chats, add_generation_prompt, not add_generation_prompt, bad)
+    whole = [(where, as_chat(chat)) for where, chat in chats]
+    _check_read(tokenizer, whole)
+    return _render(tokenizer, whole, add_generation_prompt, not add_generation_prompt, bad)
 
 
-def _render(
-    tokenizer: Tokenizer, chats: Sequence[Chat], prompt: bool, spans: bool, bad: Bad = STRICT
-) -> list[Rendered]:
+@functools.cache
+def today() -> str:
+    """The date at which it was asked for first: one command has one, however long it takes."""
+    return datetime.date.today().isoformat()
+
+
+def _render(tokenizer: Tokenizer, chats: Chats, prompt: bool, spans: bool, bad: Bad = STRICT) -> list[Rendered]:
     rendered, left, special = [LEFT_OUT] * len(chats), [], re.compile(_special(tokenizer))
-    for i, chat in enumerate(chats):
+    for i, (where, chat) in enumerate(chats):
         with bad:
-            _check_content(special, chat)
+            _check_content(special, where, chat)
             left.append(i)
-    lines = [json.dumps(turns) for _, turns in chats]
-    header = {
-        "template": tokenizer.template,
-        "variables": tokenizer.names,
-        "special": _special(tokenizer),
+    lines = [json.dumps(_line(chat)) for _, chat in chats]
+    header = _header(tokenizer) | {
         "prompt": prompt,
         "spans": spans,
-        "seconds": SECONDS,
         "bytes": MEMORY + 32 * max(map(len, lines), default=0),
     }
-    renders = 2 * sum(len(turns) for _, turns in chats)
+    renders = 2 * sum(len(chat.messages) for _, chat in chats)
     name = f"chat template {tokenizer.template_file or 'of the tokenizer'}"
     while left:
         replies, end = _exchange([json.dumps(header), *(lines[i] for i in left)], wall=60 + 0.1 * renders)
@@ -86,20 +94,72 @@ def _render(
     return rendered
 
 
+def _header(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "template": tokenizer.template,
+        "variables": tokenizer.names,
+        "date": tokenizer.date or today(),
+        "special": _special(tokenizer),
+        "seconds": SECONDS,
+        "bytes": MEMORY,
+    }
+
+
+def _line(chat: Chat) -> dict[str, Any]:
+    return {**vars(chat), "tools": chat.tools or None, "learnt": chat.learnt}
+
+
 def _special(tokenizer: Tokenizer) -> str:
     """A pattern for special tokens; the longest match wins."""
     return "|".join(map(re.escape, sorted(tokenizer.special, key=len, reverse=True))) or "(?!)"
 
 
-def _check_content(special: re.Pattern, chat: Chat) -> None:
+def _check_content(special: re.Pattern, where: str, chat: Chat) -> None:
     """HF takes the text of a special token for the token, so a row could end its own turn."""
-    where, turns = chat
-    for n, turn in enumerate(turns):
-        if found := special.search(turn["content"]):
+    parts = {"tools": chat.tools, "chat_template_kwargs": chat.variables}
+    parts = {f"message {n}": turn for n, turn in enumerate(chat.messages)} | parts
+    for part, value in parts.items():
+        if found := next(filter(None, map(special.search, strings(value))), None):
             raise InputError(
-                f"{where}: message {n} holds {found[0]!r}, which this tokenizer takes for its special token; "
+                f"{where}: {part} holds {found[0]!r}, which this tokenizer takes for its special token; "
                 "rewrite it or drop the row"
             )
+
+
+def _check_read(tokenizer: Tokenizer, chats: Chats) -> None:
+    """InputError for tools, calls, thoughts, names or variables that the template takes no notice of.
+
+    That is where its source never names them and the first dialogue that has them renders the same without them.
+    """
+    first: dict[str, tuple[str, Chat]] = {}
+    for where, chat in chats:
+        first = dict.fromkeys(chat.beyond_text, (where, chat)) | first
+    if not first:
+        return
+    named = _named(json.dumps(_header(tokenizer)))
+    for name, (where, chat) in first.items():
+        if named is not None and name not in named and _same_without(tokenizer, where, chat, name):
+            file = tokenizer.template_file or "of the tokenizer"
+            raise InputError(
+                f"{where}: the chat template {file} takes no notice of {name!r}, so nothing would be learnt of it; "
+                f"take a base whose template reads it, or leave it out with --data.ignore {name}"
+            )
+
+
+@functools.lru_cache(maxsize=8)
+def _named(header: str) -> list[str] | None:
+    """All that the source of a template names; None if it does not compile, which rendering says."""
+    replies, _ = _exchange([header], wall=60)
+    return replies[0].get("names") if replies else None
+
+
+def _same_without(tokenizer: Tokenizer, where: str, chat: Chat, name: str) -> bool:
+    pair = [(where, chat), (where, chat.without(name))]
+    try:
+        texts = [[one.text for one in _render(tokenizer, pair, prompt, spans=False)] for prompt in (False, True)]
+    except InputError:  # a template that does not name it stumbles over the rest of what goes with it
+        return True
+    return all(a == b for a, b in texts)
 
 
 def _exchange(lines: list[str], wall: float) -> tuple[list[dict], str]:
@@ -107,7 +167,8 @@ def _exchange(lines: list[str], wall: float) -> tuple[list[dict], str]:
     # Without site-packages the child starts in 50 ms, and no .pth file or PYTHON* variable runs in it.
     specs = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
     roots = [str(Path(spec.origin).parents[1]) for spec in specs if spec and spec.origin]
-    command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("chat_worker.py")), *roots]
+    worker = Path(__file__).with_name("chat_worker.py")
+    command = [sys.executable, "-I", "-S", str(worker), *roots, str(worker.parent)]
     given = "\n".join([*lines, ""]).encode()  # ASCII
     try:
         done = subprocess.run(command, input=given, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=wall)
@@ -125,9 +186,7 @@ def _replies(out: bytes) -> list[dict]:
     return [json.loads(line) for line in out.split(b"\n")[:-1]]
 
 
-def encode_chats(
-    tokenizer: Tokenizer, chats: Sequence[Chat], bad: Bad = STRICT
-) -> Iterator[tuple[list[int], list[int]]]:
+def encode_chats(tokenizer: Tokenizer, chats: Chats, bad: Bad = STRICT) -> Iterator[tuple[list[int], list[int]]]:
     """(ids, weights) of each chat: weight 1 on the assistant's tokens, 0 elsewhere; ([], []) if it is left out."""
     rendered = render(tokenizer, chats, bad=bad)
     for n, (encoding, one) in enumerate(zip(_encodings(tokenizer, rendered), rendered, strict=True)):
@@ -140,7 +199,7 @@ def encode_chats(
         yield ids, weights
 
 
-def encode_prompts(tokenizer: Tokenizer, chats: Sequence[Chat], bad: Bad = STRICT) -> list[list[int]]:
+def encode_prompts(tokenizer: Tokenizer, chats: Chats, bad: Bad = STRICT) -> list[list[int]]:
     """The ids that a reply to each chat is generated from; [] for one that is left out."""
     rendered = render(tokenizer, chats, add_generation_prompt=True, bad=bad)
     return [encoding.ids for encoding in _encodings(tokenizer, rendered)]
@@ -167,9 +226,9 @@ def _weights(offsets: list[tuple[int, int]], one: Rendered) -> np.ndarray:
 def turn_end(tokenizer: Tokenizer) -> tuple[int, ...]:
     """The special token that follows a reply in a rendered chat, if one does; () if the template renders no chat."""
     words = "graftax answers"
-    turns = [{"role": "user", "content": "graftax asks"}, {"role": "assistant", "content": words}]
+    chat = Chat([{"role": "user", "content": "graftax asks"}, {"role": "assistant", "content": words}])
     try:
-        text = _render(tokenizer, [("probe", turns)], prompt=False, spans=False)[0].text
+        text = _render(tokenizer, [("probe", chat)], prompt=False, spans=False)[0].text
     except InputError:
         return ()  # a prompt will not be rendered either, and that says why
     found = re.compile(_special(tokenizer)).search(text, text.rfind(words) + len(words)) if words in text else None

@@ -1,8 +1,9 @@
 """Renders chat templates in a process of its own, which a hostile template may stall, fill or crash; see chat.py.
 
-It imports the standard library and jinja2 alone. stdin: one line {"template", "variables", "special", "prompt",
-"spans", "seconds", "bytes"}, then one line a conversation. stdout: {} once the template compiles, or {"error"} and no
-more; then one line each, {"text", "spans", "marked"} or {"error"}.
+It imports the standard library, jinja2 and chat_spans.py alone. stdin: one line {"template", "variables", "date",
+"special", "prompt", "spans", "seconds", "bytes"}, then one line a conversation, {"messages", "tools", "variables",
+"learnt"}. stdout: {"names"} once the template compiles, all that its source names, or {"error"} and no more; then one
+line each, {"text", "spans", "marked"} or {"error"}.
 """
 
 import datetime
@@ -11,21 +12,19 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 if __name__ == "__main__":
-    sys.path += sys.argv[1:]  # where jinja2 is: the interpreter was started without site-packages
+    sys.path += sys.argv[1:]  # where jinja2 and this file are: the interpreter was started with neither
+    from chat_spans import Refused, derived_spans, learnt_marks, marked_spans  # type: ignore[import-not-found]
+else:
+    from .chat_spans import Refused, derived_spans, learnt_marks, marked_spans
 
 from jinja2 import TemplateError, TemplateSyntaxError, ext, nodes, pass_eval_context
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
-
-Span = tuple[int, int]
-
-
-class Refused(Exception):
-    """Why no mask can be had."""
 
 
 class Generation(ext.Extension):
@@ -56,7 +55,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.filters["tojson"] = tojson
         more: Any = {
             "raise_exception": raise_exception,
-            "strftime_now": strftime_now,
             "dict": Dict(),
             "namespace": Names,
         }
@@ -108,24 +106,33 @@ def raise_exception(message):
     raise TemplateError(message)
 
 
-def strftime_now(form):
-    return datetime.datetime.now().strftime(form)
+def renderer(header: dict[str, Any]) -> tuple[Sandbox, Callable[..., str]]:
+    """(the environment, (messages, add_generation_prompt, further variables) -> text).
 
-
-def renderer(header: dict[str, Any]) -> tuple[Sandbox, Callable[[list, bool], str]]:
-    """(the environment, (messages, add_generation_prompt) -> text)."""
+    Templates that write a date get the one of the run, so that its rows are the same on another day.
+    """
     env = Sandbox()
+    now: Any = datetime.datetime.fromisoformat(header["date"]).strftime
+    env.globals["strftime_now"] = now
     template = env.from_string(header["template"])
 
-    def render(messages: list, prompt: bool) -> str:
+    def render(messages: list, prompt: bool, variables: dict[str, Any] = {}) -> str:  # noqa: B006
         arm(header["seconds"])
         env.parts, env.marks = [], []
-        given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": prompt}
-        for part in template.generate(**header["variables"], **given):
+        given = {"tools": None, "documents": None, **variables, "messages": messages, "add_generation_prompt": prompt}
+        for part in template.generate(header["variables"] | given):
             env.parts.append(part)
         return "".join(env.parts)
 
     return env, render
+
+
+def names(env: Sandbox, template: str) -> list[str]:
+    """Every variable, attribute and constant text in a template's source."""
+    tree = env.parse(template)
+    found = {node.name for node in tree.find_all(nodes.Name)} | {node.attr for node in tree.find_all(nodes.Getattr)}
+    texts = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+    return sorted(found | texts)
 
 
 def arm(seconds: float) -> None:
@@ -148,69 +155,6 @@ def limit_memory(size: int) -> None:
         pass
 
 
-def marked_spans(text: str, marks: list[tuple[int, str]]) -> list[Span]:
-    """What {% generation %} marks, as HF finds it."""
-    for start, words in marks:
-        if not text.startswith(words, start):
-            raise Refused("{% generation %} is inside a macro or a filter, so where its words are is not known")
-    if not any(words for _, words in marks):
-        raise Refused("{% generation %} marks no words")
-    return [(start, start + len(words)) for start, words in marks if words]
-
-
-def derived_spans(render: Callable[[list, bool], str], turns: list, text: str, special: re.Pattern) -> list[Span]:
-    """What each assistant turn adds to the prompt before it, with the token that ends it. `text` is of all `turns`."""
-    spans = []
-    for n, turn in enumerate(turns):
-        if turn["role"] != "assistant":
-            continue
-        before = render(turns[:n], True)
-        after = text if n + 1 == len(turns) else render(turns[: n + 1], False)
-        try:
-            ends = _ends(before, after, turn["content"].strip(), special, lambda n=n: render(turns[:n], False))
-            spans.append(_in_all(text, before, after, ends, turn["content"], special))
-        except Refused as e:
-            hint = "{% generation %} in the template would say which words to learn"
-            raise Refused(f"message {n}: the template {e}; {hint}") from None
-    return spans
-
-
-def _ends(before: str, after: str, words: str, special: re.Pattern, bare: Callable[[], str]) -> list[int]:
-    """Where the turn in `after` may end: after each of the special tokens, side by side, that follow its words.
-
-    Without one it is where white space begins, which is not learnt.
-    """
-    if not after.startswith(before):
-        raise Refused("does not write a reply where its generation prompt ends")
-    start = len(before)
-    at = after.find(words, start)
-    found = list(special.finditer(after, start if at < 0 else at + len(words)))
-    run = 1
-    while run < len(found) and found[run].start() == found[run - 1].end():
-        run += 1
-    unclear = run < len(found) and (at < 0 or not words)
-    if (at < 0 or after[start:at].strip() or unclear) and before == bare():
-        raise Refused("takes no notice of add_generation_prompt, so where a reply begins is not known")
-    if at < 0 and (unclear or not found):
-        raise Refused("changes the words of this turn, and where it ends is not clear")
-    return [one.end() for one in found[:run]] or [max(start, len(after.rstrip()))]
-
-
-def _in_all(text: str, before: str, after: str, ends: list[int], content: str, special: re.Pattern) -> Span:
-    """The same turn in the whole conversation, where a template may write it differently (Qwen3 drops thoughts)."""
-    start = len(before)
-    for end in reversed(ends):
-        if text.startswith(after[:end]):
-            return start, end
-    ends_with, found = special.search(after, start), special.search(text, start)
-    close = after[ends_with.start() : ends[-1]] if ends_with else ""
-    if not text.startswith(before) or not close or not found or not text.startswith(close, found.start()):
-        raise Refused("writes the turns before it differently once later ones follow")
-    if text[start : found.start()].strip() not in content:
-        raise Refused("writes this turn differently once later ones follow")
-    return start, found.start() + len(close)
-
-
 def reason(e: BaseException) -> str:
     """One line for what went wrong in a template."""
     said = "".join(c if c.isprintable() else "?" for c in " ".join(str(e)[:400].split()))
@@ -223,16 +167,21 @@ def reason(e: BaseException) -> str:
     return said if type(e) in (Refused, TemplateError) else f"{type(e).__name__}: {said}"
 
 
-def answer(env: Sandbox, render: Callable[[list, bool], str], header: dict, special: re.Pattern, line: bytes) -> dict:
+def answer(env: Sandbox, render: Callable[..., str], header: dict, special: re.Pattern, line: bytes) -> dict:
     """The reply to one conversation."""
-    turns = json.loads(line)
-    text = render(turns, header["prompt"])
-    marks = env.marks
+    chat = json.loads(line)
+    turns, learnt = chat["messages"], chat["learnt"]
+    usual = partial(render, variables={"tools": chat["tools"]})
+    one = partial(render, variables={"tools": chat["tools"], **chat["variables"]})
+    text = one(turns, header["prompt"])
     if len(text) > (16 << 20) + 64 * len(line):
         raise Refused(f"{len(text)} characters come of {len(line)}")
     if not header["spans"]:
         return {"text": text, "spans": [], "marked": False}
-    spans = marked_spans(text, marks) if env.marked else derived_spans(render, turns, text, special)
+    if env.marked:
+        spans = marked_spans(text, learnt_marks(one, env, turns, learnt))
+    else:
+        spans = derived_spans(one, turns, text, special, learnt, usual)
     return {"text": text, "spans": spans, "marked": env.marked}
 
 
@@ -244,7 +193,7 @@ def main() -> None:
         arm(header["seconds"])
         env, render = renderer(header)
         special = re.compile(header["special"])
-        print("{}", flush=True)  # the template compiles
+        print(json.dumps({"names": names(env, header["template"])}), flush=True)  # the template compiles
     except Exception as e:  # MemoryError and RecursionError too
         print(json.dumps({"error": reason(e)}), flush=True)
         return

@@ -5,10 +5,9 @@ The template is the tokenizer's own (chat.py) where a Hugging Face tokenizer has
 """
 
 import hashlib
-import reprlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import grain
 import numpy as np
@@ -16,15 +15,11 @@ import numpy as np
 from .. import InputError
 from .bad import STRICT, Bad
 from .chat import encode_chats, encode_prompts
+from .columns import chat_of
+from .dialogue import Chat, Message, as_chat
 from .pack import Row, empty_row
-from .sources import text_of
-from .tokenizer import ROLES, Tokenizer
+from .tokenizer import Tokenizer
 
-Message = dict[str, str]  # {"role": ..., "content": ...}
-_SHAPES = (
-    'one of {"prompt", "completion"}, {"instruction", "input", "output"} and {"messages": [{"role", "content"}, ...]}'
-)
-_FIELDS = {"messages", "prompt", "completion", "instruction", "input", "output"}
 _BINS = 256  # rows kept open while packing
 
 
@@ -41,91 +36,62 @@ class Sft:
     valid: list[Row] = field(default_factory=list)  # the rows that choose, packed
 
 
-def messages(row: dict[str, Any], where: str, bad: Bad = STRICT) -> list[Message]:
-    """One row, of any known shape, as messages. InputError names `where` and what was wanted."""
-    shape = _FIELDS & set(row)
-    if shape == {"messages"}:
-        return _turns(row["messages"], where, bad)
-    if shape == {"prompt", "completion"}:
-        if isinstance(row["prompt"], list):  # earlier turns
-            reply = {"role": "assistant", "content": row["completion"]}
-            return _turns([*row["prompt"], reply], where, bad)
-        pair = text_of(row, "prompt", where, bad), text_of(row, "completion", where, bad)
-    elif shape in ({"instruction", "output"}, {"instruction", "input", "output"}):
-        given = text_of(row, "input", where, bad) if row.get("input") is not None else ""
-        asked = text_of(row, "instruction", where, bad)
-        pair = f"{asked}\n\n{given}" if given else asked, text_of(row, "output", where, bad)
-    else:
-        raise InputError(f"{where}: fields {reprlib.repr(sorted(row))}; {_SHAPES} is wanted")
-    return _turns([{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}], where, bad)
-
-
-def _turns(turns: Any, where: str, bad: Bad) -> list[Message]:
-    if not isinstance(turns, (list, tuple)) or not turns:
-        raise InputError(f"{where}: 'messages' is {_kind(turns)}; a list of {{role, content}} is wanted")
-    checked = []
-    for n, turn in enumerate(turns):
-        if not isinstance(turn, dict) or not {"role", "content"} <= set(turn):
-            raise InputError(f"{where}: message {n} is {_kind(turn)}; {{role, content}} is wanted")
-        if turn["role"] not in ROLES:
-            said = f"message {n} has role {reprlib.repr(turn['role'])}"
-            raise InputError(f"{where}: {said}; one of {', '.join(ROLES)} is wanted")
-        if turn["role"] == "system" and n:
-            raise InputError(f"{where}: message {n} is from system; only the first may be")
-        checked.append({"role": turn["role"], "content": text_of(turn, "content", f"{where}: message {n}", bad)})
-    if not any(turn["role"] == "assistant" and turn["content"] for turn in checked):
-        raise InputError(f"{where}: no words by the assistant, so nothing to learn; drop the row or fill it in")
-    return checked
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"an object with {reprlib.repr(sorted(value))}"
-    return "empty" if value == [] else "null" if value is None else f"a {type(value).__name__}"
-
-
 def _marker(role: str, tokenizer: Tokenizer) -> list[int]:
     name = f"<|{role}|>"
     return [tokenizer.special[name]] if name in tokenizer.special else tokenizer.encode(f"{name}\n")
 
 
-def encode_example(turns: list[Message], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """(ids, weights): weight 1 on the assistant's content tokens and the token that ends a turn, 0 elsewhere."""
-    return next(encode_examples([("chat", turns)], tokenizer))
+def encode_example(chat: Chat | list[Message], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """(ids, weights): weight 1 on what the assistant says, where it is learnt, and the token that ends it; else 0."""
+    return next(encode_examples([("chat", chat)], tokenizer))
 
 
 def encode_examples(
-    rows: Sequence[tuple[str, list[Message]]], tokenizer: Tokenizer, bad: Bad = STRICT
+    rows: Sequence[tuple[str, Chat | list[Message]]], tokenizer: Tokenizer, bad: Bad = STRICT
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """`encode_example` of many (where, messages) at once: a chat template then takes one child process for all.
+    """`encode_example` of many (where, dialogue) at once: a chat template then takes one child process for all.
     ([], []) for a row that it refuses, if `bad` leaves that out."""
+    chats = [(where, as_chat(chat)) for where, chat in rows]
     if tokenizer.template:
-        yield from encode_chats(tokenizer, rows, bad)
+        yield from encode_chats(tokenizer, chats, bad)
         return
-    contents = iter(tokenizer.encode_batch([turn["content"] for _, turns in rows for turn in turns]))
-    for _, turns in rows:
-        yield _assemble(turns, contents, tokenizer)
+    for where, chat in chats:
+        check_expressible(chat, tokenizer, where)
+    contents = iter(tokenizer.encode_batch([turn["content"] for _, chat in chats for turn in chat.messages]))
+    for _, chat in chats:
+        yield _assemble(chat, contents, tokenizer)
 
 
-def _assemble(turns: list[Message], contents: Iterator[list[int]], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+def check_expressible(chat: Chat, tokenizer: Tokenizer, where: str) -> None:
+    """InputError for what graftax's own format has no place for: anything but text by system, user and assistant."""
+    if tokenizer.template:
+        return
+    role = "a message from tool" if any(turn["role"] == "tool" for turn in chat.messages) else ""
+    if what := next((f"{name!r}" for name in chat.beyond_text), role):
+        hint = f", or leave it out with --data.ignore {what[1:-1]}" if chat.beyond_text else ""
+        raise InputError(f"{where}: {what} has no place in graftax's own chat format, and this tokenizer has no chat "
+                         f"template; take a base whose tokenizer has one{hint}")  # fmt: skip
+
+
+def _assemble(chat: Chat, contents: Iterator[list[int]], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     ids, weights = [tokenizer.bos], [0]
-    for turn in turns:
+    for turn, learnt in zip(chat.messages, chat.learnt, strict=True):
         head, content = _marker(turn["role"], tokenizer), next(contents)
         ids += [*head, *content, tokenizer.end]
-        weights += [0] * len(head) + [int(turn["role"] == "assistant")] * (len(content) + 1)
+        weights += [0] * len(head) + [int(learnt)] * (len(content) + 1)
     return ids, weights
 
 
-def render_prompt(turns: list[Message], tokenizer: Tokenizer) -> list[int]:
-    """The ids a reply is generated from: `turns` without a last reply, then what the template begins a reply with."""
-    return render_prompts([("chat", turns)], tokenizer)[0]
+def render_prompt(chat: Chat | list[Message], tokenizer: Tokenizer) -> list[int]:
+    """The ids a reply is generated from: `chat` without a last reply, then what the template begins a reply with."""
+    return render_prompts([("chat", chat)], tokenizer)[0]
 
 
 def render_prompts(
-    rows: Sequence[tuple[str, list[Message]]], tokenizer: Tokenizer, bad: Bad = STRICT
+    rows: Sequence[tuple[str, Chat | list[Message]]], tokenizer: Tokenizer, bad: Bad = STRICT
 ) -> list[list[int]]:
-    """`render_prompt` of many (where, messages) at once; [] for a row that `bad` leaves out."""
-    asked = [(where, turns[:-1] if turns[-1]["role"] == "assistant" else turns) for where, turns in rows]
+    """`render_prompt` of many (where, dialogue) at once; [] for a row that `bad` leaves out."""
+    asked = [(where, as_chat(chat).prompt) for where, chat in rows]
     if tokenizer.template:
         return encode_prompts(tokenizer, asked, bad)
     return [ids + _marker("assistant", tokenizer) for ids, _ in encode_examples(asked, tokenizer)]
@@ -145,15 +111,19 @@ def sft_rows(
     checked = []
     for where, row in rows:
         with bad:
-            checked.append((where, messages(row, where, bad)))
+            chat = chat_of(row, where, bad)
+            check_expressible(chat, tokenizer, where)
+            checked.append((where, chat))
     bad.rows = max(bad.rows, len(checked))  # tasks that no reader has counted
     examples = []
-    for (where, _), pair in zip(checked, encode_examples(checked, tokenizer, bad), strict=True):
+    for (where, chat), pair in zip(checked, encode_examples(checked, tokenizer, bad), strict=True):
         if not pair[0]:
             continue  # left out
         with bad:
             ids, weights = _fitting(pair, T, where, bad)
             sha.update(ids.tobytes() + b"|" + weights.tobytes())
+            if chat.tools or chat.variables:  # a template may write some of these into prompts alone
+                sha.update(json.dumps([chat.tools, chat.variables], sort_keys=True).encode())
             examples.append({"ids": ids[:-1], "targets": ids[1:], "weights": weights[1:].astype(np.float32)})
     if not examples:
         bad.settle()

@@ -11,12 +11,14 @@ from typing import Any
 
 from .. import InputError
 from .bad import STRICT, Bad
-from .sft import messages
+from .columns import Columns, chat_of
+from .dialogue import Chat
 from .sources import is_held_out
 from .sources import rows as source_rows
 
 MOST = 1000  # choices of a file of examples
-Row = dict[str, Any]  # {"prompt": str or earlier turns, "completion": str}, maybe "meta" and "where"
+# {"prompt": str or earlier turns, "completion": str}, maybe "meta" and "where"; of a file also "chat", the whole Chat
+Row = dict[str, Any]
 Score = Callable[[list[Row], list[str]], dict[str, float]]
 
 
@@ -86,18 +88,23 @@ def floors(task: Task) -> dict[str, float]:
     }
 
 
-def file_rows(path: Path | str, bad: Bad = STRICT) -> list[Row]:
+def row_of(chat: Chat, where: str) -> Row:
+    """A task's row of a dialogue. InputError if it does not end with a reply."""
+    *earlier, last = chat.messages
+    if last["role"] != "assistant":
+        said = f"the last message is from {last['role']}"
+        raise InputError(f"{where}: {said}; a reply by assistant is wanted, add one or drop the row")
+    pair = len(earlier) == 1 and earlier[0]["role"] == "user"
+    prompt = earlier[0]["content"] if pair else earlier
+    return {"prompt": prompt, "completion": last["content"] or "", "where": where, "chat": chat}
+
+
+def file_rows(path: Path | str, bad: Bad = STRICT, columns: Columns = Columns()) -> list[Row]:  # noqa: B008
     """All rows of a file of examples, checked. InputError: a bad row, unless `bad` says otherwise, or none left."""
     rows: list[Row] = []
     for where, row in source_rows(str(path), bad):
         with bad:
-            turns = messages(row, where, bad)
-            if turns[-1]["role"] != "assistant":
-                said = f"the last message is from {turns[-1]['role']}"
-                raise InputError(f"{where}: {said}; a reply by assistant is wanted, add one or drop the row")
-            pair = len(turns) == 2 and turns[0]["role"] == "user"
-            prompt = turns[0]["content"] if pair else turns[:-1]
-            rows.append({"prompt": prompt, "completion": turns[-1]["content"], "where": where})
+            rows.append(row_of(chat_of(row, where, bad, columns), where))
     if not rows:
         bad.settle()
         raise InputError(f"{path}: no row of it can be used; mend the file")
@@ -105,8 +112,9 @@ def file_rows(path: Path | str, bad: Bad = STRICT) -> list[Row]:
 
 
 def file_task(
-    path: Path | str, fraction: float, seed: int = 0, bad: Bad = STRICT, valid: str = "", test: str = ""
-) -> Task:
+    path: Path | str, fraction: float, seed: int = 0, bad: Bad = STRICT, valid: str = "", test: str = "",
+    columns: Columns = Columns(),  # noqa: B008
+) -> Task:  # fmt: skip
     """The rows of a file to train on, and rows to choose by (valid) and to judge on (test). Score: exact match.
 
     valid, test: files of such rows. For what is not given, `fraction` of the training file's prompts, by hash, is held
@@ -116,9 +124,9 @@ def file_task(
     """
     if not 0 <= fraction < 1:
         raise InputError(f"--data.held-out {fraction:g}: wanted a number of 0 or more, below 1")
-    rows, files = file_rows(path, bad), {"valid": valid, "test": test}
+    rows, files = file_rows(path, bad, columns), {"valid": valid, "test": test}
     free = [part for part, file in files.items() if not file]  # what the training file itself must give
-    parts: dict[str, list[Row]] = {part: file_rows(file, bad) if file else [] for part, file in files.items()}
+    parts: dict[str, list[Row]] = {part: file_rows(file, bad, columns) if file else [] for part, file in files.items()}
     parts["train"] = []
     for row in rows:
         said = f"{seed}/{json.dumps(row['prompt'])}"  # by prompt: its repetitions stay on one side
@@ -142,9 +150,11 @@ def file_task(
     return Task(Path(path).stem, **parts, score=_exact, choices=choices, dropped=dropped + leaked)
 
 
-def whole_task(path: Path | str, bad: Bad = STRICT, train: Sequence[Row] = ()) -> Task:
+def whole_task(
+    path: Path | str, bad: Bad = STRICT, train: Sequence[Row] = (), columns: Columns = Columns()  # noqa: B008
+) -> Task:  # fmt: skip
     """All rows of a file to judge on, by exact match. Its choices are those of `train` if they are this file's too."""
-    rows = file_rows(path, bad)
+    rows = file_rows(path, bad, columns)
     return Task(Path(path).stem, [], [], rows, _exact, _few(train, rows) or _few(rows, []))
 
 
@@ -158,7 +168,9 @@ def _exact(rows: list[Row], outputs: list[str]) -> dict[str, float]:
 
 
 def _few(train: Sequence[Row], held: Sequence[Row]) -> list[str] | None:
-    """The completions, if they are choices: no others are held out, and each stands in several rows."""
+    """The completions, if they are choices: no others are held out, each stands in several rows, all are text alone."""
+    if not all(row["chat"].replies_in_text for row in (*train, *held)):
+        return None
     known = {row["completion"] for row in train}
     few = 1 < len(known) <= min(MOST, len(train) / 4) and all(row["completion"] in known for row in held)
     return sorted(known) if few else None

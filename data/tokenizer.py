@@ -43,6 +43,7 @@ class Tokenizer:
     template: str = field(default="", repr=False)  # of chats, in jinja2
     template_file: str = field(default="", compare=False)
     names: dict[str, str] = field(default_factory=dict)  # {"eos_token": "</s>", ...}: what a template may write
+    date: str = ""  # that a template may write, as 2026-11-29; empty: today's
     ends: tuple[int, ...] = ()  # eos, and what generation_config.json adds
     files: dict[str, bytes] = field(default_factory=dict, repr=False)  # beside the main one
     encode_marked: Callable[[Sequence[str], bool], list[Any]] | None = field(default=None, repr=False, compare=False)

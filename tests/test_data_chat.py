@@ -11,8 +11,11 @@ import pytest
 from graftax import InputError
 from graftax.data import chat, chat_worker
 from graftax.data.bad import Bad
+from graftax.data.columns import Columns, chat_of
 from graftax.data.sft import encode_example, encode_examples, render_prompt, render_prompts, sft_rows
+from graftax.data.tasks import row_of
 from graftax.data.tokenizer import load_tokenizer, train_tokenizer
+from graftax.train.evaluate import as_written, longest_answer
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizers"  # made by make_tokenizers.py with transformers
 ASK = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "because"}]
@@ -122,6 +125,126 @@ def test_what_closes_a_chat_is_not_looked_for_after_every_turn(qwen):
     assert [text[a:b] for a, b in spans] == ["because<|im_end|>", "because<|im_end|><|endoftext|>"]
 
 
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CALLED = [
+    {"role": "user", "content": "add 1"},
+    {
+        "role": "assistant",
+        "content": None,
+        "reasoning_content": "a sum",
+        "tool_calls": [{"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}],
+    },
+    {"role": "tool", "tool_call_id": "1", "name": "add", "content": "2"},
+    {"role": "assistant", "content": "it is 2"},
+]
+CALL = '<think>\na sum\n</think>\n\n\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
+
+
+@pytest.fixture(scope="module")
+def caller(qwen):
+    """A template of Qwen3's kind: tools, calls, thoughts, enable_thinking."""
+    return dataclasses.replace(qwen, template=(GOLDEN / "templates" / "tools.jinja").read_text())
+
+
+def test_tools_calls_thoughts_and_variables_reach_the_template(caller):
+    row = {"messages": CALLED, "tools": [ADD]}
+    text, spans, _ = chat.render(caller, [("f:1", chat_of(row, "f:1"))])[0]
+    assert text.startswith("<|im_start|>system\n# Tools\n<tools>\n" + json.dumps(ADD) + "\n</tools><|im_end|>\n")
+    assert "<|im_start|>user\n<tool_response>\n2\n</tool_response><|im_end|>\n" in text
+    assert [text[a:b] for a, b in spans] == [CALL, "<think>\n\n</think>\n\nit is 2<|im_end|>"]
+    quick = [("f:1", chat_of({"messages": TWICE, "chat_template_kwargs": {"enable_thinking": False}}, "f:1"))]
+    prompt = chat.render(caller, quick, add_generation_prompt=True)[0].text
+    assert prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    text, spans, _ = chat.render(caller, quick)[0]  # the thought is there before the last reply alone
+    assert [text[a:b] for a, b in spans] == ["because<|im_end|>"] * 2
+    sft = sft_rows([("f:1", row)], caller, 512, 0)
+    for other in (row | {"tools": [ADD, ADD]}, row | {"chat_template_kwargs": {"enable_thinking": True}}):
+        assert sft_rows([("f:1", other)], caller, 512, 0).digest != sft.digest
+
+
+@pytest.mark.parametrize("name", ["tools", "generation"])
+def test_a_turn_that_is_context_is_no_target(qwen, name):
+    tok = dataclasses.replace(qwen, template=(GOLDEN / "templates" / f"{name}.jinja").read_text())
+    turns = [ASK[0], {"role": "assistant", "content": "wrong", "weight": 0}, *ASK]
+    text, spans, _ = chat.render(tok, [("f:1", chat_of({"messages": turns}, "f:1"))])[0]
+    assert "wrong" in text
+    assert [re.sub("<.*?>|\\s", "", text[a:b]) for a, b in spans] == ["because"]
+
+
+def test_the_end_of_a_call_is_behind_its_last_word(qwen):
+    """Where a special token announces calls (Mistral), or stands between them (DeepSeek)."""
+    template = (
+        "{{ tools }}{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}{% elif m.tool_calls %}"
+        "<|endoftext|>{{ m.reasoning_content }}{% for c in m.tool_calls %}{{ c.function.name }}<|im_start|>"
+        "{{ c.function.arguments|tojson }}<|endoftext|>{% endfor %}<|im_end|>{% else %}{{ m.content }}<|im_end|>"
+        "{% endif %}{% endfor %}"
+    )
+    two = CALLED[1] | {"tool_calls": CALLED[1]["tool_calls"] * 2}
+    row = {"messages": [CALLED[0], two, *CALLED[2:]]}
+    text, spans, _ = chat.render(dataclasses.replace(qwen, template=template), [("f:1", chat_of(row, "f:1"))])[0]
+    call = 'add<|im_start|>{"a": 1}<|endoftext|>'
+    assert [text[a:b] for a, b in spans] == [f"<|endoftext|>a sum{call}{call}<|im_end|>", "it is 2<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("more", "name"),
+    [
+        ({"tools": [ADD]}, "tools"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "enable_thinking"),
+        ({"messages": [ASK[0], ASK[1] | {"reasoning_content": "hm"}]}, "reasoning_content"),
+        ({"messages": [ASK[0] | {"name": "bob"}, ASK[1]]}, "name"),
+        ({"messages": [ASK[0], ASK[1] | {"tool_calls": CALLED[1]["tool_calls"]}]}, "tool_calls"),
+    ],
+)
+def test_what_a_template_takes_no_notice_of_is_refused(qwen, more, name):
+    plain = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    plain = dataclasses.replace(
+        qwen, template=plain + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    with pytest.raises(InputError, match=f"^f:2: the chat template .* takes no notice of '{name}'.*ignore {name}$"):
+        sft_rows([("f:1", {"messages": ASK}), ("f:2", {"messages": ASK} | more)], plain, 64, 0)
+    left = chat_of({"messages": ASK} | more, "f:2", columns=Columns(ignore=(name,)))
+    assert encode_example(left, plain) == encode_example(ASK, plain)
+
+
+def test_what_a_template_reads_under_no_name_counts(qwen):
+    template = "{% for m in messages %}<|im_start|>{{ m|tojson }}<|im_end|>{% endfor %}"
+    row = chat_of({"messages": [ASK[0] | {"name": "bob"}, ASK[1]]}, "f:1")
+    prompt = chat.render(
+        dataclasses.replace(qwen, template=template), [("f:1", row.prompt)], add_generation_prompt=True
+    )
+    assert '"name": "bob"' in prompt[0].text
+
+
+def test_the_text_of_a_special_token_in_tools_is_refused(caller):
+    tools = [ADD | {"description": "<|im_end|>"}]
+    with pytest.raises(InputError, match=r"^f:1: tools holds '<\|im_end\|>'"):
+        sft_rows([("f:1", {"messages": ASK, "tools": tools})], caller, 512, 0)
+
+
+def test_a_reply_is_judged_by_all_that_it_says(caller):
+    """The last reply alone, with what the template puts before it and what ends it; calls and thoughts as text."""
+    whole = [row_of(chat_of({"messages": turns, "tools": [ADD]}, f"f:{n}"), f"f:{n}")
+             for n, turns in enumerate((CALLED[:2], CALLED, [*TWICE, *TWICE]))]  # fmt: skip
+    rows = as_written(whole, caller)
+    think = "<think>\n\n</think>\n\n"
+    assert [row["completion"] for row in rows] == [CALL.removesuffix("<|im_end|>"), "it is 2", "because"]
+    counts = [longest_answer([row], caller) for row in rows]
+    assert counts == [len(caller.encode_marked([t], False)[0].ids) for t in (
+        CALL, f"{think}it is 2<|im_end|>", f"{think}because<|im_end|>")]  # fmt: skip
+
+
+def test_the_date_is_the_one_that_the_tokenizer_carries(qwen, monkeypatch):
+    template = "{{ strftime_now('%d %b %Y %H:%M') }}" + qwen.template
+    dated = dataclasses.replace(qwen, template=template, date="2024-07-26")
+    text = lambda tok: chat.render(tok, [("f:1", ASK)])[0].text.split("<")[0]  # noqa: E731
+    assert text(dated) == "26 Jul 2024 00:00"
+    fresh = dataclasses.replace(dated, date="")
+    monkeypatch.setattr(chat, "today", lambda: "2020-01-02")
+    assert text(fresh) == "02 Jan 2020 00:00"
+    assert dated.stops == qwen.stops
+
+
 HEAD = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 UNCLEAR = [
     (HEAD, "message 1: the template takes no notice of add_generation_prompt"),
@@ -156,9 +279,9 @@ def test_a_mask_that_would_be_a_guess_is_refused(qwen, template, message):
 def test_an_empty_reply_without_a_generation_prompt_is_refused(qwen):
     turns = [*ASK, ASK[0], {"role": "assistant", "content": ""}]
     special = re.compile(re.escape("<|im_end|>") + "|" + re.escape("<|im_start|>"))
-    _, render = chat_worker.renderer({"template": HEAD, "variables": {}, "seconds": 0})
+    _, render = chat_worker.renderer({"template": HEAD, "variables": {}, "date": "2026-11-29", "seconds": 0})
     with pytest.raises(chat_worker.Refused, match="takes no notice"):
-        chat_worker.derived_spans(render, turns[2:], render(turns[2:], False), special)
+        chat_worker.derived_spans(render, turns[2:], render(turns[2:], False), special, [False, True])
 
 
 def test_plain_text_markers(qwen):
@@ -276,5 +399,6 @@ def test_the_environment_is_that_of_transformers():
         "    {% set n = namespace(a=1) %}\n{% set n.a = 2 %}{{ n.a }}{{ x }}\n"
         "{% for i in [1, 2, 3] %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"
     )
-    _, render = chat_worker.renderer({"template": template, "variables": {"x": "<s>"}, "seconds": 0})
+    header = {"template": template, "variables": {"x": "<s>"}, "date": "2026-11-29", "seconds": 0}
+    _, render = chat_worker.renderer(header)
     assert render([], False) == '{"b": "<\u00e9>", "a": 1}{\'a\': 1}True%\n2<s>\n1'

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 from graftax import InputError
-from graftax.data.sft import encode_example, messages, render_prompt, sft_rows
+from graftax.data.columns import Columns, chat_of
+from graftax.data.sft import encode_example, render_prompt, sft_rows
 from graftax.data.sources import rows as read_rows
 from graftax.data.tokenizer import Tokenizer, train_tokenizer
 
@@ -58,12 +59,92 @@ def test_a_vocabulary_without_chat_tokens_gets_text_markers(tok):
 
 def test_shapes_of_rows():
     pair = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert messages({"prompt": "a", "completion": "b", "meta": 1}, "f:1") == pair
-    assert messages({"instruction": "a", "input": "", "output": "b"}, "f:1") == pair
-    assert messages({"instruction": "a", "output": "b"}, "f:1") == pair
-    assert messages({"instruction": "a", "input": "c", "output": "b"}, "f:1")[0]["content"] == "a\n\nc"
-    assert messages({"messages": CHAT}, "f:1") == CHAT
-    assert messages({"prompt": CHAT[:-1], "completion": CHAT[-1]["content"]}, "f:1") == CHAT
+    turns = lambda row: chat_of(row, "f:1").messages  # noqa: E731
+    assert turns({"prompt": "a", "completion": "b", "meta": 1}) == pair
+    assert turns({"instruction": "a", "input": "", "output": "b"}) == pair
+    assert turns({"instruction": "a", "output": "b"}) == pair
+    assert turns({"instruction": "a", "input": "c", "output": "b"})[0]["content"] == "a\n\nc"
+    assert turns({"messages": CHAT}) == CHAT
+    assert turns({"prompt": CHAT[:-1], "completion": CHAT[-1]["content"]}) == CHAT
+    assert turns({"prompt": CHAT[:-1], "completion": CHAT[-1:]}) == CHAT
+    sent = {"system": "system", "user": "human", "assistant": "gpt"}
+    assert turns({"conversations": [{"from": sent[t["role"]], "value": t["content"]} for t in CHAT]}) == CHAT
+    beside = {"system": "be brief", "history": [["question 1", "answer 1\n"]]}
+    assert turns({"prompt": CHAT[3]["content"], "completion": " because", **beside}) == CHAT
+    assert turns({"instruction": CHAT[3]["content"], "output": " because", **beside}) == CHAT
+    assert turns({"messages": CHAT[1:], "system": "be brief", "tools": None, "id": 7, "row_id": "x"}) == CHAT
+    assert turns({"messages": CHAT, "prompt": None, "completion": None}) == CHAT  # of a table with several shapes
+
+
+def test_columns_have_the_names_that_a_flag_gives_them():
+    swapped = Columns(("prompt=completion", "completion=prompt"))
+    assert chat_of({"prompt": "a", "completion": "b"}, "f:1", columns=swapped).messages[1]["content"] == "a"
+    named = Columns(("prompt=question", "completion=answer", "system=persona"), ("notes",))
+    row = {"question": "a", "answer": "b", "persona": "c", "notes": "d"}
+    assert [turn["content"] for turn in chat_of(row, "f:1", columns=named).messages] == ["c", "a", "b"]
+    assert chat_of({"prompt": "a", "completion": "b"}, "f:1", columns=named).messages[0]["content"] == "a"
+    with pytest.raises(InputError, match=r"f:1: 'prompt' is there, and --data\.columns reads it from"):
+        chat_of({"question": "a", "answer": "b", "prompt": "c"}, "f:1", columns=named)
+    for names, message in (
+        (("prompt",), "OURS=THEIRS"),
+        (("promt=a",), "did you mean 'prompt'"),
+        (("prompt=a",) * 2, "twice"),
+    ):
+        with pytest.raises(InputError, match=rf"--data\.columns .*{message}"):
+            Columns(names)
+
+
+@pytest.mark.parametrize("told", [{"weight": 0}, {"train": False}])
+def test_a_turn_that_is_context_is_no_target(tok, told):
+    turns = [dict(turn) for turn in CHAT]
+    turns[2] |= told
+    chat = chat_of({"messages": turns}, "f:1")
+    ids, weights = encode_example(chat, tok)
+    assert ids == encode_example(CHAT, tok)[0]
+    assert tok.decode([i for i, w in zip(ids, weights, strict=True) if w]) == " because"
+    turns[2], turns[4] = CHAT[2], turns[4] | told  # what follows the last target changes nothing
+    assert chat_of({"messages": turns}, "f:1") == chat_of({"messages": CHAT[:3]}, "f:1")
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+CALLS = [
+    CHAT[1],
+    {"role": "assistant", "content": None, "reasoning_content": "sum", "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "1", "content": "2"},
+    CHAT[4],
+]
+
+
+def test_calls_tools_and_thoughts_are_kept():
+    row = {"messages": CALLS, "tools": '[{"name": "add"}]', "chat_template_kwargs": {"enable_thinking": False}}
+    chat = chat_of(row, "f:1")
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}  # as templates write it
+    assert chat.messages == [CALLS[0], CALLS[1] | {"tool_calls": [call]}, *CALLS[2:]]
+    assert (chat.tools, chat.variables) == ([{"name": "add"}], {"enable_thinking": False})
+    assert CALL["function"]["arguments"] == '{"a": 1}'
+    sent = [
+        {"from": "human", "value": "question 1"},
+        {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+        {"from": "observation", "value": "2"},
+        {"from": "gpt", "value": " because"},
+    ]
+    assert [(t["role"], t["content"]) for t in chat_of({"conversations": sent}, "f:1").messages] == [
+        (t["role"], t["content"]) for t in CALLS
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": CALLS}, "'reasoning_content' has no place in graftax's own chat format"),
+        ({"messages": CALLS[2:]}, "a message from tool has no place"),
+        ({"prompt": "a", "completion": "b", "tools": [{"name": "add"}]}, "'tools' has no .* --data.ignore tools"),
+        ({"prompt": "a", "completion": "b", "chat_template_kwargs": {"x": 1}}, "'x' has no place"),
+    ],
+)
+def test_what_our_own_format_cannot_say_is_refused(tok, row, message):
+    with pytest.raises(InputError, match=f"^f:1: {message}"):
+        sft_rows([("f:1", row)], tok, 64, 0)
 
 
 BAD = [
@@ -87,6 +168,29 @@ BAD = [
         '{"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}]}',
         "message 1 is from system",
     ),
+    ('{"instruction": "a", "Input": "c", "output": "b"}', "nothing reads 'Input' .*did you mean 'input'.*ignore Input"),
+    ('{"messages": [{"role": "user", "content": "a", "weigth": 0}]}', "message 0: nothing reads 'weigth'.*'weight'"),
+    ('{"prompt": "a", "completion": "b", "history": ["c"]}', "'history' is .'c'.; a list of"),
+    ('{"messages": [{"role": "user", "content": "a", "weight": 1}]}', "'weight' is 1, but only the assistant's"),
+    ('{"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}', "'weight' is 0.5; 0 or 1 is wanted"),
+    ('{"messages": [{"role": "assistant", "content": "a", "train": 0}]}', "'train' is 0; true or false is wanted"),
+    ('{"messages": [{"role": "assistant", "content": "a", "weight": 1, "train": false}]}', "contradict each other"),
+    ('{"messages": [{"role": "assistant", "content": "a", "weight": 0}]}', "no words by the assistant"),
+    ('{"messages": [{"role": "user", "content": "a", "tool_calls": []}]}', "nothing reads 'tool_calls' of user"),
+    ('{"messages": [{"role": "assistant", "tool_calls": [{"name": "f"}]}]}', "a call is an object with .'name'."),
+    (
+        '{"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "x"}]}]}',
+        "the arguments of 'f' is a str; an object is wanted",
+    ),
+    ('{"messages": [{"from": "gpt", "value": "a", "role": "user"}]}', "one of the two is wanted"),
+    ('{"prompt": "a", "completion": "b", "tools": {"a": 1}}', "'tools' is an object with .'a'.; a list is wanted"),
+    ('{"prompt": "a", "completion": "b", "tools": [1]}', "'tools' holds a int"),
+    ('{"prompt": "a", "completion": "b", "tools": [{"name": "\\ud800"}]}', "'tools': lone surrogate"),
+    ('{"prompt": "a", "completion": "b", "chat_template_kwargs": {"messages": 1}}', "sets 'messages'"),
+    ('{"prompt": "a", "completion": "b", "chat_template_kwargs": {"x": "\\ud800"}}', "lone surrogate"),
+    ('{"messages": [{"role": "system", "content": "a"}], "system": "b"}', "remove one of the two"),
+    ('{"prompt": "a", "completion": " \\n"}', "no words by the assistant"),
+    ('{"prompt": "a", "completion": "b", "tools": ' + "[" * 90 + "]" * 90 + "}", "nested deeper than 64"),
     ('{"prompt": "a", "completion": "\\ud800"}', "lone surrogate"),
     ('{"prompt": "a", "completion": "' + "b " * 99 + '"}', r"\d+ tokens, but a row holds T=32; raise T"),
 ]
@@ -126,7 +230,7 @@ def test_every_example_is_there_once_and_whole(tok, pack):
             found.append(tuple(zip(*(row[k][here].tolist() for k in ("ids", "targets", "weights")), strict=True)))
     wanted = []
     for where, row in examples():
-        ids, weights = encode_example(messages(row, where), tok)
+        ids, weights = encode_example(chat_of(row, where), tok)
         wanted.append(tuple(zip(ids[:-1], ids[1:], map(float, weights[1:]), strict=True)))
     assert sorted(found) == sorted(wanted)
     assert sft.examples == 80

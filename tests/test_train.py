@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 from graftax import InputError
-from graftax.data.sft import encode_example, messages
+from graftax.data.columns import chat_of
+from graftax.data.sft import encode_example
 from graftax.model.tree import named
 from graftax.peft import LoRA, Prompt, Subset
 from graftax.train import loop
@@ -281,7 +282,7 @@ def test_choosing_takes_the_likeliest_answer(base):
     for row, choice in zip(rows, chosen, strict=True):
         totals = {}
         for c in choices:
-            ids, weights = encode_example(messages(row | {"completion": c}, "here"), got.tokenizer)
+            ids, weights = encode_example(chat_of(row | {"completion": c}, "here"), got.tokenizer)
             logits = got.model.apply({"params": got.params}, jax.numpy.array([ids[:-1]]))[0]
             picked = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(ids) - 1), ids[1:]]
             totals[c] = float((picked * np.array(weights[1:])).sum())

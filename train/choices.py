@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import InputError
+from ..data.columns import chat_of
 from ..data.loader import batches
 from ..data.pack import empty_row
-from ..data.sft import encode_examples, messages, render_prompts
+from ..data.sft import encode_examples, render_prompts
 from ..model import Context, Transformer, check_room, token_scores
 from ..model.attention import VIRTUAL
 from ..model.sharding import fetch
@@ -116,7 +117,7 @@ def _row(prompt: Sequence[int], tails: Sequence[Sequence[int]], T: int) -> dict[
 def chat_tails(tokenizer: Any, row: dict[str, Any], answers: Sequence[str]) -> list[list[int]]:
     """The ids of answers, and of what ends them, behind a row's rendered prompt. InputError for a template that does
     not go on as it began."""
-    chats = [("a choice", messages({"prompt": row["prompt"], "completion": text}, "a choice")) for text in answers]
+    chats = [("a choice", chat_of(row, "a row with choices").answered(text)) for text in answers]
     prompt, tails = render_prompts(chats[:1], tokenizer)[0], []
     for ids, weights in encode_examples(chats, tokenizer):
         if list(ids[: len(prompt)]) != list(prompt):

@@ -12,14 +12,15 @@ from rich.text import Text
 
 from .. import InputError, peft
 from ..data.bad import Bad
+from ..data.columns import Columns
 from ..data.sft import render_prompt
-from ..data.sources import documents
+from ..data.sources import documents, text_of
 from ..data.tasks import Task, same_prompts, tasks, whole_task
 from ..data.tokenizer import train_tokenizer
 from ..model import Sampling, generate, presets, shapes_of
 from ..peft import Subset, masks
 from . import report
-from .config import Optim, close
+from .config import Optim, check_date, close
 from .evaluate import choose, held_out_losses, longest_answer, outputs, scored
 from .export import Verify
 from .inputs import check_file, judged, say, task_of, trained_on
@@ -38,6 +39,8 @@ class Eval:
     base: str = ""  # where its base is now, if it moved
     task: str = ""  # another task, which is scored on its test; or a file of examples, all rows of which are scored
     root: str = ""  # the folder the task is read from
+    columns: tuple[str, ...] = ()  # of that file, OURS=THEIRS: prompt=question completion=answer
+    ignore: tuple[str, ...] = ()  # its columns, fields of messages and template variables that are left out
     tokens: int = 0  # held-out tokens of each domain; 0: all
     rows: int = 0  # rows that are scored, evenly out of all of them; 0: all
     choices: bool = False  # answer with the likeliest of the task's choices, not by generation
@@ -62,14 +65,17 @@ class Eval:
 
     def judged_by(self, got: Loaded) -> Task:
         """All rows of a file, the test of a named task, or the rows that the run itself was judged by."""
-        data = dataclasses.replace(got.run.data, root=self.root or got.run.data.root)
+        data = dataclasses.replace(
+            got.run.data, root=self.root or got.run.data.root, columns=self.columns or got.run.data.columns,
+            ignore=self.ignore or got.run.data.ignore,
+        )  # fmt: skip
         bad, file = Bad(data.bad, data.bad_cap), self.task or data.test
         if not file or file in tasks:
             named = dataclasses.replace(data, task=file, valid="", test="") if file else data
             task = task_of(named, bad)
         else:
             trained = trained_on(data, got.run.seed)
-            task = whole_task(check_file(file), bad, trained or [])
+            task = whole_task(check_file(file), bad, trained or [], Columns(data.columns, data.ignore))
             seen = same_prompts(task.test, trained or [])
             if seen or trained is None:
                 said = f"{seen:,} of {len(task.test):,} rows have a prompt that the run was trained on"
@@ -81,7 +87,7 @@ class Eval:
 
     def score(self, task: Task, got: Loaded) -> dict[str, Any]:
         """{"scores": of a task, "rows": how many rows have been scored}; {} for a task without any."""
-        args, rows = got.bound, scored(task, self.rows)
+        args, rows = got.bound, scored(task, got.tokenizer, self.rows)
         if not rows:
             console.print(f"{task.name}: no row was kept back to judge by; give --task FILE", soft_wrap=True)
             return {}
@@ -109,15 +115,19 @@ class Generate:
     top_k: int = 0  # 0: all
     top_p: float = 1.0
     seed: int = 0
+    date: str = ""  # that the chat template writes, as 2026-11-29; empty: the run's, of a model without a run today's
     base: str = ""  # where its base is now, if it moved
     verify: Verify = "full"  # every digest, the files' sizes, the manifest alone
 
     def run(self) -> dict[str, Any]:
         """Generate, print the text, and return it."""
+        check_date(self.date)
+        text_of({"prompt": self.prompt}, "prompt", "--prompt")
         how = Sampling(self.temperature, self.top_k, self.top_p)
         got = load_run(self.folder, base=self.base, verify=self.verify)
-        turns = [{"role": "user", "content": self.prompt}]
-        ids = render_prompt(turns, got.tokenizer) if self.chat else got.tokenizer.prompt(self.prompt)
+        turns, tokenizer = [{"role": "user", "content": self.prompt}], got.tokenizer
+        dated = dataclasses.replace(tokenizer, date=self.date or tokenizer.date)
+        ids = render_prompt(turns, dated) if self.chat else tokenizer.prompt(self.prompt)
         model, bound, context = got.bound
         tokens, key = got.tokenizer, jax.random.key(self.seed)
         out = generate(

@@ -1,6 +1,8 @@
 """Run: everything that is needed to run a phase again, as frozen dataclasses that a recipe fills and flags override."""
 
+import contextlib
 import dataclasses
+import datetime
 import json
 import re
 import reprlib
@@ -9,6 +11,7 @@ from typing import Any, Literal
 
 from .. import InputError, peft
 from ..data.bad import Policy
+from ..data.columns import Columns
 from ..model import Config, Rope
 from ..model.hf_files import read_json
 from ..peft import Method, Subset
@@ -67,6 +70,8 @@ class Data:
     valid: str = ""  # fine-tuning on examples: another source, whose rows choose the checkpoint
     test: str = ""  # fine-tuning on examples: another source, whose rows judge the result
     root: str = ""  # the folder that named tasks and five_domains read from
+    columns: tuple[str, ...] = ()  # of a file of examples, OURS=THEIRS: prompt=question completion=answer
+    ignore: tuple[str, ...] = ()  # its columns, fields of messages and template variables that are left out
     examples: int = 0  # fine-tuning: so many of the task's training examples, fewer being part of more; 0: all
     T: int = 256  # tokens in a row
     batch: int = 8  # rows in a step, over all devices
@@ -85,6 +90,7 @@ class Data:
         for field in ("held_out", "bad_cap"):
             if not 0 <= getattr(self, field) <= 1:
                 raise InputError(f"--data.{field.replace('_', '-')} {getattr(self, field)}: wanted a number in 0..1")
+        Columns(self.columns, self.ignore)
         for name, *_ in self.domains:  # it names arrays in held_out.npz, and metrics
             if not re.fullmatch(r"\w[\w.-]*", name):
                 raise InputError(f"--data.domains: the name {name!r}; letters, digits, '_', '-' and '.' are wanted")
@@ -110,6 +116,7 @@ class Run:
     steps: int = 0  # fine-tuning: 0 means `epochs` over the examples
     epochs: float = 3.0
     seed: int = 0
+    date: str = ""  # that a chat template writes (strftime_now), as 2026-11-29; empty: that of the run's first start
     quantize: Literal["", "int8", "nf4"] = ""  # fine-tuning: the base's matrices, which then only a method can adapt
     accumulate: int = 1  # parts a batch is cut into, one in memory at a time
     offload: bool = False  # the optimizer's state stays in the hosts' memory between the updates
@@ -136,6 +143,7 @@ class Run:
         for field, n in least.items():
             if not n <= getattr(self, field) < float("inf"):
                 raise InputError(f"--{field.replace('_', '-')} {getattr(self, field)}: wanted {n} or more")
+        check_date(self.date)
         if not re.fullmatch("never|auto|[0-9]+", self.resume):
             raise InputError(f"--resume {self.resume}: wanted auto, never, or the step of a checkpoint")
         for word in filter(None, self.accept.split(",")):
@@ -149,6 +157,14 @@ class Run:
             raise InputError(
                 f"--data.batch {self.data.batch} does not divide into --accumulate {self.accumulate} parts"
             )
+
+
+def check_date(text: str) -> None:
+    """InputError for what is neither empty nor a date."""
+    with contextlib.suppress(ValueError):
+        if not text or datetime.date.fromisoformat(text).isoformat() == text:
+            return
+    raise InputError(f"--date {text}: a date is wanted, as 2026-11-29")
 
 
 def to_json(run: Run) -> str:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..data.bad import STRICT, Bad
+from ..data.columns import chat_of
 from ..data.loader import batches
-from ..data.sft import encode_examples, messages, render_prompts
+from ..data.sft import encode_examples, render_prompts
 from ..model import Config, Context, Sampling, Transformer, check_room, generate, token_losses
 from ..model.sharding import fetch
 from .choices import chat_tails, continuation_losses
@@ -116,9 +117,17 @@ def within(rows: Sequence[Any], tokens: int) -> list[Any]:
     return evenly(rows, max(tokens // len(rows[0]["ids"]), 1) if tokens else 0)
 
 
-def scored(task: Any, rows: int = 0) -> list[dict[str, Any]]:
+def scored(task: Any, tokenizer: Any, rows: int = 0) -> list[dict[str, Any]]:
     """The rows a task is scored on, at most `rows` (0: all): its test, or its validation rows where it has none."""
-    return evenly(task.test or task.valid, rows)
+    return as_written(evenly(task.test or task.valid, rows), tokenizer)
+
+
+def as_written(rows: Sequence[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
+    """Rows as they are scored: a reply with calls or thoughts is all that the chat template writes for it."""
+    more = [i for i, row in enumerate(rows) if "chat" in row and not row["chat"].replies_in_text]
+    texts = [tokenizer.decode(ids).strip() for ids in _last_replies([rows[i] for i in more], tokenizer)]
+    written = dict(zip(more, texts, strict=True))
+    return [row | {"completion": written[i]} if i in written else row for i, row in enumerate(rows)]
 
 
 def answerable(
@@ -146,10 +155,19 @@ def answerable(
 
 
 def longest_answer(rows: Sequence[dict[str, Any]], tokenizer: Any) -> int:
-    """Tokens of the longest reply, its end and what the template puts before it included."""
-    return max(int(np.sum(weights)) for _, weights in encode_examples(chats(rows), tokenizer))
+    """Tokens of the longest last reply, its end and what the template puts before it included."""
+    return max(map(len, _last_replies(rows, tokenizer)))
+
+
+def _last_replies(rows: Sequence[dict[str, Any]], tokenizer: Any) -> list[list[int]]:
+    """The ids of each row's last reply: what stands behind its prompt, up to the last target."""
+    named, found = chats(rows), []
+    for (ids, weights), prompt in zip(encode_examples(named, tokenizer), render_prompts(named, tokenizer), strict=True):
+        same = next((i for i, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b), len(prompt))
+        found.append(list(ids[same : int(np.flatnonzero(weights)[-1]) + 1]))
+    return found
 
 
 def chats(rows: Sequence[dict[str, Any]]) -> list[tuple[str, Any]]:
-    """(where, messages) of rows, as they are rendered."""
-    return [(where := row.get("where", f"row {i}"), messages(row, where)) for i, row in enumerate(rows, 1)]
+    """(where, dialogue) of rows, as they are rendered."""
+    return [(where := row.get("where", f"row {i}"), chat_of(row, where)) for i, row in enumerate(rows, 1)]

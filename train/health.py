@@ -1,5 +1,6 @@
 """Numbers that went wrong: steps that were left out, counted when they are logged, and parameters not finite."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,10 @@ def must_be_finite(trainable: Any, step: int, run: Run) -> None:
 
 
 def load_base(run: Run, mesh: Any) -> Loaded:
-    """The base that a run trains on. Raises InputError for a parameter of it that holds NaN or infinity."""
+    """The base that a run trains on, with a tokenizer whose templates write the run's date.
+
+    Raises InputError for a parameter of the base that holds NaN or infinity.
+    """
     got = load_run(run.base, mesh, layers=run.layers, quantize=run.quantize, verify=run.verify)
     if bad := not_finite(got.base):
         others = f" (and so do {len(bad) - 1} more)" if len(bad) > 1 else ""
@@ -66,7 +70,7 @@ def load_base(run: Run, mesh: Any) -> Loaded:
             f"{run.base}: the parameter {bad[0]} holds NaN or infinity{others}, so nothing can be trained on it; copy "
             "the base again, or take an earlier checkpoint or another base"
         )
-    return got
+    return dataclasses.replace(got, tokenizer=dataclasses.replace(got.tokenizer, date=run.date))
 
 
 def not_finite(tree: Any) -> list[str]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from .. import InputError
 from ..data.bad import STRICT, Bad
+from ..data.columns import Columns
 from ..data.embedded import code, prose
 from ..data.mixture import Corpus, HeldOut, pretrain_rows
 from ..data.pack import empty_row
@@ -190,9 +191,12 @@ def task_of(data: Data, bad: Bad | None = None) -> Task:
             raise InputError(f"{flag}: task {data.task!r} has rows of its own to choose and to judge by; drop the flag")
         if not data.root and not data.task.startswith("embedded"):
             raise InputError(f"task {data.task!r} is read from files: say where they are with --data.root FOLDER")
+        if given := data.columns or data.ignore:
+            raise InputError(f"--data.columns and --data.ignore are of a file; the rows of {data.task!r} are known, "
+                             f"drop {' '.join(given)}")  # fmt: skip
         return tasks[data.task](Path(data.root or "."))
-    bad = bad or Bad(data.bad, data.bad_cap)
-    return file_task(check_file(data.task), data.held_out, 0, bad, data.valid, data.test)
+    bad, columns = bad or Bad(data.bad, data.bad_cap), Columns(data.columns, data.ignore)
+    return file_task(check_file(data.task), data.held_out, 0, bad, data.valid, data.test, columns)
 
 
 def save_held_out(path: Path, held_out: dict[str, HeldOut]) -> None:

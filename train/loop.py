@@ -26,7 +26,7 @@ from .outcome import evaluate
 from .phase import Phase, prepare
 from .program import KEYS, check_batch, lower
 from .progress import Log, NoLog, console, step_flops
-from .resume import check_out, find, restore, same_run
+from .resume import check_out, dated, find, restore, same_run
 from .stop import Stop, Stopped
 from .stored import sidecars
 
@@ -37,7 +37,7 @@ def train(run: Run) -> Path:
     folder, writes = Path(run.out), distributed.index() == 0
     distributed.agree("the command", flat(json.loads(to_json(run))))
     check_out(run)
-    mesh = make_mesh(run.mesh)
+    run, mesh = dated(run), make_mesh(run.mesh)
     check_batch(run, mesh)
     with contextlib.ExitStack() as held, tempfile.TemporaryDirectory() as work, jax.set_mesh(mesh):
         stop = held.enter_context(Stop())

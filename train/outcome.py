@@ -45,7 +45,7 @@ def losses(phase: Phase) -> dict[str, Any]:
 
 def scores(phase: Phase) -> dict[str, Any]:
     """Scores of the task's test rows, with some samples; {} for a run without rows to judge by."""
-    rows = scored(phase.task, phase.run.eval_rows) if phase.task else []
+    rows = scored(phase.task, phase.tokenizer, phase.run.eval_rows) if phase.task else []
     if not rows:
         return {}
     answers = outputs(*bound(phase), phase.tokenizer, rows, longest_answer(rows, phase.tokenizer))

@@ -1,5 +1,7 @@
 """Going on: which checkpoint is good, whether it is of this run, and the run's state from it."""
 
+import contextlib
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -8,17 +10,19 @@ import jax
 
 from .. import InputError
 from ..atomic import left_over
+from ..data.chat import today
 from . import distributed
 from .checkpoint import Checkpoints
 from .config import HOW, Run, flat, from_json, short, to_json
 from .lock import NAME
 from .phase import Phase
 from .progress import console
+from .stored import Stored
 
 # What --accept lets change -> the fields of config.json that it is made of.
 _PARTS = {
     "tokenizer": ("data.tokenizer", "data.vocab", "base"),  # before the data, whose digest has it in it
-    "data": ("data.", "seed"),
+    "data": ("data.", "seed", "date"),
     "base": ("base", "quantize"),
     "method": ("method.",),
     "model": ("model.",),
@@ -50,6 +54,15 @@ def check_out(run: Run) -> None:
             f"--resume: {folder} is not empty and holds no run to go on with (it has {', '.join(held[:3])}); correct "
             "--out, or take an empty folder"
         ) from None
+
+
+def dated(run: Run) -> Run:
+    """The run with its date: the one given, that of the run in `out` which it goes on with, or today's."""
+    checkpoints, date = Stored(Path(run.out) / "checkpoints"), run.date
+    for step in reversed(checkpoints.steps() if run.resume != "never" and not date else []):
+        with contextlib.suppress(InputError):  # a damaged one, which `find` says
+            date = date or checkpoints.manifest(step).get("config", {}).get("date", "")
+    return dataclasses.replace(run, date=distributed.share("the date", date or today())[0])
 
 
 def find(run: Run, checkpoints: Checkpoints) -> tuple[int | None, list[int]]:

@@ -254,6 +254,7 @@ def load_run(
     params, tokenizer = below.base if below else nested(trainable), load_tokenizer(folder)
     check_tokenizer(tokenizer, manifest.get("tokenizer", ""), folder)
     check_rows(tokenizer, config.V, f"{folder}: ")
+    tokenizer = dataclasses.replace(tokenizer, date=run.date)
     held_out = below.held_out if below else load_held_out(folder / "held_out.npz")
     got = Loaded(folder, run, config, params, method, trainable, tokenizer, held_out, manifest)
     if each:

@@ -15,7 +15,7 @@ from ..typed import fits, said
 
 # What a sweep says for all of its cells.
 SHARED = ("out", "phase", "recipe", "mesh", "resume", "accept", "verify", "offload", "wandb", "tensorboard", "keep",
-          "log_every", "save_every", "eval_every", "eval_rows", "score_base")  # fmt: skip
+          "log_every", "save_every", "eval_every", "eval_rows", "score_base", "date")  # fmt: skip
 MOST = 4096  # cells
 
 

@@ -23,7 +23,7 @@ from .contest import Contest, Entry
 from .exam import Exam
 from .findings import report
 from .ground import Ground
-from .sweep import Sweep, check_out, opened, plain
+from .sweep import Sweep, check_out, dated, opened, plain
 
 FILE = "compare.json"
 MASKS = {"full": "all"}  # what people call a mask of which nothing is frozen
@@ -128,6 +128,7 @@ def compare(args: list[str]) -> dict[str, Any]:
 
 def execute(plan: Compare, command: str = "") -> dict[str, Any]:
     """Compare, or go on with it; returns each task's table and where the reports are."""
+    plan = dated(plan, FILE)
     out, run, began = Path(plan.run.out), plan.run, time.monotonic()
     entries = {said: Entry(method_of(said)) for said in plan.methods}
     said = {"run": json.loads(to_json(dataclasses.replace(run, out="", resume="never", accept=""))),

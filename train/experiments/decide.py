@@ -26,7 +26,7 @@ from .contest import Contest, Entry
 from .exam import Exam
 from .ground import Ground
 from .prompting import Prompting
-from .sweep import check_out, opened
+from .sweep import check_out, dated, opened
 
 FILE = "decide.json"
 HELP = """graftax decide --base RUN --task T --target METRIC>=X: the cheapest way to a target, all ways measured
@@ -135,6 +135,7 @@ def decide(args: list[str]) -> dict[str, Any]:
 
 def execute(plan: Decide, command: str = "") -> dict[str, Any]:
     """Measure, or go on; returns the table and the decision."""
+    plan = dated(plan, FILE)
     out, run = Path(plan.run.out), plan.run
     keys = ("task", "target", "mask", "sizes", "shots", "requests", "factors", "seeds", "budget")
     said = {"run": json.loads(to_json(dataclasses.replace(run, out="", resume="never", accept=""))),

@@ -52,7 +52,7 @@ class Exam:
         task = task_of(dataclasses.replace(run.data, task=name), bad)
         task = judged(task, base.tokenizer, base.config, 0, bad)
         say(bad)
-        rows = scored(task, run.eval_rows)
+        rows = scored(task, base.tokenizer, run.eval_rows)
         if not rows:
             raise InputError(f"--task {said}: no row to score; give --data.test FILE, or --data.held-out above 0")
         has = list(task.score(rows, [row["completion"] for row in rows]))
@@ -80,7 +80,7 @@ class Exam:
     @property
     def digest(self) -> str:
         """sha256 of the rows and what they are judged by."""
-        return hashlib.sha256(json.dumps([self.metric, *self.rows], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.metric, *self.rows], sort_keys=True, default=vars).encode()).hexdigest()
 
     def answers(self, bound: Any, rows: Sequence[Any] = ()) -> list[str]:
         """What (model, bound parameters, context) answers, greedily; rows: others than the exam's."""

@@ -16,7 +16,7 @@ from ...model.sharding import make_mesh, put_batch
 from ..added_tokens import untrained
 from ..checkpoint import Checkpoints
 from ..config import Run, to_json
-from ..evaluate import answerable, evenly, held_out_losses, mean_loss
+from ..evaluate import answerable, as_written, evenly, held_out_losses, mean_loss
 from ..health import load_base
 from ..inputs import check_lengths, say, say_parts, tuning_rows
 from ..outcome import rows_loss
@@ -78,7 +78,7 @@ class Ground:
             if not kept:
                 raise InputError(f"--score {n}: the task has no validation rows to answer; drop the flag, or give "
                                  "--data.valid FILE")  # fmt: skip
-            self._asked[key] = evenly(kept, n)
+            self._asked[key] = as_written(evenly(kept, n), base.tokenizer)
         return self._asked[key]
 
     def settled(self, cells: list[Cell]) -> list[Cell]:

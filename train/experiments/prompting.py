@@ -153,7 +153,7 @@ class Prompting:
         losses, seconds = self._timed(lambda some: self._losses(some, tails), prompts)
         flops = (readings(self.model, prompts, tails) * tokens + sum(map(len, tails))) * token + more
         costs = fixed | {"request_flops": flops, "request_seconds": seconds + looked}
-        nothing = self.form.prompts([{"prompt": NOTHING}], [[]])
+        nothing = self.form.prompts([{"prompt": NOTHING, "completion": NOTHING}], [[]])
         for way, off in zip(CHOICES, (0.0, self._losses(nothing, tails)), strict=True):
             self._add(f"{name}, {way}", shelf, lambda off=off: ([choices[i] for i in (losses - off).argmin(1)], costs))
 

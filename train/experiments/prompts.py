@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ... import InputError
+from ...data.columns import chat_of
+from ...data.dialogue import Chat
 from ...data.sft import render_prompts
 from ..choices import chat_tails
 
@@ -17,7 +19,7 @@ KINDS = ("chat", *SHAPES)
 def asked(row: Row) -> str:
     """The words of a row's prompt."""
     prompt = row["prompt"]
-    return prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
+    return prompt if isinstance(prompt, str) else "\n".join(turn["content"] or "" for turn in prompt)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +47,16 @@ class Form:
 
     def _rendered(self, rows: Sequence[Row], shots: Sequence[Sequence[Row]]) -> list[list[int]]:
         if self.kind == "chat":
-            chats = [[turn for shot in few for turn in _turns(shot, True)] + _turns(row, False)
-                     for row, few in zip(rows, shots, strict=True)]  # fmt: skip
-            return render_prompts([("a prompt", turns) for turns in chats], self.tokenizer)
+            chats = [_with_examples(row, few) for row, few in zip(rows, shots, strict=True)]
+            return render_prompts([("a prompt", chat) for chat in chats], self.tokenizer)
         texts = [self.text(row, few) for row, few in zip(rows, shots, strict=True)]
         return [self.tokenizer.prompt(text) for text in texts]
 
     def text(self, row: Row, shots: Sequence[Row]) -> str:
-        """Worked examples and a question as plain text."""
+        """Worked examples and a question as plain text. InputError for what has no place in it."""
+        for one in (row, *shots):
+            if more := list(chat_of(one, "a prompt").beyond_text):
+                raise InputError(f"plain text has no place for {more[0]!r}: {asked(one)[:60]!r}")
         shot, question, _ = SHAPES[self.kind]
         return "".join(shot.format(q=asked(one), a=one["completion"]) for one in shots) + question.format(q=asked(row))
 
@@ -72,7 +76,8 @@ class Form:
         return (text if self.kind == "chat" else text.lstrip("\n").split("\n")[0]).strip()
 
 
-def _turns(row: Row, answered: bool) -> list[dict[str, str]]:
-    prompt = row["prompt"]
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    return turns + ([{"role": "assistant", "content": row["completion"]}] if answered else [])
+def _with_examples(row: Row, shots: Sequence[Row]) -> Chat:
+    """A question with the turns of worked examples before it."""
+    chat = chat_of(row, "a prompt").prompt
+    before = [turn for shot in shots for turn in chat_of(shot, "a worked example").messages]
+    return dataclasses.replace(chat, messages=[*before, *chat.messages], context=())

@@ -14,6 +14,7 @@ from typing import Any
 
 from ... import InputError
 from ...atomic import left_over
+from ...data.chat import today
 from ...model.hf_files import read_json
 from ...peft import Subset
 from ..commit import write_whole
@@ -27,7 +28,7 @@ from .results import report
 from .work import FILE, Work
 
 # May change on --resume; a budget counts until it has said how many steps a training has.
-FREELY = ("budget", "run.log_every", "run.save_every", "run.keep", "run.tensorboard", "run.verify")
+FREELY = ("budget", "run.date", "run.log_every", "run.save_every", "run.keep", "run.tensorboard", "run.verify")
 CHOSEN = ("lanes", "steps")  # written beside what was asked for
 HELP = """graftax sweep RECIPE --over FIELD=VALUES ... [flags of graftax finetune]: many variations, as few programs
 
@@ -99,12 +100,20 @@ def sweep(args: list[str]) -> dict[str, Any]:
 
 def execute(plan: Sweep) -> dict[str, Any]:
     """Run a sweep, or go on with it; returns its best cell and where all are."""
+    plan = dated(plan, FILE)
     run = plan.run
     made = cells(plain(run), plan.over, Path(run.out))
     with contextlib.ExitStack() as held:
         stop = held.enter_context(Stop())
         made = carry_out(plan, made, Ground(), stop)
     return report(Path(run.out), made)
+
+
+def dated(plan: Any, file: str) -> Any:
+    """The plan with the date of its runs: the one given, that which `file` in its folder began with, or today's."""
+    run, path = plan.run, Path(plan.run.out) / file
+    began = read_json(path).get("run", {}) if run.resume != "never" and path.is_file() else {}
+    return dataclasses.replace(plan, run=dataclasses.replace(run, date=run.date or began.get("date") or today()))
 
 
 def plain(run: Run) -> Run:
