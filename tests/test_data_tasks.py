@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from graftax import InputError
 from graftax.data import embedded, embedded_tasks
+from graftax.data.columns import Columns, chat_of
 from graftax.data.embedded import normal
 from graftax.data.tasks import Task, accuracy, drop_leaks, exact_match, file_task, floors, tasks, whole_task
 
@@ -188,6 +189,27 @@ def test_files_to_choose_and_to_judge_by(tmp_path):
                          ({"test": str(tmp_path / "none.jsonl")}, "none.jsonl: no such file")):  # fmt: skip
         with pytest.raises(InputError, match=said):
             file_task(path, 0.3, **kwargs)
+
+
+def test_file_task_keeps_all_that_a_row_says(tmp_path):
+    """From a file to the messages, tools, variables and weights of training, evaluation and choices."""
+    call = {"name": "f", "arguments": {"a": 1}}
+    first, last = {"role": "assistant", "content": "x", "weight": 0}, {"role": "assistant", "tool_calls": [call]}
+    rows = [
+        {"messages": [first, {"role": "user", "content": f"q {i}"}, last], "chat_template_kwargs": {"k": i}}
+        | {"hint": "b", "persona": "p", "tools": [{"name": "f"}]}
+        for i in range(40)
+    ]
+    columns = Columns(("system=persona",), ("hint",))
+    task = file_task(write(tmp_path / "a.jsonl", rows), 0.3, columns=columns)
+    where, row = next(task.pairs("valid"))
+    chat = chat_of(row, where)
+    assert [turn["role"] for turn in chat.messages] == ["system", "assistant", "user", "assistant"]
+    assert (chat.messages[0]["content"], chat.messages[-1]["tool_calls"]) == ("p", [call])
+    assert (chat.tools, list(chat.variables), chat.learnt) == ([{"name": "f"}], ["k"], [False, False, False, True])
+    assert task.choices is None
+    with pytest.raises(InputError, match=r"a\.jsonl:1: fields .*: nothing reads 'hint'"):
+        file_task(tmp_path / "a.jsonl", 0.3)
 
 
 def test_file_task_refuses(tmp_path):

@@ -68,6 +68,9 @@ BAD = {
     "list": (b'["a", "b"]', "a JSON list", "one JSON object a line is wanted"),
     "null": (b"null", "a JSON null", "one JSON object a line is wanted"),
     "null field": (b'{"prompt": "a", "completion": null}', "'completion' is null", "text is wanted"),
+    "misspelt": (b'{"instruction": "a", "Input": "c", "output": "b"}', "nothing reads 'Input'", "did you mean 'input'"),
+    "tools": (b'{"prompt": "a", "completion": "b", "tools": [{"a": 1}]}', "'tools' has no place", "--data.ignore"),
+    "blank reply": (b'{"prompt": "a", "completion": " \\n"}', "no words by the assistant", "drop the row or fill"),
     "number": (b'{"prompt": "a", "completion": 4}', "'completion' is a int", "write it in quotes or drop the row"),
     "duplicate key": (b'{"prompt": "a", "prompt": "c", "completion": "b"}', "the key 'prompt' stands twice", "wanted"),
     "digits": (b'{"prompt": ' + b"1" * 5000 + b"}", "JSON that cannot be read", "one JSON object a line is wanted"),
@@ -331,6 +334,13 @@ def test_pretraining_leaves_out_files_and_rows(tmp_path, capsys):
     assert corpus(folder, tmp_path, bad="replace", bad_cap=0.1)[0].digest != clean
     assert "--data.bad replace: 1 of 43 rows left out, 2 repaired" in capsys.readouterr().err
     said(lambda: corpus(folder, tmp_path, bad="skip"), "3 of 43 rows left out", "--data.bad-cap 0.01")
+
+
+def test_a_prompt_that_is_no_text(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", "nowhere", "--prompt", "caf\udce9"])
+    assert stop.value.code == 2
+    assert "--prompt: lone surrogate '\\udce9' at character 3" in capsys.readouterr().err
 
 
 # --- what is held out is not trained on ---

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import jax
@@ -18,7 +19,7 @@ from graftax.model.hf import load, save
 from graftax.model.sharding import make_mesh
 from graftax.model.tree import named
 from graftax.peft import LoRA, Subset
-from graftax.train import export
+from graftax.train import export, resume
 from graftax.train.cli import main
 from graftax.train.config import Run, from_json
 from graftax.train.equivalence import compare
@@ -75,9 +76,10 @@ def adapter(hf_base, rows, tmp_path_factory):
 
 
 def test_the_frozen_base_stays_in_half_precision(hf_base, rows, tmp_path):
-    run = Run(phase="finetune", base=str(hf_base), method=LoRA(), steps=1, mesh=(8, 1, 1))
+    run = Run(phase="finetune", base=str(hf_base), method=LoRA(), steps=1, mesh=(8, 1, 1), date="2024-07-26")
     run = dataclasses.replace(run, data=dataclasses.replace(run.data, task=str(rows), T=64, held_out=0.2))
     phase = prepare(run, make_mesh((8, 1, 1)), tmp_path)
+    assert phase.tokenizer.date == "2024-07-26"
     assert {x.dtype for x in jax.tree.leaves(phase.frozen)} == {jnp.dtype("bfloat16")}
     assert {x.dtype for x in jax.tree.leaves(phase.state.trainable)} == {jnp.dtype("float32")}
     moments = [x.dtype for x in jax.tree.leaves(phase.state.opt_state) if x.ndim]
@@ -110,6 +112,25 @@ def test_tuned_asked_and_scored(adapter, hf_base, rows, capsys):
 def logits(folder):
     model, bound, _ = load_run(folder).bound
     return np.asarray(model.apply({"params": bound}, jnp.arange(24)[None]))
+
+
+def test_a_run_keeps_the_date_of_its_start(adapter, hf_base, monkeypatch):
+    """What a chat template writes with strftime_now is the same when the run goes on, or is judged, on another day."""
+    run = from_json(adapter / "config.json")
+    assert run.date
+    assert load_run(adapter).tokenizer.date == run.date
+    monkeypatch.setattr(resume, "today", lambda: "2000-01-01")
+    later = dataclasses.replace(run, date="", resume="auto")
+    assert resume.dated(later).date == run.date
+    assert resume.dated(dataclasses.replace(later, resume="8")).date == run.date
+    assert resume.dated(dataclasses.replace(later, date="2001-02-03")).date == "2001-02-03"
+    assert resume.dated(dataclasses.replace(later, resume="never")).date == "2000-01-01"  # a run on top decides anew
+    assert load_run(hf_base).tokenizer.date == ""
+    manifest = load_run(adapter).manifest
+    phase = SimpleNamespace(run=dataclasses.replace(later, date="2001-02-03"), data_digest="other", facts={}, base="",
+                            tokenizer=SimpleNamespace(digest=manifest["tokenizer"]))  # fmt: skip
+    with pytest.raises(InputError, match=f'the data changed since step 8: date "{run.date}" -> "2001-02-03"'):
+        resume.same_run(phase, manifest)
 
 
 def test_merged_and_exported_are_checked(adapter, hf_base, tmp_path, capsys):

@@ -22,7 +22,7 @@ from graftax.train.experiments.ground import Ground
 from graftax.train.experiments.groups import groups
 from graftax.train.experiments.lanes import Stack
 from graftax.train.experiments.results import gathered
-from graftax.train.experiments.sweep import Sweep, execute
+from graftax.train.experiments.sweep import Sweep, dated, execute
 from graftax.train.faults import VARIABLE
 from graftax.train.loop import train
 from graftax.train.progress import read_metrics
@@ -291,6 +291,15 @@ def test_folders_and_flags(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["sweep", "--help"])
     assert "Example: graftax sweep sft" in capsys.readouterr().out
+
+
+def test_a_sweep_keeps_its_date(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("graftax.train.experiments.sweep.today", lambda: "2000-01-01")
+    plan = Sweep(dataclasses.replace(run, out=str(tmp_path)), ("seed=0,1",))
+    assert dated(plan, "sweep.json").run.date == "2000-01-01"
+    (tmp_path / "sweep.json").write_text('{"run": {"date": "1999-12-31"}}')
+    again = dataclasses.replace(plan, run=dataclasses.replace(plan.run, resume="auto"))
+    assert dated(again, "sweep.json").run.date == "1999-12-31"
 
 
 def test_what_a_picture_shows():
