@@ -8,6 +8,7 @@ import functools
 import itertools
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -92,21 +93,28 @@ def follow(mesh: Mesh, make: Callable[[Any], Any], base: Any, base_shardings: An
     input axis of its matrix, `b` [L, R, F] the output axis. The rest, and vectors, are not split. A wrong guess is not
     only slow: XLA has given wrong sums for a vector split over the axis that its matrix was reduced over. What only
     the base has, an array of a quantised matrix, stays where it is.
+
+    Each length is the real one times a prime of its own, so that what divides the one divides the other. Where a method
+    refuses these lengths all the same, a warning says that its arrays are whole on every device.
     """
-    tree, lengths = jax.eval_shape(make, base), itertools.count(100_003)
+    tree = jax.eval_shape(make, base)
+    sizes = {n for leaf in named(base).values() for n in leaf.shape}
+    primes = (p for p in itertools.count(101, 2) if all(p % i for i in range(3, math.isqrt(p) + 1, 2))
+              and all(n % p for n in sizes))  # fmt: skip
     places = zip(paths(base), jax.tree.leaves(base_shardings), strict=True)
     held = {path: (leaf.shape, where) for (path, leaf), where in places}
     axis_of: dict[int, Any] = {}  # a length in the probe -> (how that axis is split, its length in the base)
     probe = {}
     for path, leaf in named(base).items():
         stacked = is_stacked(path)
-        shape = tuple(n if stacked and i == 0 else next(lengths) for i, n in enumerate(leaf.shape))
+        shape = tuple(n if stacked and i == 0 else n * next(primes) for i, n in enumerate(leaf.shape))
         spec = tuple(jax.tree.leaves(named(base_shardings)[path])[0].spec) + (None,) * leaf.ndim
         axis_of |= {p: (s, n) for p, s, n in zip(shape[stacked:], spec[stacked:], leaf.shape[stacked:], strict=False)}
         probe[path] = jax.ShapeDtypeStruct(shape, leaf.dtype)
     try:
         probed = dict(paths(jax.eval_shape(make, nested(probe))))
-    except InputError:  # a method that needs lengths that divide
+    except InputError as error:
+        warnings.warn(f"the arrays of the method are whole on every device, not split: {error}", stacklevel=2)
         probed = {}
 
     def one(path: str, leaf: Any) -> NamedSharding:

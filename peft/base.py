@@ -94,7 +94,8 @@ class Method:
 
 def partition(method: Method, params: Any, key: Array) -> tuple[Any, dict[str, Any]]:
     """(frozen, trainable): each parameter is in one of the two. Differentiate the second alone."""
-    return method.freeze(params), method.init(key, params)
+    trainable = method.init(key, params)  # first, as it says what is wrong
+    return method.freeze(params), trainable
 
 
 def apply(

@@ -1,5 +1,6 @@
 """LoKr: a Kronecker product as the update (LyCORIS, arXiv:2309.14859)."""
 
+import math
 from typing import Any
 
 import jax
@@ -37,7 +38,7 @@ def split(n: int, factor: int) -> tuple[int, int]:
         return factor, n // factor
     most = n if factor == -1 else factor
     best = 1, n
-    for m in range(2, n + 1):
+    for m in range(2, math.isqrt(n) + 1):
         if n % m == 0 and best[0] < best[1] and m <= most and m + n // m <= sum(best):
             best = m, n // m
     return min(best), max(best)

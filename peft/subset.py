@@ -28,13 +28,19 @@ class Subset(Method):
 
     where: str = "all"
 
-    def init(self, key: Array, params: Any) -> dict[str, Any]:
-        flat = named(params)
-        for path in select(self.where, params):
+    def chosen(self, params: Any) -> dict[str, list[tuple[int, int]]]:
+        """{path: layer ranges} of what trains. Raises InputError for a weight, of which nothing can."""
+        ranges, flat = select(self.where, params), named(params)
+        for path in ranges:
             if isinstance(flat[path], Weight):
                 kind = type(flat[path]).__name__
                 raise InputError(f"{type(self).__name__.lower()}: {path} is {kind} and cannot train; narrow where="
                                  f"{self.where!r}, or take a base that is not quantised")  # fmt: skip
+        return ranges
+
+    def init(self, key: Array, params: Any) -> dict[str, Any]:
+        self.chosen(params)
+        flat = named(params)
         picked = {t.key: flat[t.path] if t.key == t.path else flat[t.path][t.layers.start : t.layers.stop]
                   for t in targets(self.where, params)}  # fmt: skip
         return {key: jnp.array(leaf, jnp.float32, copy=True) for key, leaf in picked.items()}
@@ -47,7 +53,7 @@ class Subset(Method):
 
     def freeze(self, params: Any) -> Any:
         flat = dict(named(params))
-        for path, ranges in select(self.where, params).items():
+        for path, ranges in self.chosen(params).items():
             leaf = flat.pop(path)
             if is_stacked(path) and ranges != [(0, len(leaf))]:
                 edges = [0, *(edge for pair in ranges for edge in pair), len(leaf)]

@@ -191,8 +191,12 @@ def test_every_method_binds_and_keeps_no_dense_matrix_or_refuses(method):
     base = make_base()
     nf4 = Base(base.config, base.model, jax.eval_shape(partial(quantize, kind="nf4"), base.params))
     if method in [CASES[name] for name in ("subset", "gradual", "layer_range", "pissa", "olora")]:
-        with pytest.raises(InputError, match=r"^\w+: layers/(attn|mlp)/\w+ is NF4"):
-            residuals(nf4, method)
+        key, params = jax.random.key(0), nf4.params
+        refusing = (partial(residuals, nf4, method), partial(method.freeze, params), partial(method.init, key, params),
+                    partial(peft.partition, method, params, key))  # fmt: skip
+        for refused in refusing:
+            with pytest.raises(InputError, match=r"^\w+: layers/(attn|mlp)/\w+ is NF4"):
+                refused()
         return
     kept, before = residuals(nf4, method), residuals(base, method)
     matrices = [w for w in named(nf4.params).values() if isinstance(w, Quantized)]

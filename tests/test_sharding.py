@@ -1,8 +1,11 @@
 """Law 6: one device and 2 x 2 x 2 give the same losses; meshes that do not fit are refused by name."""
 
 import dataclasses
+import warnings
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from graftax import InputError, peft
@@ -61,6 +64,28 @@ def test_a_lora_follows_its_matrix():
     split = follow(mesh, make, shapes, shardings(mesh, shapes))["layers/mlp/up"]
     assert tuple(split["a"].spec) == (None, "fsdp", None)
     assert tuple(split["b"].spec) == (None, None, "tensor")
+
+
+@pytest.mark.parametrize("other", ["missbat", "boft", "road"])
+def test_a_lora_follows_its_matrix_beside_a_method_of_lengths_that_divide(other):
+    mesh, shapes = make_mesh((2, 2, 2)), shapes_of(BASE.config)
+    method = peft.chain(peft.LoRA(), peft.methods[other](where="layers/attn/[qkvo]"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        split = follow(mesh, partial(method.init, jax.random.key(0)), shapes, shardings(mesh, shapes))
+    assert tuple(split["lora"]["layers/mlp/up"]["a"].spec) == (None, "fsdp", None)
+    assert tuple(split["lora"]["layers/mlp/up"]["b"].spec) == (None, None, "tensor")
+
+
+def test_what_cannot_be_split_is_said():
+    def make(params):
+        if params["layers"]["mlp"]["up"].shape[-1] != 48:
+            raise InputError("wanted 48")
+        return {"new": {"a": jnp.zeros((2, 32, 48))}}
+
+    mesh, shapes = make_mesh((2, 2, 2)), shapes_of(BASE.config)
+    with pytest.warns(UserWarning, match="whole on every device, not split: wanted 48"):
+        assert not any(follow(mesh, make, shapes, shardings(mesh, shapes))["new"]["a"].spec)
 
 
 def test_mesh_errors():
