@@ -14,7 +14,7 @@ from faulty import CASES, STEPS, copied, good, last, life, programs, runs, whole
 from graftax import InputError, peft
 from graftax.data import loader
 from graftax.peft import LoRA, Subset
-from graftax.train import distributed, faults, health, loop, outcome, stop
+from graftax.train import cli, distributed, faults, health, loop, outcome, stop
 from graftax.train.checkpoint import Checkpoints
 from graftax.train.config import Optim, from_json
 from graftax.train.loop import row_sum, train
@@ -252,6 +252,25 @@ def test_a_signal_in_a_save_or_an_evaluation(fault, step, cut, whole, tmp_path, 
     assert life(monkeypatch, run) is None
     assert last(run.out) == last(whole("lora"))
     assert json.loads((Path(run.out) / "summary.json").read_text())["after"]["scores"]
+
+
+def test_what_a_signal_ended_leaves_at_once(monkeypatch):
+    """Behind a signal the interpreter is not taken down: XLA, left in a compilation, can crash there."""
+
+    def leave(code):
+        raise RuntimeError(f"left with {code}")
+
+    def stopped(args):
+        raise Stopped
+
+    monkeypatch.setattr(cli, "keep_memory", lambda: None)
+    monkeypatch.setattr(cli.os, "_exit", leave)
+    monkeypatch.setitem(cli.COMMANDS, "lineage", ("", stopped))
+    monkeypatch.setattr("sys.argv", ["graftax", "lineage"])
+    with pytest.raises(RuntimeError, match="left with 75"):
+        cli.main()
+    with pytest.raises(Stopped):  # from Python it is an exception as any
+        cli.main(["lineage"])
 
 
 def test_a_second_signal_ends_at_once(monkeypatch, capsys):

@@ -85,8 +85,7 @@ class Work:
         chosen = [group.cells[i] for i in which]
         if all(reached(cell) >= until for cell in chosen):
             return
-        if self.stop.asked:
-            raise Stopped
+        self.stop.check()
         lanes = [Lane(cell, self.ground, self.guard) for cell in chosen]
         at = common_step(lanes, until)
         with contextlib.ExitStack() as held:
@@ -100,8 +99,11 @@ class Work:
             if at < until and not all(lane.dead for lane in lanes):
                 stack = Stack(group, which, [lane.phase for lane in lanes], K, self.devices, self.ground)
                 i = self.steps(lanes, stack, at, until)
-            self.save(lanes, stack, i, until)
+            judged = self.save(lanes, stack, i, until)
             self.stop.rest()
+        if not judged:
+            console.print(f"stopped at step {i} of {span(chosen)}, saved but not evaluated; go on with --resume")
+            raise Stopped
         if i < until and not all(lane.dead for lane in lanes):
             console.print(f"stopped at step {i} of {until} of {span(chosen)}, saved; "
                           "go on with --resume", soft_wrap=True)  # fmt: skip
@@ -110,8 +112,7 @@ class Work:
     def steps(self, lanes: list[Lane], stack: Stack, at: int, until: int) -> int:
         """Steps at + 1 to `until`, or to where a signal ends them; returns the last."""
         run, pending, i = lanes[0].run, [], at
-        if self.stop.asked:  # before this loop: it has no step to end with
-            raise Stopped
+        self.stop.check()  # before this loop: it has no step to end with
         self.stop.begin(at)
         self.clock(lanes)
         while i < until:
@@ -168,8 +169,9 @@ class Work:
         console.print(f"{span([lane.cell for lane in lanes])} · step {i}/{until} · loss {loss} · {rate:.2f} "
                       f"lane-steps/s · {clock(max(self.left, 0) / rate)} left", soft_wrap=True)  # fmt: skip
 
-    def save(self, lanes: list[Lane], stack: Stack | None, i: int, until: int) -> None:
-        """Each living lane's checkpoint; at `until` with what it is worth."""
+    def save(self, lanes: list[Lane], stack: Stack | None, i: int, until: int) -> bool:
+        """Each living lane's checkpoint; at `until` with what it is worth. Whether no signal ended that."""
+        whole = True
         for lane, state in zip(lanes, stack.split_up() if stack else [lane.phase.state for lane in lanes], strict=True):
             if lane.dead or (stack is None and reached(lane.cell) >= until):
                 continue
@@ -181,16 +183,18 @@ class Work:
                 console.print(f"cell {lane.cell.number} ({lane.cell.name}) diverged: {error}", soft_wrap=True)
                 continue
             before = noted(lane.folder, i) if stack is None else {}  # killed behind the last save
-            found = before or (self.judged(lane) if i == until else {})
+            found = before or (self.stop.between(lambda lane=lane: self.judged(lane)) if i == until else {})
+            whole = whole and found is not None
             if found and not before:
                 lane.log.write({"step": i, **found})
-            lane.course.save(rank(found))
-            if i == until:
+            lane.course.save(rank(found or {}))
+            if i == until and found is not None:
                 lane.checkpoints.wait()
                 said = summary(lane.phase, lane.folder, self.ground.before(lane.run), found, cost(stack, len(lanes)))
                 said |= {"status": "done" if i == lane.run.steps else "stopped", "steps": i}
                 write_whole(lane.folder / "summary.json", json.dumps(said, indent=1) + "\n")
             lane.phase.state = None  # type: ignore[assignment]  # the stack has it
+        return whole
 
     def judged(self, lane: Lane) -> dict[str, Any]:
         """A lane's losses; at its end also the score of validation rows."""
