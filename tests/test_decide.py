@@ -4,14 +4,16 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from faulty import programs, runs  # noqa: F401
-from graftax.peft import LoRA
+from graftax.peft import LoRA, Subset
 from graftax.train.cli import main
-from graftax.train.config import Optim
-from graftax.train.experiments import advice, curve
+from graftax.train.config import Optim, Run
+from graftax.train.experiments import advice, costs, curve
 from graftax.train.experiments.decide import Decide, decide, execute
 from graftax.train.experiments.ground import Ground
 from graftax.train.experiments.ledger import found, read
@@ -19,6 +21,7 @@ from graftax.train.experiments.prompts import Form
 from graftax.train.experiments.shelf import Lot, States, Words
 from graftax.train.inputs import tuning_rows
 from graftax.train.runs import load_run
+from graftax.train.stop import Stop, Stopped
 from test_faults_input import said
 
 WORDS = [f"{a}{b}" for a in "bdk" for b in ("an", "om", "it")]
@@ -102,6 +105,33 @@ def test_it_goes_on(plan, done):
         lambda: execute(dataclasses.replace(again, target="exact_match>=0.6")), "--resume: target", "take another --out"
     )
     said(lambda: execute(plan), "is not an empty folder")
+
+
+@pytest.mark.parametrize("when", [1, 4])
+def test_a_signal_while_costs_are_measured(when, monkeypatch):
+    """Is honoured before the next method compiles, and before the next turn, though nothing raised where it came."""
+    stop, steps = Stop(), []
+
+    def step(state, frozen, batch):
+        steps.append(state)
+        stop.asked = len(steps) >= 6
+        return state, {}
+
+    def compiled(phase):
+        steps.append("compiled")
+        stop.asked = len(steps) >= when
+        return step, {"step_peak_bytes": 0, "compile_seconds": 0.0}
+
+    monkeypatch.setattr(costs, "compile_step", compiled)
+    monkeypatch.setattr(costs, "flops", lambda run, ground: 1.0)
+    ground = SimpleNamespace(whole=None)
+    ground.phase = lambda run: SimpleNamespace(
+        state=NamedTuple("State", [("trainable", dict)])({}), frozen={}, totals={"trainable": 1, "base": 2}
+    )
+    both = {name: Run(method=method) for name, method in (("lora", LoRA()), ("full", Subset("all")))}
+    with pytest.raises(Stopped):
+        list(costs.costs(both, ground, stop))
+    assert len(steps) == (1 if when == 1 else 6), "one compiled; or two, and the first method's turn"
 
 
 def test_what_stands_before_a_row_is_near(plan):

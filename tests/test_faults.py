@@ -16,7 +16,7 @@ from graftax import InputError, peft
 from graftax.data import loader
 from graftax.model.tree import replace
 from graftax.peft import LoRA, Subset
-from graftax.train import distributed, faults, health, loop, outcome, stop
+from graftax.train import cli, distributed, faults, health, loop, outcome, stop
 from graftax.train.checkpoint import Checkpoints
 from graftax.train.config import Optim, Run, from_json
 from graftax.train.loop import row_sum, train
@@ -292,6 +292,25 @@ def test_scoring_that_fails_costs_no_step(cut, whole, tmp_path, monkeypatch):  #
 
 def _raising(*_):
     raise ValueError("no\nmore")
+
+
+def test_what_a_signal_ended_leaves_at_once(monkeypatch):
+    """Behind a signal the interpreter is not taken down: XLA, left in a compilation, can crash there."""
+
+    def leave(code):
+        raise RuntimeError(f"left with {code}")
+
+    def stopped(args):
+        raise Stopped
+
+    monkeypatch.setattr(cli, "keep_memory", lambda: None)
+    monkeypatch.setattr(cli.os, "_exit", leave)
+    monkeypatch.setitem(cli.COMMANDS, "lineage", ("", stopped))
+    monkeypatch.setattr("sys.argv", ["graftax", "lineage"])
+    with pytest.raises(RuntimeError, match="left with 75"):
+        cli.main()
+    with pytest.raises(Stopped):  # from Python it is an exception as any
+        cli.main(["lineage"])
 
 
 def test_a_second_signal_ends_at_once(monkeypatch, capsys):

@@ -23,6 +23,7 @@ from graftax.train.experiments.groups import groups
 from graftax.train.experiments.lanes import Stack
 from graftax.train.experiments.results import gathered
 from graftax.train.experiments.sweep import Sweep, dated, execute
+from graftax.train.experiments.work import Work
 from graftax.train.faults import VARIABLE
 from graftax.train.loop import train
 from graftax.train.progress import read_metrics
@@ -164,6 +165,29 @@ def test_a_signal_in_a_later_chunk(run, monkeypatch):
         execute(Sweep(dataclasses.replace(run, save_every=0), ("optim.lr=1e-3,2e-3,3e-3",), lanes=1))
     assert len(seen) == 15
     assert Checkpoints(Path(run.out) / "cells/001/checkpoints").steps() == [3]
+
+
+def test_a_signal_while_lanes_are_evaluated(run, tmp_path, monkeypatch):
+    """At once: all lanes are saved, none is evaluated any more; a resumed sweep does that."""
+    real, over = Work.judged, ("optim.lr=1e-3,2e-3,4e-3",)
+    asked = []
+
+    def judged(self, lane):
+        asked.append(lane)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, lane)
+
+    run = dataclasses.replace(run, save_every=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "judged", judged)
+        with pytest.raises(Stopped):
+            execute(Sweep(run, over, lanes=2))
+    assert len(asked) == 1
+    cell = [Path(run.out) / "cells" / name for name in ("000", "001", "002")]
+    assert [Checkpoints(folder / "checkpoints").steps() for folder in cell] == [[12], [12], []]
+    assert not (cell[0] / "summary.json").exists()
+    assert execute(Sweep(dataclasses.replace(run, resume="auto"), over, lanes=2))["done"] == 3
+    assert all("after" in json.loads((folder / "summary.json").read_text()) for folder in cell)
 
 
 def test_which_cells_are_one_program(run, tmp_path):

@@ -21,6 +21,7 @@ from graftax.train.commands import Eval
 from graftax.train.commit import sealed_manifest
 from graftax.train.config import Data, Optim, Run, from_json, to_json
 from graftax.train.evaluate import choose, held_out_losses, row_losses, within
+from graftax.train.flags import take_json
 from graftax.train.inputs import task_of
 from graftax.train.loop import train
 from graftax.train.optim import schedule
@@ -182,6 +183,23 @@ def test_a_fine_tune_stores_its_trainable_tree_alone(adapter, base):
     assert all(path.endswith(("/a", "/b")) for path in leaves)
     got = load_run(adapter)
     assert fingerprint(got.params) == fingerprint(load_run(base).params) == got.manifest["base"]
+
+
+@pytest.mark.parametrize(
+    ("args", "asked", "rest"),
+    [
+        ("r --chat --json", True, "r --chat"),
+        ("--json r --prompt x", True, "r --prompt x"),
+        ("r --prompt --json", False, "r --prompt=--json"),
+        ("r --prompt=--json --chat", False, "r --prompt=--json --chat"),
+        ("r --prompt --json --json", True, "r --prompt=--json"),
+        ("sft --resume --json --data.no-pack --json", True, "sft --resume --data.no-pack"),
+        ("sft --method.share --json", True, "sft --method.share"),
+        ("sft --over --json optim.lr=1", False, "sft --over=--json optim.lr=1"),
+    ],
+)
+def test_json_is_a_switch_but_behind_a_flag_that_takes_a_value(args, asked, rest):
+    assert take_json(args.split()) == (asked, rest.split())
 
 
 def test_merge_gives_a_base_that_computes_the_same(adapter, tmp_path):

@@ -15,7 +15,8 @@ from typing import Any
 from .. import InputError, __version__
 from ..model.pattern import patterns_of
 from .config import MALLOC, Run, close, from_json, method_class
-from .distributed import together
+from .distributed import STOPPED, together
+from .flags import take_json
 
 
 def parse(cls: Any, args: list[str], prog: str, default: Any = None, description: str = "") -> Any:
@@ -220,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args or args[0] in ("-h", "--help", "--version"):
         print(__version__ if args[:1] == ["--version"] else usage())
         raise SystemExit(0 if args else 2)
-    name, rest = args[0], [a for a in args[1:] if a != "--json"]
+    name, (as_json, rest) = args[0], take_json(args[1:])
     try:
         processes, rest = take(rest, "--processes")
         if name not in COMMANDS:
@@ -238,7 +239,13 @@ def main(argv: list[str] | None = None) -> None:
     except InputError as error:
         print(f"graftax: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    if "--json" in args:
+    except SystemExit as stop:
+        if argv is None and stop.code == STOPPED:  # all is saved; XLA, left in the middle of something, may crash now
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(STOPPED)
+        raise
+    if as_json:
         print(json.dumps(result))
 
 

@@ -76,17 +76,22 @@ class Stop:
             self.last = step
             return True
 
+    def check(self) -> None:
+        """Raises Stopped if a signal came: for a long loop outside of the steps, where it may have been lost."""
+        if self.asked:
+            raise Stopped
+
     def between(self, call: Callable[[], Any]) -> Any:
         """What `call` returns; None if a signal ends it. (Several processes do it together: none leaves it.)"""
         if distributed.count() > 1:
             return call()
-        self._free = True
+        before, self._free = self._free, True
         try:
             return None if self.asked else call()
         except Stopped:
             return None
         finally:
-            self._free = False
+            self._free = before
 
     def _in_main(self, *_: Any) -> None:
         if distributed.count() > 1:

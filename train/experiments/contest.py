@@ -20,7 +20,7 @@ from ..commit import write_whole
 from ..config import Run, from_json
 from ..lineage import code, values
 from ..progress import clock, console
-from ..stop import Stop, Stopped
+from ..stop import Stop
 from .cells import Cell
 from .costs import costs
 from .exam import Exam
@@ -73,6 +73,7 @@ class Contest:
             })  # fmt: skip
         self._same(ledger.find(kind="setup")[0], base.fingerprint)
         for exam in self.exams:
+            self.stop.check()
             if not ledger.find(kind="base", task=exam.name):
                 console.print(f"{exam.label}: {len(exam.rows)} test rows by the base as it is", soft_wrap=True)
                 began, run = time.perf_counter(), plan.run_of(exam.name, Entry(Subset()), 1.0)
@@ -87,7 +88,9 @@ class Contest:
         if same:
             console.print(f"costs of {len(same)} methods, a step each in turns")
             runs = {names[0]: plan.run_of(self.exams[0].name, Entry(method), 1.0) for method, names in same.items()}
-            for line, names in zip(costs(runs, self.ground, bool(plan.run.quantize)), same.values(), strict=True):
+            for line, names in zip(
+                costs(runs, self.ground, self.stop, bool(plan.run.quantize)), same.values(), strict=True
+            ):
                 for name in names:
                     ledger.add(line | {"method": name})
 
@@ -179,8 +182,7 @@ class Contest:
         left = [key for key in self.runs if not self._tested(*key)]
         began = time.monotonic()
         for i, (task, name, seed) in enumerate(left):
-            if self.stop.asked:
-                raise Stopped
+            self.stop.check()
             line, exam = self.runs[task, name, seed], next(e for e in self.exams if e.name == task)
             kept = {k: line[k] for k in line if k not in ("kind", "factor")}
             row = {"kind": "test", "task": task, "method": name, "seed": seed, **kept}

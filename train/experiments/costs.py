@@ -13,6 +13,7 @@ from ..loop import compile_step
 from ..plan.estimate import traced
 from ..program import KEYS, layout
 from ..report import nbytes
+from ..stop import Stop
 from .ground import Ground
 
 TURNS, STEPS = 6, 4  # each method takes STEPS steps in each of TURNS turns; the first of a turn finds its memory again
@@ -25,7 +26,7 @@ def flops(run: Any, ground: Ground) -> float:
     return traced(run, model.config, ground.mesh, laid, jax.devices()[0].platform).flops
 
 
-def costs(runs: dict[str, Any], ground: Ground, quantized: bool = False) -> Iterator[dict[str, Any]]:
+def costs(runs: dict[str, Any], ground: Ground, stop: Stop, quantized: bool = False) -> Iterator[dict[str, Any]]:
     """A line of results for each run: {name: run}. `ratio` is a step's time over that of full fine-tuning, which takes
     its turns too, whether it is among them or not: the median over the turns of the fastest step of each. Nothing
     trains all of a quantised base: there it is over that of the first."""
@@ -34,6 +35,7 @@ def costs(runs: dict[str, Any], ground: Ground, quantized: bool = False) -> Iter
     full = next(iter(runs)) if quantized else full
     others = {} if full else {"": dataclasses.replace(first, method=Subset("all"))}
     for name, run in (others | runs).items():
+        stop.check()
         phase = ground.phase(run)
         phase.state = jax.device_put(phase.state, ground.whole)
         step, cost = compile_step(phase)
@@ -47,6 +49,7 @@ def costs(runs: dict[str, Any], ground: Ground, quantized: bool = False) -> Iter
     batch, took = jax.device_put(batch, ground.whole), {name: np.zeros((TURNS, STEPS)) for name in live}
     for turn in range(TURNS):
         for name, (step, state, frozen) in live.items():
+            stop.check()
             for k in range(STEPS):
                 began = time.perf_counter()
                 state, _ = jax.block_until_ready(step(state, frozen, batch))

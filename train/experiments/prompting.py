@@ -13,7 +13,7 @@ from ...model import Context
 from ..choices import continuation_losses, pair_scores, readings
 from ..evaluate import evenly, replies
 from ..progress import console
-from ..stop import Stop, Stopped
+from ..stop import Stop
 from .exam import BATCH, Exam
 from .ground import Ground
 from .ledger import Ledger
@@ -81,8 +81,7 @@ class Prompting:
     def _add(self, name: str, shelf: Lot | None, answer: Callable[[], Any]) -> None:
         if self.ledger.find(kind="option", name=name):
             return
-        if self.stop.asked:
-            raise Stopped
+        self.stop.check()
         answers, costs = answer()
         facts: dict[str, Any] = {"kind": "option", "name": name, "examples": 0, "bytes": 0, "made_flops": 0.0,
                                  "made_seconds": 0.0}  # fmt: skip

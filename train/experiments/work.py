@@ -86,8 +86,7 @@ class Work:
         chosen = [group.cells[i] for i in which]
         if all(reached(cell) >= until for cell in chosen):
             return
-        if self.stop.asked:
-            raise Stopped
+        self.stop.check()
         lanes = [Lane(cell, self.ground, self.guard) for cell in chosen]
         at = common_step(lanes, until)
         with contextlib.ExitStack() as held:
@@ -101,8 +100,11 @@ class Work:
             if at < until and not all(lane.dead for lane in lanes):
                 stack = Stack(group, which, [lane.phase for lane in lanes], K, self.devices, self.ground)
                 i = self.steps(lanes, stack, at, until)
-            self.save(lanes, stack, i, until)
+            judged = self.save(lanes, stack, i, until)
             self.stop.rest()
+        if not judged:
+            console.print(f"stopped at step {i} of {span(chosen)}, saved but not evaluated; go on with --resume")
+            raise Stopped
         if i < until and not all(lane.dead for lane in lanes):
             console.print(f"stopped at step {i} of {until} of {span(chosen)}, saved; "
                           "go on with --resume", soft_wrap=True)  # fmt: skip
@@ -111,8 +113,7 @@ class Work:
     def steps(self, lanes: list[Lane], stack: Stack, at: int, until: int) -> int:
         """Steps at + 1 to `until`, or to where a signal ends them; returns the last."""
         run, pending, i = lanes[0].run, [], at
-        if self.stop.asked:  # before this loop: it has no step to end with
-            raise Stopped
+        self.stop.check()  # before this loop: it has no step to end with
         self.stop.begin(at)
         self.clock(lanes)
         while i < until:
@@ -169,9 +170,10 @@ class Work:
         console.print(f"{span([lane.cell for lane in lanes])} · step {i}/{until} · loss {loss} · {rate:.2f} "
                       f"lane-steps/s · {clock(max(self.left, 0) / rate)} left", soft_wrap=True)  # fmt: skip
 
-    def save(self, lanes: list[Lane], stack: Stack | None, i: int, until: int) -> None:
-        """Each living lane's checkpoint; at `until`, when all are there, what each is worth."""
-        states, ended = stack.split_up() if stack else [lane.phase.state for lane in lanes], []
+    def save(self, lanes: list[Lane], stack: Stack | None, i: int, until: int) -> bool:
+        """Each living lane's checkpoint; at `until`, when all are there, what each is worth. Whether no signal ended
+        that."""
+        states, ended, whole = stack.split_up() if stack else [lane.phase.state for lane in lanes], [], True
         for lane, state in zip(lanes, states, strict=True):
             if lane.dead or (stack is None and reached(lane.cell) >= until):
                 continue
@@ -183,21 +185,25 @@ class Work:
                 console.print(f"cell {lane.cell.number} ({lane.cell.name}) diverged: {error}", soft_wrap=True)
                 continue
             before = noted(lane.folder, i) if stack is None else {}  # killed behind the last save
-            found = before or (losses(lane.phase) if i == until else {})
-            lane.course.save(found)
+            found = before or (self.stop.between(lambda lane=lane: losses(lane.phase)) if i == until else {})
+            whole = whole and found is not None
+            lane.course.save(found or {})
             lane.phase.state = None  # type: ignore[assignment]  # the stack has it
-            if i == until:
+            if i == until and found is not None:
                 ended.append((lane, state, found, bool(before)))
         for lane, state, found, noted_before in ended:
             lane.checkpoints.wait()
             lane.phase.state = state
-            if not noted_before:
-                found |= self.scores(lane)
-                lane.log.write({"step": i, **found})
-            said = summary(lane.phase, lane.folder, self.ground.before(lane.run), found, cost(stack, len(lanes)))
-            said |= {"status": "done" if i == lane.run.steps else "stopped", "steps": i}
-            write_whole(lane.folder / "summary.json", json.dumps(said, indent=1) + "\n")
+            scores = {} if noted_before else self.stop.between(lambda lane=lane: self.scores(lane))
+            if whole := whole and scores is not None:
+                found |= scores
+                if not noted_before:
+                    lane.log.write({"step": i, **found})
+                said = summary(lane.phase, lane.folder, self.ground.before(lane.run), found, cost(stack, len(lanes)))
+                said |= {"status": "done" if i == lane.run.steps else "stopped", "steps": i}
+                write_whole(lane.folder / "summary.json", json.dumps(said, indent=1) + "\n")
             lane.phase.state = None  # type: ignore[assignment]
+        return whole
 
     def scores(self, lane: Lane) -> dict[str, Any]:
         """The scores of a lane at its end on validation rows, if the sweep asks for them."""
