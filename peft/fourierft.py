@@ -1,12 +1,13 @@
 """FourierFT: a few coefficients of the update's Fourier transform (arXiv:2405.03003)."""
 
 from functools import lru_cache, partial
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 from jax import Array
 
+from ..bounds import Bounds, Count, Real, Seed
 from ..model import Weight, static
 from .base import Method
 from .fixed import recomputed, waves
@@ -44,11 +45,11 @@ class FourierFT(Method):
     identity = False
     rate = 50.0
 
-    n: int = 1000  # at most the entries of the matrix
-    scale: float = 150.0
+    n: Count = 1000  # at most the entries of the matrix
+    scale: Real = 150.0
     where: str = "linear"
-    seed: int = 777  # of the places, which matrices of one shape share
-    ns: tuple[tuple[str, int], ...] = ()  # rules -> n, for some matrices or layers
+    seed: Seed = 777  # of the places, which matrices of one shape share
+    ns: Annotated[tuple[tuple[str, int], ...], Bounds(1)] = ()  # rules -> n, for some matrices or layers
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         def one(key: Array, t: Target, n: int) -> dict[str, Array]:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ..bounds import Seed
 from ..model.tree import canonical, cut_key
 from .base import Method
 from .fixed import sides
@@ -19,7 +20,7 @@ class LoRAFA(LoRA):
     demo = False
     padded = Method.padded  # another rank draws another A
 
-    seed: int = 0  # of A, which is drawn anew wherever it is needed and never stored
+    seed: Seed = 0  # of A, which is drawn anew wherever it is needed and never stored
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         return {name: {"b": jnp.zeros_like(t["b"])} for name, t in super().init(key, params).items()}

@@ -342,7 +342,7 @@ BAD = {
     "--task T --methods lora,full --steps 0": ("how long does each train?",),
     "--task T --methods lora,full --seeds 0": ("--seeds 0: wanted 1 or more",),
     "--task T --methods lora,full --seeds two": ("--seeds two: a whole number is wanted",),
-    "--task T --methods lora,full --factors 1,-1": ("--factors: finite numbers above 0",),
+    "--task T --methods lora,full --factors 1,-1": ("--factors -1.0: wanted a finite number above 0",),
     "--task T --methods lora,full --factors one": ("--factors one: numbers",),
     "--task T --task T@exact_match --methods lora,full": ("a task is there twice",),
     "--task T --methods lora,full --data.T 4": ("a row holds T=4",),

@@ -12,6 +12,7 @@ import numpy as np
 import tyro
 
 from .. import InputError
+from ..bounds import Bounds, Checked, Positive
 from ..data.hf_sentencepiece import for_transformers
 from ..data.hf_tokenizer import add_special
 from ..model import forward, hf, resize
@@ -130,7 +131,7 @@ def checked(out: Path, got: Loaded, dtype: str, bound: float, write: Callable[[P
 
 
 @dataclasses.dataclass(frozen=True)
-class Merge:
+class Merge(Checked):
     """One base from an adapter and its base, compared with the two. Example: graftax merge runs/lora --out runs/m"""
 
     folder: Arg
@@ -156,7 +157,7 @@ class Merge:
 
 
 @dataclasses.dataclass(frozen=True)
-class Export:
+class Export(Checked):
     """A run as transformers, HF PEFT and vLLM read it. Example: graftax export runs/lora --out hf
 
     hf: base and adapter merged, with config.json, safetensors and tokenizer files. hf-peft: the adapter alone.
@@ -168,7 +169,7 @@ class Export:
     target: Annotated[Target, tyro.conf.arg(name="for")] = ""  # who reads the adapter: vllm wants LoRA of one rank
     base: str = ""  # where its base is now, if it moved
     dtype: DType = ""  # of the written parameters; empty: as the base's
-    shard_gb: float = 5.0  # size of a file
+    shard_gb: Positive = 5.0  # size of a file
     bound: float = 0.0  # nats a token; 0: 1e-6 for float32, 1e-3 for float16, 2e-2 for bfloat16
     verify: Verify = "full"  # of what is read: every digest, the files' sizes, the manifest alone
 
@@ -213,7 +214,7 @@ def origin(got: Loaded) -> Path | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Import:
+class Import(Checked):
     """A run directory from a Hugging Face model. Example: graftax import HuggingFaceTB/SmolLM2-135M --out runs/smol
 
     Not needed for --base, which takes such a model as it is; needed to add tokens to it.
@@ -223,7 +224,7 @@ class Import:
     out: str
     dtype: DType = ""  # of the parameters; empty: as they are stored
     add_tokens: tuple[str, ...] = ()  # special tokens that the tokenizer gets besides, e.g. '<|user|>'
-    resize: int = 0  # rows of the token table; 0: as many as it has, or as the added tokens need
+    resize: Annotated[int, Bounds(0, 1 << 24)] = 0  # rows of the token table; 0: as it has, or as added tokens need
 
     def run(self) -> dict[str, Any]:
         """Write the base; returns where, and its fingerprint."""

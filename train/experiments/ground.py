@@ -16,6 +16,7 @@ from ..checkpoint import Checkpoints
 from ..config import Run, to_json
 from ..evaluate import held_out_losses, mean_loss
 from ..inputs import check_lengths, tuning_rows, validation_rows
+from ..optim import schedule
 from ..outcome import rows_loss
 from ..phase import Phase, with_ids
 from ..program import start
@@ -73,6 +74,7 @@ class Ground:
             method = with_ids(run.method, self.base(run).tokenizer)
             n = run.steps or steps[key]
             made = dataclasses.replace(run, base=place(run.base), method=method, steps=n)
+            schedule(made.optim, n)  # refuses what does not fit before anything is written
             found.append(cell._replace(run=made))
         return found
 
