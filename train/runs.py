@@ -15,7 +15,7 @@ from ..data.mixture import HeldOut
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..model import Config, Context, Transformer, hf, shapes_of
 from ..model.backend import backend
-from ..model.hf_files import HUB_ID, fetch
+from ..model.hf_files import HUB_ID, fetch, nearest_folder
 from ..model.quantize import quantize, quantized
 from ..model.sharding import follow, shardings
 from ..model.tree import canonical, named, nested, paths
@@ -94,8 +94,9 @@ def check_run(folder: str | Path) -> Path:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         what = "is no run directory and no Hugging Face model: it has no config.json"
+        gone = f"does not exist{nearest_folder(folder)}"
         raise InputError(
-            f"{folder} {what if folder.exists() else 'does not exist'}; give the folder that `graftax pretrain` or "
+            f"{folder} {what if folder.exists() else gone}; give the folder that `graftax pretrain` or "
             "`graftax finetune` printed, a folder with config.json and safetensors, or a hub id owner/name"
         )
     return folder
