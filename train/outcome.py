@@ -39,8 +39,8 @@ def evaluate(phase: Phase, score: bool = True) -> dict[str, Any]:
 
 
 def rows_loss(args: Any, rows: Any, run: Run, mesh: Any) -> float:
-    """Nats a target token of rows, at most `eval_tokens` tokens of them; args: (model, bound parameters, context)."""
-    rows = rows[: max(run.eval_tokens // run.data.T, 1)]
+    """Nats a target token of rows, at most `eval_tokens` tokens of them (0: all); args: (model, bound, context)."""
+    rows = rows[: max(run.eval_tokens // run.data.T, 1)] if run.eval_tokens else rows
     model, bound, context = args
     loss = row_losses(model, bound, context, rows, run.data.batch, put_batch(mesh)).sum()
     return float(loss / max(sum(float(row["weights"].sum()) for row in rows), 1.0))
