@@ -1,12 +1,13 @@
 """Config of the decoder, the presets, and what each parameter starts as."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
 from .. import InputError
+from ..bounds import Checked, Count, Positive, Real
 from .rope import Rope
 
 # What a layer keeps for its backward pass, from all to its input alone: everything, its products, its products in the
@@ -15,17 +16,19 @@ Remat = Literal["none", "dots", "offload", "attention", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """The architecture and its numerics. Letters are the axes of the legend in model/transformer.py."""
 
-    V: int  # vocabulary
-    D: int  # model width
-    L: int  # layers
-    N: int  # query heads
-    K: int  # key/value heads, a divisor of N
-    H: int  # width of a head, even
-    F: int  # width of the MLP
-    context: int  # longest sequence, in tokens
+    FLAGS: ClassVar[str] = "--model."
+
+    V: Count  # vocabulary
+    D: Count  # model width
+    L: Count  # layers
+    N: Count  # query heads
+    K: Count  # key/value heads, a divisor of N
+    H: Count  # width of a head, even
+    F: Count  # width of the MLP
+    context: Count  # longest sequence, in tokens
     rope: Rope | None = dataclasses.field(default_factory=Rope)  # None: heads do not turn
     rope_local: Rope | None = None  # of the layers with a window; None: as the others
     learned_positions: bool = False  # a table [context, D] is added to the embedding
@@ -33,12 +36,12 @@ class Config:
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
     norm_at: Literal["pre", "post", "both"] = "pre"  # of a sublayer: x + f(norm(x)), x + norm(f(x)), or both
-    norm_offset: float = 0.0  # a norm multiplies by offset + scale
+    norm_offset: Real = 0.0  # a norm multiplies by offset + scale
     qk_norm: Literal["none", "head", "full"] = "none"  # queries and keys are normed a head, or all heads at once
     query_scale: float = 0.0  # what scores are multiplied by; 0: H^-1/2
     attn_cap: float = 0.0  # scores become cap tanh(score / cap); 0: off
     logit_cap: float = 0.0  # logits likewise
-    embed_scale: float = 1.0  # what embeddings are multiplied by
+    embed_scale: Positive = 1.0  # what embeddings are multiplied by
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
     gated: bool = True  # act(x @ gate) * (x @ up); plain MLP: act(x @ up)
     tied: bool = True  # logits = x @ table.T
@@ -55,16 +58,12 @@ class Config:
     attention: Literal["auto", "reference", "xla", "cudnn"] = "auto"
 
     def __post_init__(self) -> None:
-        for field in ("V", "D", "L", "N", "K", "H", "F", "context"):
-            if getattr(self, field) < 1:
-                raise InputError(f"config: {field} = {getattr(self, field)}, wanted 1 or more")
+        super().__post_init__()
         if self.N % self.K:
             raise InputError(f"config: N = {self.N} query heads do not divide into K = {self.K} key/value heads")
         for rope in (self.rope, self.rope_local):
             if rope:
                 rope.check(self.H)
-        if any(w < 0 for w in self.windows):
-            raise InputError(f"config: windows {self.windows}: wanted numbers of keys, or 0 for all")
 
     @property
     def layer_windows(self) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 
 from .. import InputError
+from ..bounds import Bounds, Checked
 from .attention import PAD
 from .config import Config
 from .layers import check_room
@@ -19,16 +20,17 @@ from .transformer import Context, Transformer, forward
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class Sampling(Checked):
     """How the next token is drawn: greedy at temperature 0, else from the top_k tokens that make up mass top_p."""
 
     temperature: float = 0.0
     top_k: int = 0  # 0: all
-    top_p: float = 1.0
+    top_p: Annotated[float, Bounds(0, 1, "(]")] = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise InputError(f"{self}: wanted temperature >= 0, top_k >= 0 (0 is off), 0 < top_p <= 1")
+        super().__post_init__()
+        if 0 < self.temperature < 1e-5:
+            raise InputError(f"--temperature {self.temperature}: wanted 0 (greedy), or 1e-5 or more")
 
 
 def sample(key: Array, logits_BV: Array, how: Sampling, allowed_V: Any = None) -> Array:

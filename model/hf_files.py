@@ -1,6 +1,7 @@
 """Safetensors on disk: an index of tensors read by slices, and shards written one tensor at a time."""
 
 import dataclasses
+import difflib
 import json
 import os
 import re
@@ -79,6 +80,21 @@ def split_revision(name: str) -> tuple[str, str | None]:
     return repo, revision or None
 
 
+def nearest_folder(name: str | Path) -> str:
+    """`; did you mean runs/base?`: the folder whose path is spelt like one that does not exist, or nothing. Digits must
+    agree, because names of models differ by them."""
+    here = Path(Path(name).anchor)
+    for part in Path(name).relative_to(here).parts:
+        if not (here / part).is_dir():
+            beside = [p.name for p in here.iterdir() if p.is_dir()] if os.access(here, os.R_OK) else []
+            near = difflib.get_close_matches(part, beside, 1, 0.75)
+            if not near or re.sub(r"\D", "", near[0]) != re.sub(r"\D", "", part):
+                return ""
+            part = near[0]
+        here /= part
+    return f"; did you mean {here}?"
+
+
 def fetch(name: str) -> Path:
     """The folder of a local checkpoint, or of a hub id `owner/name` or `owner/name@revision`, downloaded if need be.
 
@@ -86,8 +102,10 @@ def fetch(name: str) -> Path:
     """
     if not is_hub_id(name):
         if not Path(name).is_dir():
-            raise InputError(f"{name}: no such folder, and not a hub id (owner/name)")
+            raise InputError(f"{name}: no such folder, and not a hub id (owner/name){nearest_folder(name)}")
         return Path(name)
+    if "@" not in name and (near := nearest_folder(name)):  # before any network is tried
+        raise InputError(f"{name}: no such folder{near} For a model of this name on the hub give {name}@main")
     import huggingface_hub
 
     repo, revision = split_revision(name)

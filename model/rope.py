@@ -2,30 +2,34 @@
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from .. import InputError
+from ..bounds import Bounds, Checked, Positive
 
 
 @dataclasses.dataclass(frozen=True)
-class Rope:
+class Rope(Checked):
     """Frequencies theta^(-2i/W), i < W/2, stretched in one of the ways that published bases use."""
 
-    theta: float = 10_000.0
+    FLAGS: ClassVar[str] = "--model.rope."
+
+    theta: Positive = 10_000.0
     width: int = 0  # W, the first components of a head that turn; 0: all of them
     kind: Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"] = "default"
-    factor: float = 1.0  # how many times longer the context becomes
+    factor: Annotated[float, Bounds(1)] = 1.0  # how many times longer the context becomes
     original: int = 0  # the context before that, in tokens
     low: float = 1.0  # turns over the original context: below this (llama3, yarn) a frequency is divided by factor
     high: float = 4.0  # above this it is kept, and between the two it is blended
-    magnitude: float = 1.0  # sin and cos are multiplied by this (yarn, longrope)
+    magnitude: Positive = 1.0  # sin and cos are multiplied by this (yarn, longrope)
     truncate: bool = True  # yarn: the blend begins and ends at whole components
-    short: tuple[float, ...] = ()  # longrope: what divides each frequency up to the original context,
-    long: tuple[float, ...] = ()  # and beyond it
+    # longrope: what divides each frequency up to the original context, and beyond it
+    short: Annotated[tuple[float, ...], Bounds(0, ends="(]")] = ()
+    long: Annotated[tuple[float, ...], Bounds(0, ends="(]")] = ()
 
     def check(self, H: int) -> None:
         """Raise InputError for what cannot turn heads of width H."""
@@ -36,12 +40,12 @@ class Rope:
             )
         if self.kind in ("dynamic", "llama3", "yarn", "longrope") and self.original < 1:
             raise InputError(f"config: rope of kind {self.kind} wants `original`, the context it stretches")
+        if self.kind in ("llama3", "yarn") and not self.low < self.high:
+            raise InputError(f"config: rope of kind {self.kind}: low {self.low} must be below high {self.high}")
         if self.kind == "longrope" and not len(self.short) == len(self.long) == W // 2:
             raise InputError(
                 f"config: longrope wants {W // 2} short and long factors, got {len(self.short)} and {len(self.long)}"
             )
-        if self.factor < 1 or self.theta <= 0:
-            raise InputError(f"config: rope factor {self.factor}, theta {self.theta}: wanted >= 1 and > 0")
 
 
 def frequencies(rope: Rope, H: int, length_B: Any = 0) -> Any:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from ..bounds import Count, Decay, Real, Size
 from .allocator import allocate, budget
 from .base import Method
 from .lora import LoRA
@@ -20,14 +21,14 @@ class AdaLoRA(LoRA):
     demo = False
     padded = Method.padded  # a rank is a budget
 
-    rank: int = 8  # of a matrix at the end, on average
-    alpha: float = 8.0
-    init_rank: int = 12
+    rank: Size = 8  # of a matrix at the end, on average
+    alpha: Real = 8.0
+    init_rank: Size = 12
     tinit: float = 0.0  # steps before the first rank goes; below 1: a part of all steps
     tfinal: float = 0.0  # steps at the end in which the choice stays; likewise
-    every: int = 1  # steps from one choice to the next
-    b1: float = 0.85  # of the average of |p g|
-    b2: float = 0.85  # of the average distance from it
+    every: Count = 1  # steps from one choice to the next
+    b1: Decay = 0.85  # of the average of |p g|
+    b2: Decay = 0.85  # of the average distance from it
     orthogonality: float = 0.5  # weight in the loss of |A^T A - I| and |B B^T - I|, on average over the matrices
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:

@@ -48,6 +48,12 @@ def budget(rank: int, tinit: float, tfinal: float, steps: int, every: int) -> Bu
     return Budget(rank, first, steps - last, steps, every)
 
 
+def _ranks(trainable: Any) -> tuple[int, int]:
+    """(all ranks, matrices) of AdaLoRA's tree."""
+    shapes = [t["e"].shape for t in trainable.values()]
+    return sum(map(math.prod, shapes)), sum(math.prod(s[:-1]) for s in shapes)
+
+
 def allocate(plan: Budget, b1: float, b2: float) -> optax.GradientTransformationExtraArgs:
     """Sets `e` of the ranks with the lowest scores to 0 in {target: {"a": [D, R], "e": [R], "b": [R, F]}}.
 
@@ -56,12 +62,15 @@ def allocate(plan: Budget, b1: float, b2: float) -> optax.GradientTransformation
     """
 
     def begin(trainable: Any) -> Scores:
+        total, matrices = _ranks(trainable)
+        if plan.rank * matrices > total:
+            raise InputError(f"adalora: --method.rank {plan.rank} is above the {total / matrices:g} ranks that each "
+                             "matrix has at first, so none would go; raise --method.init-rank")  # fmt: skip
         return Scores(jnp.int32(0), *(jax.tree.map(jnp.zeros_like, trainable) for _ in range(2)))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Scores]:
         """Score the ranks as they are after this step, and end those that are over the budget."""
-        shapes = [t["e"].shape for t in params.values()]
-        gone = jnp.asarray(plan.gone(sum(map(math.prod, shapes)), sum(math.prod(s[:-1]) for s in shapes)))
+        gone = jnp.asarray(plan.gone(*_ranks(params)))
         size = jax.tree.map(lambda p, u, g: jnp.abs((p + u) * g), params, updates, extra["grads"])
 
         def averaged(b: float, old: Any, new: Any) -> Any:

@@ -1,7 +1,6 @@
 """A method: what trains, as a pytree of its own, and how it is put together with the frozen base."""
 
 import dataclasses
-import math
 import zlib
 from typing import Any, ClassVar, Self, dataclass_transform
 
@@ -11,12 +10,10 @@ import optax
 from jax import Array
 
 from .. import InputError
+from ..bounds import check
 from ..model import Config, Context, Transformer, Weight, forward, shapes_of
 from ..model.tree import cut_key, is_stacked, named, nested
 from ..model.weight import bottom
-
-COUNTS = ("rank", "init_rank", "tokens", "n", "group")  # fields of a method that are 1 or more
-SHARES = ("dropout", "b1", "b2")  # that are parts of 1
 
 
 @dataclass_transform(frozen_default=True)
@@ -36,20 +33,8 @@ class Method:
         dataclasses.dataclass(frozen=True)(cls)
 
     def __post_init__(self) -> None:
-        """InputError for a number that no method can have; an array (one of a sweep's lanes) is not looked at."""
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            name, value = field.name, getattr(self, field.name)
-            rules = name == "ranks"
-            for x in [n for _, n in value] if rules else [value]:
-                if type(x) not in (int, float):
-                    continue
-                low = field.default if type(field.default) is int else 0  # -1 may say: choose
-                least = 0 if rules else 1 if name in COUNTS else min(low, 0) if type(x) is int else -math.inf
-                bounds = (0, 1) if name in SHARES else (least, math.inf)
-                if not (bounds[0] <= x < bounds[1] and x > -math.inf):
-                    said = "a finite number" if least == -math.inf else f"{least} or more"
-                    said = "0 or more, below 1" if name in SHARES else said
-                    raise InputError(f"{type(self).__name__.lower()}: {name} {x}: wanted {said}")
+        """InputError for a number out of its bounds; an array (one of a sweep's lanes) is not looked at."""
+        check(self, f"{type(self).__name__.lower()}: --method.")
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         """The trainable pytree, `{path: arrays}`, for a base (or its shapes, under `jax.eval_shape`)."""

@@ -7,6 +7,7 @@ import numpy as np
 from jax import Array
 
 from .. import InputError
+from ..bounds import Count
 from ..model import Weight
 from .base import Method
 from .targets import each_matrix, targets, wrap
@@ -55,8 +56,8 @@ class BOFT(Method):
 
     demo = False
 
-    block: int = 4  # the size of a block
-    factors: int = 1  # of the butterfly
+    block: Count = 4  # the size of a block
+    factors: Count = 1  # of the butterfly
     where: str = "linear"
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 import math
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ..bounds import Bounds, Count
 from ..model import Weight
 from .base import Method
 from .fixed import recomputed, waves
@@ -44,9 +45,9 @@ class C3A(Method):
     identity = False
     rate = 100.0
 
-    block: int = 256  # or the largest common divisor of D and F below
+    block: Count = 256  # or the largest common divisor of D and F below
     where: str = "linear"
-    blocks: tuple[tuple[str, int], ...] = ()  # rules -> block, for some matrices or layers
+    blocks: Annotated[tuple[tuple[str, int], ...], Bounds(1)] = ()  # rules -> block, for some matrices or layers
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         def one(key: Array, t: Target, block: int) -> dict[str, Array]:

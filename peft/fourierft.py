@@ -1,12 +1,13 @@
 """FourierFT: a few coefficients of the update's Fourier transform (arXiv:2405.03003)."""
 
 from functools import lru_cache, partial
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 from jax import Array
 
+from ..bounds import Bounds, Count, Drawn, Real
 from ..model import Weight, static
 from .base import Method
 from .fixed import recomputed, waves
@@ -44,13 +45,11 @@ class FourierFT(Method):
     identity = False
     rate = 50.0
 
-    n: int = 1000  # at most the entries of the matrix
-    scale: float = 150.0
+    n: Count = 1000  # at most the entries of the matrix
+    scale: Real = 150.0
     where: str = "linear"
-    seed: int | None = (
-        None  # of the places, which matrices of one shape share; None: the run's seed, or 0 outside a run
-    )
-    ns: tuple[tuple[str, int], ...] = ()  # rules -> n, for some matrices or layers
+    seed: Drawn = None  # of the places, which matrices of one shape share; None: the run's seed, or 0 outside a run
+    ns: Annotated[tuple[tuple[str, int], ...], Bounds(1)] = ()  # rules -> n, for some matrices or layers
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         def one(key: Array, t: Target, n: int) -> dict[str, Array]:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from .. import InputError
+from ..bounds import Count, Share
 from ..model.tree import spread
 from .subset import Subset
 
@@ -23,13 +23,11 @@ class Gradual(Subset):
 
     demo = False
 
-    stages: int = 4
-    until: float = 0.15  # part of the steps after which all train
+    stages: Count = 4
+    until: Share = 0.15  # part of the steps after which all train
 
     def starts(self, trainable: Any, steps: int) -> dict[str, list[int]]:
         """{key of the trainable tree: the first step of each of its layers} (one number outside of layers)."""
-        if self.stages < 1 or not 0 <= self.until <= 1:
-            raise InputError(f"gradual: stages {self.stages}, until {self.until}: wanted 1 or more, and from 0 to 1")
         places = {}  # from the top down: infinity, the layer, -1
         for key, name, layers in spread(trainable):
             places[key] = list(layers) if layers else [-1 if name.startswith("embed/") else float("inf")]

@@ -4,6 +4,7 @@ from typing import Any, ClassVar
 
 from jax import Array
 
+from ..bounds import Size
 from ..model import Weight
 from .fixed import recomputed
 from .lora import LoRA, LoRAWeight
@@ -29,7 +30,7 @@ class HiRA(LoRA):
     weight: ClassVar[type[LoRAWeight]] = HiRAWeight
     demo = False
 
-    rank: int = 32
+    rank: Size = 32
 
     def scale(self, rank: int, alpha: Any) -> Any:
         return 1.0

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 from jax import Array
 
+from ..bounds import Size
 from ..model import Weight
 from .base import Method
 from .targets import bottleneck, each_matrix, wrap
@@ -29,7 +30,7 @@ class AdapterWeight(Weight):
 class Houlsby(Method):
     """y + gelu(y W_down + b_down) W_up + b_up behind both sublayers, W_up = 0 at init (arXiv:1902.00751)."""
 
-    rank: int = 16
+    rank: Size = 16
     where: str = "layers/(attn/o|mlp/down)"
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ..bounds import Size
 from ..model import Weight, static
 from .base import Method
 from .targets import each_matrix, uniform, wrap
@@ -48,7 +49,7 @@ class HRA(Method):
 
     demo = False
 
-    rank: int = 8  # even, or what begins is not the base
+    rank: Size = 8  # even, or what begins is not the base
     where: str = "linear"
     gram_schmidt: bool = False  # make the reflections orthogonal to each other; then they cannot undo each other
 

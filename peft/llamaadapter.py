@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import InputError
+from ..bounds import Count, Size
 from ..model import Weight, static
 from ..model.tree import named, nested
 from .base import Method
@@ -29,8 +30,8 @@ class LLaMAAdapter(Method):
     rate = 100.0
     demo = False
 
-    tokens: int = 10
-    layers: int = 30  # the topmost ones, all if there are fewer
+    tokens: Size = 10
+    layers: Count = 30  # the topmost ones, all if there are fewer
     behind: bool = False  # added behind o, as HF PEFT does in GPT-2
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
@@ -39,8 +40,6 @@ class LLaMAAdapter(Method):
                 raise InputError(f"llamaadapter: behind=True wants heads of {D} together, this base's have {width}")
             return {"prompt": jax.random.normal(key, (self.tokens, D)), "gate": jnp.zeros(1)}
 
-        if self.layers < 1:
-            raise InputError(f"llamaadapter: layers = {self.layers}, wanted 1 or more")
         return each_matrix(key, params, f"layers/[-{self.layers}:]/attn/o", one, "llamaadapter", "prompt")
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, random
 
+from ..bounds import Real, Size
 from ..model import Weight
 from .base import Method
 from .fixed import recomputed
@@ -29,8 +30,8 @@ class LoHa(Method):
     """W + (alpha / rank) (A1 B1) * (A2 B2), with A2 = 0 at first (arXiv:2108.06098)."""
 
     demo = False
-    rank: int = 8
-    alpha: float = 8.0
+    rank: Size = 8
+    alpha: Real = 8.0
     where: str = "linear"
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """LoKr: a Kronecker product as the update (LyCORIS, arXiv:2309.14859)."""
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ..bounds import Bounds, Real, Size
 from ..model import Weight, static
 from .base import Method
 from .targets import each_matrix, uniform, wrap
@@ -49,9 +50,9 @@ class LoKr(Method):
 
     demo = False
 
-    rank: int = 8
-    alpha: float = 8.0
-    factor: int = -1  # of both sides of W, for K1; -1: about the root
+    rank: Size = 8
+    alpha: Real = 8.0
+    factor: Annotated[int, Bounds(-1)] = -1  # of both sides of W, for K1; -1: about the root
     where: str = "linear"
     both: bool = False  # a large K1 is a product too
 

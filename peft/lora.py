@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ..bounds import FINITE, Bounds, Decay, Real, Size
 from ..model import Weight
 from .base import Method
 from .targets import Target, by_value, dropout, each_layer, layer_keys, layer_values, seeded, targets, uniform, wrap
@@ -41,12 +42,12 @@ class LoRA(Method):
 
     weight: ClassVar[type[LoRAWeight]] = LoRAWeight
 
-    rank: int = 8
-    alpha: float = 16.0
+    rank: Size = 8
+    alpha: Real = 16.0
     where: str = "linear"
-    dropout: float = 0.0  # of x before A, in training
-    ranks: tuple[tuple[str, int], ...] = ()  # rules -> rank, for some matrices or layers
-    alphas: tuple[tuple[str, float], ...] = ()  # rules -> alpha
+    dropout: Decay = 0.0  # of x before A, in training
+    ranks: Annotated[tuple[tuple[str, int], ...], Bounds(0, 65_536)] = ()  # rules -> rank, for some matrices or layers
+    alphas: Annotated[tuple[tuple[str, float], ...], FINITE] = ()  # rules -> alpha
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         """A and B of every target; layers of one stack are apart where their ranks differ."""

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ..bounds import Drawn
 from ..model.tree import canonical, cut_key
 from .base import Method
 from .fixed import sides
@@ -19,7 +20,7 @@ class LoRAFA(LoRA):
     demo = False
     padded = Method.padded  # another rank draws another A
 
-    seed: int | None = None  # of A, which is drawn where it is needed; None: the run's seed, or 0 outside a run
+    seed: Drawn = None  # of A, which is drawn where it is needed; None: the run's seed, or 0 outside a run
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         return {name: {"b": jnp.zeros_like(t["b"])} for name, t in super().init(key, params).items()}

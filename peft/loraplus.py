@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import optax
 
+from ..bounds import Positive
 from .lora import LoRA
 
 
@@ -13,7 +14,7 @@ class LoRAPlus(LoRA):
 
     demo = False
 
-    ratio: float = 16.0
+    ratio: Positive = 16.0
 
     def transform(self, steps: int) -> optax.GradientTransformation:
         def faster(path: Any, update: Any) -> Any:

@@ -26,6 +26,17 @@ named: dict[str, Rules] = {
 }
 
 
+# Names of modules in Hugging Face models -> ours, for the error about a rule that matches nothing.
+hugging_face = {
+    **{f"{name}_proj": f"layers/attn/{name}" for name in "qkvo"},
+    **{f"{name}_proj": f"layers/mlp/{name}" for name in ("gate", "up", "down")},
+    "qkv_proj": "layers/attn/qkv", "c_attn": "layers/attn/qkv", "gate_up_proj": "layers/mlp/(gate|up)",
+    "c_fc": "layers/mlp/up", "self_attn": "attention", "attn": "attention", "all-linear": "linear",
+    "embed_tokens": "embed/table", "wte": "embed/table", "wpe": "embed/positions", "lm_head": "head/matrix",
+    "input_layernorm": "norms", "layernorm": "norms", "norm": "norms", "bias": "biases",
+}  # fmt: skip
+
+
 def rules(where: Where) -> Rules:
     """The rules of a mask's name, of one rule, of several with commas between, or the rules themselves."""
     if not isinstance(where, str):
@@ -46,10 +57,16 @@ def select(where: Where, params: Any) -> dict[str, list[tuple[int, int]]]:
     try:
         values = tree.match(rules(where), params, default=False)
     except tree.InputError as error:
-        if isinstance(error, BadPattern) or not isinstance(where, str) or "/" in where or where in named:
+        if isinstance(error, BadPattern) or not isinstance(where, str) or where in named:
+            raise
+        what = str(error).partition(";")[0]
+        parts = [part.rpartition(".")[2] for part in re.findall(r"[\w./-]+", where)]
+        if ours := [hugging_face[part] for part in parts if part in hugging_face]:
+            raise tree.InputError(f"{what}; did you mean {','.join(dict.fromkeys(ours))}?") from None
+        if "/" in where:
             raise
         close = tree.nearest(where, named)
-        raise tree.InputError(f"{error}{close} (masks by name: {', '.join(named)}, last_K)") from None
+        raise tree.InputError(f"{what}{close} (masks by name: {', '.join(named)}, last_K)") from None
     return {path: runs for path, row in values.items() if (runs := tree.runs([bool(v) for v in row]))}
 
 

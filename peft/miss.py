@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import InputError
+from ..bounds import Size
 from ..model import Weight
 from .base import Method
 from .targets import each_matrix, targets, wrap
@@ -29,7 +30,7 @@ class MiSS(Method):
 
     demo = False
 
-    rank: int = 64
+    rank: Size = 64
     where: str = "linear"
     mini: int = 0  # columns of S, repeated over the output too; 0: as many as W has
 

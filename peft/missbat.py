@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import InputError
+from ..bounds import Size
 from ..model import Weight
 from .base import Method
 from .fixed import recomputed
@@ -31,7 +32,7 @@ class MiSSBat(Method):
     """W + (W + 1) S by blocks of rank x rank, S [F / R, R, R] = 0 at first (arXiv:2409.15371)."""
 
     demo = False
-    rank: int = 8  # a divisor of D and of F
+    rank: Size = 8  # a divisor of D and of F
     where: str = "linear"
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:

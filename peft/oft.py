@@ -44,6 +44,7 @@ class OFTWeight(Weight):
 
 def nearest_divisor(n: int, b: int) -> int:
     """The divisor of n nearest to b, the lower of two."""
+    b = min(b, n)
     return next(d for k in range(b) for d in (b - k, b + k) if n % d == 0)
 
 

@@ -6,6 +6,7 @@ import jax
 from jax import Array
 
 from .. import InputError
+from ..bounds import Real, Size
 from ..model import Weight, static
 from ..model.tree import named, nested
 from .base import Method
@@ -37,8 +38,8 @@ class Parallel(Method):
 
     demo = False
 
-    rank: int = 16
-    scale: float = 4.0
+    rank: Size = 16
+    scale: Real = 4.0
     where: str = "layers/mlp/down"  # or layers/attn/o, or both
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:

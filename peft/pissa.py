@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from ..bounds import Real
 from .base import Method
 from .lora import LoRA
 from .residual import asked, begin, lessen
@@ -24,7 +25,7 @@ class PiSSA(LoRA):
     demo = False
     split: ClassVar[Any] = staticmethod(principal)  # (w, scale, rank) -> (a, b) that the base then lacks
 
-    alpha: float = 8.0
+    alpha: Real = 8.0
     padded = Method.padded  # another rank leaves another base
 
     def factor(self, params: Any, key: str, arrays: dict[str, Array]) -> Any:

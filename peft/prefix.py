@@ -5,6 +5,7 @@ from typing import Any
 import jax
 from jax import Array
 
+from ..bounds import Size
 from ..model import Context
 from ..model.tree import named, nested
 from .base import Method
@@ -17,7 +18,7 @@ class Prefix(Method):
     identity = False
     rate = 100.0
 
-    tokens: int = 20
+    tokens: Size = 20
     std: float = 0.02
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Prefix tuning as its paper trains it: an MLP makes the keys and values of all layers (arXiv:2101.00190)."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 from jax import Array
 
+from ..bounds import Bounds, Size
 from ..model import Context
 from .base import Method
 from .encoder import encode, encoder
@@ -18,8 +19,8 @@ class PrefixMLP(Method):
     rate = 10.0
     demo = False
 
-    tokens: int = 20
-    hidden: int = 0  # 0: the width of the keys, K H
+    tokens: Size = 20
+    hidden: Annotated[int, Bounds(0, 65_536)] = 0  # 0: the width of the keys, K H
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         found = past(params)

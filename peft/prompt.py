@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import InputError
+from ..bounds import Size
 from ..model import Context, Weight
 from ..model.tree import named, replace
 from .base import Method
@@ -36,7 +37,7 @@ class Prompt(Method):
     identity = False
     rate = 100.0
 
-    tokens: int = 20
+    tokens: Size = 20
     init_from: Literal["vocab", "random", "ids"] = "vocab"  # drawn rows of the table, N(0, 1), or those of `ids`
     ids: tuple[int, ...] = ()  # if given, where the rows start; repeated or cut to `tokens`
     text: str = ""  # which a run's tokenizer makes `ids` of

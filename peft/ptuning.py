@@ -1,10 +1,11 @@
 """P-tuning: a prompt whose rows a small MLP makes (arXiv:2103.10385)."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 from jax import Array
 
+from ..bounds import Bounds, Size
 from ..model import Context
 from ..model.tree import named, replace
 from .base import Method
@@ -19,8 +20,8 @@ class PTuning(Method):
     rate = 10.0
     demo = False
 
-    tokens: int = 20
-    hidden: int = 0  # 0: D
+    tokens: Size = 20
+    hidden: Annotated[int, Bounds(0, 65_536)] = 0  # 0: D
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         D = named(params)["embed/table"].shape[1]

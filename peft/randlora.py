@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import InputError
+from ..bounds import Drawn, Real, Size
 from ..model import Weight, static
 from .base import Method
 from .fixed import noise, recomputed, widest
@@ -39,10 +40,10 @@ class RandLoRA(Method):
 
     demo = False
 
-    rank: int = 32  # of each of n = ceil(min(D, F) / rank) products
-    alpha: float = 640.0
+    rank: Size = 32  # of each of n = ceil(min(D, F) / rank) products
+    alpha: Real = 640.0
     where: str = "linear"
-    seed: int | None = None  # of A and B; None: the run's seed, or 0 outside a run
+    seed: Drawn = None  # of A and B; None: the run's seed, or 0 outside a run
     sparse: str = ""  # A and B of -1, 0, 1 by turns 1 : 4 : 1, "sparse", or 1 : 2 min(D, F)^1/2 - 2 : 1, "very_sparse"
     given: Any = None  # a Given of HF's randlora_A as `a` and randlora_B as `b`, in place of the seed's
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import InputError
+from ..bounds import Count
 from ..model import Weight, static
 from .base import Method
 from .targets import each_matrix, on_bias, targets, wrap
@@ -49,7 +50,7 @@ class RoAd(Method):
     demo = False
 
     variant: int = 1  # numbers a pair of outputs: an angle and a scale (1), two of each (2), or four (4)
-    group: int = 64  # outputs i and i + group / 2 are a pair; or the largest even divisor of all outputs below it
+    group: Count = 64  # outputs i and i + group / 2 are a pair; or the largest even divisor of all outputs below it
     where: str = "linear"
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import InputError
+from ..bounds import Drawn, Size
 from ..model import Weight
 from ..model.tree import canonical, cut_key, is_stacked
 from .base import Method
@@ -35,9 +36,9 @@ class SHiRA(Method):
 
     demo = False
 
-    rank: int = 32
+    rank: Size = 32
     where: str = "linear"
-    seed: int | None = None  # of the places; None: the run's seed, or 0 outside a run
+    seed: Drawn = None  # of the places; None: the run's seed, or 0 outside a run
     given: Any = None  # a Given of the places [L, k, 2] or [k, 2] of each target, (row, column) of W [out, in]
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+from ..bounds import Drawn, Real, Size
 from ..model import Weight, static
 from .base import Method
 from .fixed import noise, recomputed, widest
@@ -34,10 +35,10 @@ class VeRA(Method):
     demo = False
     rate = 50.0
 
-    rank: int = 256
-    d_initial: float = 0.1
+    rank: Size = 256
+    d_initial: Real = 0.1
     where: str = "linear"
-    seed: int | None = None  # of A and B; None: the run's seed, or 0 outside a run
+    seed: Drawn = None  # of A and B; None: the run's seed, or 0 outside a run
     given: Any = None  # a Given of HF's vera_A as `a` and vera_B as `b`, in place of the seed's
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:

@@ -1,5 +1,8 @@
 """Checkpoints restore anywhere: on another mesh, and with the layers stacked or unrolled."""
 
+import math
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -52,6 +55,17 @@ def test_a_checkpoint_restores_bit_equal_on_any_mesh_in_any_layout(mesh, tmp_pat
         assert same(found, dict(named(base.params)))
         assert {k: x.sharding for k, x in found.items()} == named(split)
     checkpoints.close()
+
+
+def test_the_best_has_a_finite_score(monkeypatch):
+    """A run that diverged has NaN scores, and min() gives NaN back where it comes first."""
+    scores: dict = {1: math.nan, 2: 3.0, 3: 2.0, 4: -math.inf, 5: None, 6: "low"}
+    checkpoints = Checkpoints(Path("nowhere"))
+    monkeypatch.setattr(checkpoints, "steps", lambda: list(scores))
+    monkeypatch.setattr(checkpoints, "manifest", lambda step: {"score": scores[step]})
+    assert checkpoints.best() == 3
+    del scores[2], scores[3]
+    assert checkpoints.best() is None, "as if none had a score"
 
 
 def test_a_digest_is_of_the_value_wherever_it_lies(monkeypatch):

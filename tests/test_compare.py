@@ -134,6 +134,18 @@ def test_edges_of_the_noise():
     assert set(noise.by_row(few, "of_a", [{"a": i == 0} for i in range(3)], "xyz")["draws"]) == {0.5}
 
 
+@pytest.mark.parametrize("shift", [0.0, -5.0, -2.35])
+def test_scores_of_any_sign_have_a_spread(shift):
+    """The seeds of what is near the best are pooled, below 0 as above; what is far off has its own deviations."""
+    scores = {"a": (2.2, 2.4), "b": (2.1, 2.3), "far": (-90.0, -50.0)}
+    seen = noise.verdict({name: [{"score": x + shift, "marks": [x + shift] * 4} for x in some]
+                          for name, some in scores.items()})  # fmt: skip
+    assert seen.spread == pytest.approx(0.02**0.5)
+    assert list(seen.methods) == ["a", "b", "far"]
+    assert [e.as_good for e in seen.methods.values()] == [True, True, False]
+    assert all(np.isfinite([e.low, e.high, e.behind_low, e.behind_high]).all() for e in seen.methods.values())
+
+
 def test_scores_that_are_no_means_are_drawn_again():
     rows, answers = [{"completion": str(i)} for i in range(9)], ["0"] * 9
     least = lambda rows, answers: {"least": float(min(len(rows), 5))}  # noqa: E731
@@ -342,7 +354,7 @@ BAD = {
     "--task T --methods lora,full --steps 0": ("how long does each train?",),
     "--task T --methods lora,full --seeds 0": ("--seeds 0: wanted 1 or more",),
     "--task T --methods lora,full --seeds two": ("--seeds two: a whole number is wanted",),
-    "--task T --methods lora,full --factors 1,-1": ("--factors: finite numbers above 0",),
+    "--task T --methods lora,full --factors 1,-1": ("--factors -1.0: wanted a finite number above 0",),
     "--task T --methods lora,full --factors one": ("--factors one: numbers",),
     "--task T --task T@exact_match --methods lora,full": ("a task is there twice",),
     "--task T --methods lora,full --data.T 4": ("a row holds T=4",),

@@ -432,7 +432,7 @@ def test_spikes_count_apart(runs, tmp_path):  # noqa: F811
     ({"batch": 12}, ("--data.batch 12 does not divide into 8",)),
     ({"accumulate": 3}, ("--data.batch 8 does not divide into --accumulate 3 parts",)),
     ({"steps": -1}, ("--steps -1: wanted 0 or more",)),
-    ({"epochs": float("nan")}, ("--epochs nan: wanted 0 or more",)),
+    ({"epochs": float("nan")}, ("--epochs nan: wanted a finite number above 0",)),
     ({"max_bad": -1}, ("--max-bad -1: wanted 0 or more",)),
     ({"save_every": -3}, ("--save-every -3: wanted 0 or more",)),
 ])  # fmt: skip
@@ -446,13 +446,14 @@ def test_numbers_that_do_not_fit(change, words, runs, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize(("name", "field", "value", "wanted"), [
-    ("lora", "rank", -1, "1 or more"), ("lora", "rank", 0, "1 or more"), ("prompt", "tokens", 0, "1 or more"),
+    ("lora", "rank", -1, "1 to 65536"), ("lora", "rank", 0, "1 to 65536"), ("prompt", "tokens", 0, "1 to 65536"),
     ("lora", "alpha", float("nan"), "a finite number"), ("lora", "dropout", 1.0, "0 or more, below 1"),
-    ("lora", "ranks", (("layers/attn/q", -1),), "0 or more"), ("vera", "seed", -1, "0 or more"),
+    ("lora", "ranks", (("layers/attn/q", -1),), "0 to 65536"), ("vera", "seed", -1, "0 to 4294967295"),
+    ("adalora", "every", 0, "1 or more"),
 ])  # fmt: skip
 def test_numbers_that_no_method_has(name, field, value, wanted):
-    shown = -1 if field == "ranks" else value
-    said(lambda: peft.methods[name](**{field: value}), f"{name}: {field} {shown}: wanted {wanted}")
+    shown = "layers/attn/q -1" if field == "ranks" else value
+    said(lambda: peft.methods[name](**{field: value}), f"{name}: --method.{field} {shown}: wanted {wanted}")
 
 
 def test_zero_steps_and_fewer_rows_than_a_batch(runs, tmp_path, monkeypatch, capsys):  # noqa: F811

@@ -2,9 +2,12 @@
 
 import dataclasses
 import gzip
+import importlib
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args, get_origin, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +15,21 @@ import numpy as np
 import pyarrow
 import pytest
 from graftax import InputError, peft
+from graftax.bounds import Checked, bounds_of
 from graftax.data.bad import Bad
 from graftax.data.pack import tokenize
 from graftax.data.sft import sft_rows
 from graftax.data.sources import Document, documents, is_held_out, rows
 from graftax.data.tasks import file_task
 from graftax.data.tokenizer import load_tokenizer, train_tokenizer
+from graftax.model.hf_files import nearest_folder
+from graftax.train import processes
 from graftax.train.cli import main
-from graftax.train.config import Data, Run, from_json, method_from_dict, method_to_dict, to_json
+from graftax.train.config import Data, Optim, Run, from_json, method_from_dict, method_to_dict, to_json
 from graftax.train.evaluate import answerable
 from graftax.train.experiments.exam import Exam
 from graftax.train.inputs import check_tokenizer, corpus_and_tokenizer, task_of, tuning_rows
+from graftax.train.optim import make_optimizer, schedule
 from tiny import CONFIG, OPTIM, make_base, make_batch, same, train_step
 
 pytestmark = pytest.mark.faults
@@ -470,9 +477,9 @@ CONFIGS = {  # what is in the file: words
     '{"data": {"batch": 0}}': ("--data.batch 0", "wanted 1 or more"),
     '{"data": {"bad": "ignore"}}': ("'bad' is 'ignore'", "one of 'error', 'skip', 'replace' is wanted"),
     '{"optim": {"lr": NaN}}': ("optim: 'lr' is nan", "a finite number is wanted"),
-    '{"optim": {"lr": -1}}': ("optim: --optim.lr -1", "wanted a finite number of 0 or more"),
+    '{"optim": {"lr": -1}}': ("optim: --optim.lr -1", "wanted 0 or more"),
     '{"optim": {"b2": 1}}': ("optim: --optim.b2 1", "below 1"),
-    '{"optim": {"groups": [[".*", -1]]}}': ("optim: --optim.groups .* -1", "a finite factor of 0 or more"),
+    '{"optim": {"groups": [[".*", -1]]}}': ("optim: --optim.groups .* -1", "wanted 0 or more"),
     '{"optim": 3}': ("optim: a int", "an object of keys and values is wanted"),
     '{"model": {"V": 8}}': ("model: has no 'D'", "a whole number is wanted"),
     '{"model": {"rope": 3}}': ("model.rope: a int", "an object"),
@@ -501,6 +508,142 @@ def test_good_configs_are_read(tmp_path):
     assert from_json(tmp_path / "config.json") == run
 
 
+# --- numbers: every field of everything that is made of flags ---
+
+
+def checked():
+    """Every class whose fields are checked, methods included."""
+    for name in ("commands", "export", "lineage", "demo", "experiments.compare", "experiments.decide"):
+        module = importlib.import_module(f"graftax.train.{name}")
+        commands = [c for c in vars(module).values() if isinstance(c, type) and dataclasses.is_dataclass(c)]
+        assert [c for c in commands if hasattr(c, "run") and not issubclass(c, Checked)] == []
+    kinds, found = [Checked], []
+    while kinds:
+        kinds += (new := kinds.pop().__subclasses__())
+        found += [cls for cls in new if cls.__module__.startswith("graftax.")]
+    return [*found, *peft.methods.values()]
+
+
+def filled(hint, x):
+    """A value of a type with x for every number in it."""
+    if get_origin(hint) is tuple:
+        return tuple(filled(one, x) for one in get_args(hint) if one is not Ellipsis)
+    return x if hint in (int, float) else Run(steps=1) if hint is Run else "a>=1"
+
+
+def test_no_number_and_no_text_is_taken_unchecked():
+    """A field without bounds of its own takes finite numbers of 0 or more; a new field is tested without an edit."""
+    seen = 0
+    for cls in checked():
+        hints, flags = get_type_hints(cls), getattr(cls, "FLAGS", "--method.")
+        needed = {f.name: ("a", "b") if get_origin(hints[f.name]) is tuple else filled(hints[f.name], 2)
+                  for f in dataclasses.fields(cls)
+                  if f.default is f.default_factory is dataclasses.MISSING}  # fmt: skip
+        for name, bounds in bounds_of(cls).items():
+            bad = [math.nan, math.inf, -math.inf, 1e39] if "float" in str(hints[name]) else [2**63, -(2**63)]
+            bad += [] if bounds.low < 0 else [-1]
+            bad = bad if filled(hints[name], 0) != filled(hints[name], 1) else ["\ud800", "\0"] * (hints[name] is str)
+            for x in bad:
+                value = x if isinstance(x, str) else filled(hints[name], x)
+                said(lambda: cls(**needed | {name: value}), f"{flags}{name.replace('_', '-')} ", ": wanted ")  # noqa: B023
+                seen += 1
+    assert seen > 850
+
+
+NUMBERS = {  # arguments: words
+    "pretrain embedded --seed 4294967296": ("--seed 4294967296: wanted 0 to 4294967295",),
+    "pretrain embedded --optim.b2 0.99999999999": ("--optim.b2 0.99999999999: wanted 0 or more, below 1",),
+    "pretrain embedded --optim.eps 0": ("--optim.eps 0.0: wanted a finite number of 1e-30 or more",),
+    "pretrain embedded --optim.end 1.5": ("--optim.end 1.5: wanted 0 to 1",),
+    "pretrain embedded --optim.warmup 2.5": ("--optim.warmup 2.5: wanted whole steps",),
+    "pretrain embedded --optim.groups .*bias nan": ("--optim.groups .*bias nan: wanted a finite number",),
+    "pretrain embedded --data.T 65536 --data.batch 65536": ("--data.batch 65536 x --data.T 65536: wanted 2147483647",),
+    "pretrain embedded --mesh 1 -2 1": ("--mesh -2: wanted -1 or more",),
+    "pretrain embedded --model.rope.theta 0": ("--model.rope.theta 0.0: wanted a finite number above 0",),
+    "finetune sft --method lora --method.rank 70000": ("lora: --method.rank 70000: wanted 1 to 65536",),
+    "finetune sft --method loraplus --method.ratio 0": ("loraplus: --method.ratio 0.0: wanted",),
+    "finetune sft --epochs 0": ("--epochs 0.0: wanted a finite number above 0",),
+    "finetune sft --base caf\udce9": (r"the argument 'caf\udce9' is not UTF-8", "rename"),
+    "generate x --prompt \udcff": (r"the argument '\udcff' is not UTF-8",),
+    "generate x --top-p 0": ("--top-p 0.0: wanted above 0, at most 1",),
+    "generate x --temperature 1e-9": ("--temperature 1e-09: wanted 0 (greedy), or 1e-5 or more",),
+    "generate x --seed -1": ("--seed -1: wanted 0 to 4294967295",),
+    "export x --out y --shard-gb 0": ("--shard-gb 0.0: wanted a finite number above 0",),
+    "import x --out y --resize 99999999": ("--resize 99999999: wanted 0 to 16777216",),
+    "decide --task T --target a>=1 --steps 9 --sizes 0": ("--sizes 0: wanted 1 or more",),
+    "compare --task T --methods lora,ia3 --factors nan --steps 9": ("--factors nan: wanted",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("args", NUMBERS)
+def test_a_number_or_text_is_refused_by_its_flag(args, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(args.split())
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("graftax: ")
+    assert not [word for word in NUMBERS[args] if word not in line], line
+
+
+MEANT = {  # arguments: what is asked back
+    "finetune sft --lr 1": "--optim.lr", "finetune sft --learning-rate 1": "--optim.lr", "demo --lrr 1": "--lr",
+    "finetune sft --weight_decay 1": "--optim.weight-decay", "finetune sft --optim.lrr 1": "--optim.lr",
+    "finetune sft --batch-size 1": "--data.batch", "finetune sft --per-device-train-batch-size 1": "--data.batch",
+    "finetune sft --rank 1": "--method lora --method.rank", "finetune sft --method lora --rank 1": "--method.rank",
+    "finetune sft --method lora --method.r 1": "--method.rank", "finetune sft --r 1": "--method lora --method.rank",
+    "finetune sft --method lora --lora-alpha 1": "--method.alpha", "finetune sft --max-seq-length 1": "--data.T",
+    "finetune sft --method lora --method.target-modules q": "--method.where", "finetune sft --output-dir x": "--out",
+    "finetune sft --model-name-or-path x": "--base", "finetune sft --num-train-epochs 1": "--epochs",
+    "finetune sft --gradient-accumulation-steps 1": "--accumulate", "finetune sft --warmup-ratio 1": "--optim.warmup",
+    "finetune sft --load-in-4bit": "--quantize nf4", "finetune sft --bf16": "--dtype bfloat16",
+    "finetune sft --datta x": "--data", "generate x --max-new-tokens 1": "--new", "sweep sft --overr x": "--over",
+    "sweep sft --base x --over lr=1,2": "optim.lr", "compare --task T --methods lora,ia3 --factorz 3": "--factors",
+    "finetune sft --method LoRA": "lora", "finetune sft --method rs_lora": "rslora", "finetune stf": "sft",
+    "finetune lora": "finetune sft --method lora", "train": "pretrain or finetune", "finetun": "finetune",
+    "masks tiny --where q_proj,v_proj": "layers/attn/q,layers/attn/v", "masks tiny --where Norms": "norms",
+    "masks tiny --where .*.(gate_proj|up_proj)": "layers/mlp/gate,layers/mlp/up", "masks tniy": "tiny",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("args", MEANT)
+def test_what_was_meant_is_asked_back(args, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(args.split())
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"; did you mean {MEANT[args]}?" in line, line
+
+
+@pytest.mark.parametrize("base", ["runs/embeded", "./rnus/Embedded"])
+@pytest.mark.parametrize("args", ["finetune sft --data x.jsonl --base", "eval", "plan sft --base", "masks"])
+def test_a_misspelt_folder_is_not_looked_for_on_the_hub(args, base, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("the network was tried"))
+    (tmp_path / "runs" / "embedded").mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        main([*args.split(), base])
+    assert "; did you mean runs/embedded?" in capsys.readouterr().err.splitlines()[-1]
+    assert not nearest_folder("runs/embedded-2")  # names of models differ by numbers
+
+
+def test_what_does_not_fit_the_steps(base):
+    said(lambda: schedule(Optim(warmup=20), 20), "--optim.warmup 20: wanted fewer than the 20 steps")
+    assert schedule(Optim(warmup=19, schedule="wsd", decay=0), 20)(19) == pytest.approx(1e-3)
+    method = peft.AdaLoRA(rank=13, init_rank=12)
+    begun = jax.eval_shape(lambda: method.init(jax.random.key(0), base.params))
+    tx = make_optimizer(Optim(), begun, 20, method)
+    said(lambda: tx.init(begun), "--method.rank 13 is above the 12 ranks", "raise --method.init-rank")
+    begun = {"x": {"e": jnp.zeros((2, 12))}}  # two layers
+    peft.AdaLoRA(rank=12).transform(20).init(begun)
+
+
+@pytest.mark.parametrize("value", ["", "x", "-1", "0", "nan", "1e9", "99999999", "1.5"])
+def test_seconds_of_the_environment(value, monkeypatch):
+    monkeypatch.setenv("GRAFTAX_WAIT", value)
+    said(processes.wait, f"GRAFTAX_WAIT='{value}'", "wanted whole seconds, 1 to 86400")
+    said(lambda: processes.explicit("host:70000,2,0"), "wanted ADDRESS:PORT,N,I")
+
+
 # --- the command line: exit code 2, one line, nothing written ---
 
 
@@ -518,7 +661,7 @@ def test_by_the_command_line(tmp_path, capsys):
         ([*run, "x.txt", "1", "--optim.lr", "-1"], ("--optim.lr -1",)),
         ([*run, "x.txt", "1", "--optim.lr", "nan"], ("--optim.lr nan",)),
         ([*run, "x.txt", "1", "--data.bad", "ignore"], ("--data.bad", "error", "skip", "replace")),
-        ([*run, "x.txt", "1", "--data.bad-cap", "2"], ("--data.bad-cap 2", "0..1")),
+        ([*run, "x.txt", "1", "--data.bad-cap", "2"], ("--data.bad-cap 2", "0 to 1")),
         (
             ["pretrain", str(tmp_path / "in" / "config.json")],
             ("config.json: 'steps' is '3'", "a whole number is wanted"),

@@ -87,7 +87,7 @@ def stepper(base: Base, method: Method, optim: Optim = OPTIM, **kwargs: Any) -> 
     """(frozen, state, jitted step) of a method on a base."""
     frozen, trainable = peft.partition(method, base.params, jax.random.key(1))
     state = init_state(trainable, make_optimizer(optim, trainable, 20, method))
-    shared = train_step(base.model, method, dataclasses.replace(optim, lr=0.0, eps=0.0), **kwargs)  # for any of the two
+    shared = train_step(base.model, method, dataclasses.replace(optim, lr=0.0, eps=1.0), **kwargs)  # for any of the two
     return frozen, state, partial(shared, lr=optim.lr, eps=optim.eps)
 
 

@@ -3,63 +3,20 @@
 import contextlib
 import dataclasses
 import importlib
-import io
 import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import InputError, __version__
+from ..bounds import is_text
 from ..model.pattern import patterns_of
 from .config import MALLOC, Run, close, from_json, method_class
 from .distributed import STOPPED, together
-from .flags import take_json
-
-
-def parse(cls: Any, args: list[str], prog: str, default: Any = None, description: str = "") -> Any:
-    """cls from dotted flags by tyro. A flag that does not exist, or a bad value, is an InputError in one line."""
-    import tyro
-
-    shown = io.StringIO()
-    kwargs = {} if default is None else {"default": default}
-    try:
-        with contextlib.redirect_stderr(shown):
-            made, unknown = tyro.cli(
-                cls,
-                args=args,
-                prog=prog,
-                description=description,
-                return_unknown_args=True,
-                config=(tyro.conf.AvoidSubcommands,),
-                **kwargs,
-            )
-    except SystemExit as stop:
-        if stop.code == 0:
-            raise
-        raise InputError(_one_line(shown.getvalue())) from None
-    if unknown:
-        flags = re.findall(r"--[\w.-]+", _help(cls, prog, kwargs))
-        flag = unknown[0].split("=")[0]
-        raise InputError(f"{prog}: unknown flag {flag}{close(flag, dict.fromkeys(flags))} (see {prog} --help)")
-    return made
-
-
-def _help(cls: Any, prog: str, kwargs: Any) -> str:
-    import tyro
-
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
-        tyro.cli(cls, args=["--help"], prog=prog, config=(tyro.conf.AvoidSubcommands,), **kwargs)
-    return out.getvalue()
-
-
-def _one_line(box: str) -> str:
-    """The words of tyro's error box."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    lines = [re.sub(r"[│╭╮╰╯─┌┐└┘]+", " ", line).strip() for line in text.splitlines()]
-    return re.sub(r"\s+", " ", "; ".join(line for line in lines if line)) or "bad command line"
+from .flags import WORDS, meant, parse, take_json
 
 
 def take(args: list[str], flag: str) -> tuple[str | None, list[str]]:
@@ -74,8 +31,9 @@ def take(args: list[str], flag: str) -> tuple[str | None, list[str]]:
     return None, args
 
 
-def run_of(phase: str, args: list[str]) -> Run:
-    """A Run from `RECIPE --method NAME --data FILE --any.field value`; RECIPE may be a run's config.json."""
+def run_of(phase: str, args: list[str], also: Sequence[str] = ()) -> Run:
+    """A Run from `RECIPE --method NAME --data FILE --any.field value`; RECIPE may be a run's config.json. `also`: the
+    flags that the caller has taken out of `args`."""
     from .. import peft
     from .recipes import recipes
 
@@ -94,7 +52,9 @@ def run_of(phase: str, args: list[str]) -> Run:
     elif name in mine:
         run = mine[name]()
     elif name:
-        raise InputError(f"no {phase} recipe {name!r}{close(name, mine)}; there are {', '.join(mine)}")
+        hint = f"; it is one of graftax {recipes[name]().phase}" if name in recipes else close(name, mine)
+        hint = f"; did you mean {phase} sft --method {name}?" if name in peft.methods else hint
+        raise InputError(f"no {phase} recipe {name!r}{hint}; there are {', '.join(mine)}")
     else:
         run = next(iter(mine.values()))()
         if "--help" not in rest and "-h" not in rest:
@@ -106,7 +66,7 @@ def run_of(phase: str, args: list[str]) -> Run:
         if arg == "--resume" and (i + 1 == len(rest) or rest[i + 1].startswith("-")):
             rest[i] = "--resume=auto"
     rest = ["--data.task" if arg == "--data" else re.sub("^--data=", "--data.task=", arg) for arg in rest]
-    return parse(Run, rest, prog, default=run, description=about)
+    return parse(Run, rest, prog, default=run, description=about, also=("--method", "--data", *also))
 
 
 def _train(phase: str) -> Callable[[list[str]], Any]:
@@ -223,9 +183,13 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(0 if args else 2)
     name, (as_json, rest) = args[0], take_json(args[1:])
     try:
+        if odd := next((arg for arg in args if not is_text(arg)), None):
+            raise InputError(f"the argument {odd!a} is not UTF-8; give Unicode text (or rename the file)")
         processes, rest = take(rest, "--processes")
         if name not in COMMANDS:
-            raise InputError(f"no command {name!r}{close(name, COMMANDS)}; there are {', '.join(COMMANDS)}")
+            words = meant(name, WORDS, COMMANDS)
+            hint = f"; did you mean {' or '.join(words)}?" if words else close(name, COMMANDS)
+            raise InputError(f"no command {name!r}{hint}; there are {', '.join(COMMANDS)}")
         if argv is None:
             keep_memory()
             if name not in READING:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import InputError, peft
+from ..bounds import Checked, Count, Seed
 from ..data.bad import Bad
 from ..data.columns import Columns
 from ..data.sft import render_prompt
@@ -18,6 +19,7 @@ from ..data.sources import documents, text_of
 from ..data.tasks import Task, same_prompts, tasks, whole_task
 from ..data.tokenizer import train_tokenizer
 from ..model import Sampling, generate, presets, shapes_of
+from ..model.hf_files import nearest_folder
 from ..peft import Subset, masks
 from . import report
 from .config import Optim, check_date, close
@@ -32,7 +34,7 @@ Arg = Annotated[str, tyro.conf.Positional]
 
 
 @dataclasses.dataclass(frozen=True)
-class Eval:
+class Eval(Checked):
     """Held-out loss and bits per byte of a run's base domains, and its task's score. Example: graftax eval runs/sft"""
 
     folder: Arg
@@ -104,17 +106,17 @@ class Eval:
 
 
 @dataclasses.dataclass(frozen=True)
-class Generate:
+class Generate(Checked):
     """Text from a run. Example: graftax generate runs/sft --prompt "what is my balance" --chat"""
 
     folder: Arg
     prompt: str = ""
     chat: bool = False  # put the prompt into the chat template, as fine-tuning does
-    new: int = 64  # tokens at most
+    new: Count = 64  # tokens at most
     temperature: float = 0.0  # 0: greedy
     top_k: int = 0  # 0: all
     top_p: float = 1.0
-    seed: int = 0
+    seed: Seed = 0
     date: str = ""  # that the chat template writes, as 2026-11-29; empty: the run's, of a model without a run today's
     base: str = ""  # where its base is now, if it moved
     verify: Verify = "full"  # every digest, the files' sizes, the manifest alone
@@ -144,14 +146,13 @@ def shapes_and_config(base: str) -> Any:
     if base in presets:
         return shapes_of(presets[base])
     if not Path(base).exists():
-        raise InputError(
-            f"{base!r} is no preset and no run directory{close(base, presets)}; presets: {', '.join(presets)}"
-        )
+        near = close(base, presets) or nearest_folder(base)
+        raise InputError(f"{base!r} is no preset and no run directory{near}; presets: {', '.join(presets)}")
     return load_run(base).merged
 
 
 @dataclasses.dataclass(frozen=True)
-class Masks:
+class Masks(Checked):
     """What a mask picks of a base: parameters, counts, optimizer bytes. Example: graftax masks 5m --where norms"""
 
     base: Arg
@@ -166,7 +167,7 @@ class Masks:
 
 
 @dataclasses.dataclass(frozen=True)
-class Methods:
+class Methods(Checked):
     """The methods: formula, what each trains of a preset, what it can do. Example: graftax methods --preset gpt2"""
 
     preset: str = "llama-3.1-8b"
@@ -204,12 +205,12 @@ def foldable(method: peft.Method) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tokenizer:
+class Tokenizer(Checked):
     """Train a SentencePiece tokenizer. Example: graftax tokenizer 'books/*.txt' --out tok --vocab 4096"""
 
     source: Arg  # embedded:code, embedded:prose, hub:owner/name, a file, folder or glob
     out: str
-    vocab: int = 4096
+    vocab: Count = 4096
 
     def run(self) -> dict[str, Any]:
         """Train, write, and say what a token holds."""

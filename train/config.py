@@ -7,9 +7,10 @@ import json
 import re
 import reprlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from .. import InputError, peft
+from ..bounds import LARGEST, Bounds, Checked, Count, Decay, Positive, Seed, Share
 from ..data.bad import Policy
 from ..data.columns import Columns
 from ..model import Config, Rope
@@ -30,18 +31,20 @@ ACCEPT = ("data", "tokenizer", "base", "method", "model", "lock")  # what --acce
 
 
 @dataclasses.dataclass(frozen=True)
-class Optim:
+class Optim(Checked):
     """Optimizer, schedule, and what each part of the trainable tree gets."""
+
+    FLAGS: ClassVar[str] = "--optim."
 
     name: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3  # the peak
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     warmup: float = 0.05  # steps, or below 1 a part of all steps
-    decay: float = 0.2  # wsd: the last part of the steps, in which the rate falls
-    end: float = 0.1  # the last rate over the peak
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
+    decay: Share = 0.2  # wsd: the last part of the steps, in which the rate falls
+    end: Share = 0.1  # the last rate over the peak
+    b1: Decay = 0.9
+    b2: Decay = 0.95
+    eps: Annotated[float, Bounds(1e-30)] = 1e-8  # 0 would make 0 / 0 of a gradient of 0
     weight_decay: float = 0.1
     decay_where: str = ""  # rule over the trainable tree; empty: every matrix, no vector
     clip: float = 1.0  # global norm of the gradient; 0 is off
@@ -49,21 +52,16 @@ class Optim:
     groups: tuple[tuple[str, float], ...] = ()  # rules over the trainable tree -> factor of the learning rate
 
     def __post_init__(self) -> None:
-        for field in ("lr", "warmup", "decay", "end", "eps", "weight_decay", "clip", "spike"):
-            value = getattr(self, field)
-            if not 0 <= value < float("inf"):
-                raise InputError(f"--optim.{field.replace('_', '-')} {value}: wanted a finite number of 0 or more")
-        for field in ("b1", "b2"):
-            if not 0 <= getattr(self, field) < 1:
-                raise InputError(f"--optim.{field} {getattr(self, field)}: wanted a number of 0 or more, below 1")
-        for rule, factor in self.groups:
-            if not 0 <= factor < float("inf"):
-                raise InputError(f"--optim.groups {rule} {factor}: wanted a finite factor of 0 or more")
+        super().__post_init__()
+        if self.warmup >= 1 and self.warmup % 1:
+            raise InputError(f"--optim.warmup {self.warmup}: wanted whole steps, or below 1 a part of all steps")
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
+class Data(Checked):
     """Where rows come from. Pretraining reads domains, fine-tuning a task or a file of examples."""
+
+    FLAGS: ClassVar[str] = "--data."
 
     domains: tuple[tuple[str, str, float], ...] = ()  # (name, source, weight); `five:web` is a domain of five_domains
     task: str = ""  # fine-tuning: a task's name (see data/tasks.py) or the source of examples (data/sources.py)
@@ -73,23 +71,20 @@ class Data:
     columns: tuple[str, ...] = ()  # of a file of examples, OURS=THEIRS: prompt=question completion=answer
     ignore: tuple[str, ...] = ()  # its columns, fields of messages and template variables that are left out
     examples: int = 0  # fine-tuning: so many of the task's training examples, fewer being part of more; 0: all
-    T: int = 256  # tokens in a row
-    batch: int = 8  # rows in a step, over all devices
+    T: Annotated[int, Bounds(2)] = 256  # tokens in a row
+    batch: Count = 8  # rows in a step, over all devices
     pack: bool = True  # fine-tuning: several examples in a row
-    held_out: float = 0.02  # part of the documents, or of a file's prompts, that no training row comes from
-    vocab: int = 4096  # pieces of a tokenizer trained on the domains
+    held_out: Share = 0.02  # part of the documents, or of a file's prompts, that no training row comes from
+    vocab: Count = 4096  # pieces of a tokenizer trained on the domains
     tokenizer: str = ""  # a file or folder to use instead
     cache: str = "auto"  # a folder for tokenised domains; auto: the user's own (train/caches.py); empty: none
     bad: Policy = "error"  # a row that cannot be used: is an error, is left out, is repaired where that can be
-    bad_cap: float = 0.01  # part of the rows that may be left out or repaired
+    bad_cap: Share = 0.01  # part of the rows that may be left out or repaired
 
     def __post_init__(self) -> None:
-        for field, least in (("T", 2), ("batch", 1), ("vocab", 1), ("examples", 0)):
-            if getattr(self, field) < least:
-                raise InputError(f"--data.{field} {getattr(self, field)}: wanted {least} or more")
-        for field in ("held_out", "bad_cap"):
-            if not 0 <= getattr(self, field) <= 1:
-                raise InputError(f"--data.{field.replace('_', '-')} {getattr(self, field)}: wanted a number in 0..1")
+        super().__post_init__()
+        if self.T * self.batch > LARGEST:
+            raise InputError(f"--data.batch {self.batch} x --data.T {self.T}: wanted {LARGEST} tokens a step at most")
         Columns(self.columns, self.ignore)
         for name, *_ in self.domains:  # it names arrays in held_out.npz, and metrics
             if not re.fullmatch(r"\w[\w.-]*", name):
@@ -97,7 +92,7 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Run(Checked):
     """One phase: a model or a base, a method, data, an optimizer, and where it goes."""
 
     recipe: str = ""
@@ -114,21 +109,21 @@ class Run:
     data: Data = Data()
     optim: Optim = Optim()
     steps: int = 0  # fine-tuning: 0 means `epochs` over the examples
-    epochs: float = 3.0
-    seed: int = 0
+    epochs: Positive = 3.0
+    seed: Seed = 0
     date: str = ""  # that a chat template writes (strftime_now), as 2026-11-29; empty: that of the run's first start
     quantize: Literal["", "int8", "nf4"] = ""  # fine-tuning: the base's matrices, which then only a method can adapt
-    accumulate: int = 1  # parts a batch is cut into, one in memory at a time
+    accumulate: Count = 1  # parts a batch is cut into, one in memory at a time
     offload: bool = False  # the optimizer's state stays in the hosts' memory between the updates
-    chunk: int = 8192  # tokens whose logits exist at once on a device
-    mesh: tuple[int, ...] = (1, -1, 1)  # data, fsdp, tensor, and if wanted context; -1: what is left
-    log_every: int = 10
+    chunk: Count = 8192  # tokens whose logits exist at once on a device
+    mesh: Annotated[tuple[int, ...], Bounds(-1)] = (1, -1, 1)  # data, fsdp, tensor[, context]; -1: what is left
+    log_every: Count = 10
     eval_every: int = 0  # steps; 0: at the end only
-    eval_tokens: int = 32768  # held-out tokens of each domain
+    eval_tokens: int = 32768  # held-out tokens of each domain; 0: all
     eval_rows: int = 0  # rows of a task's test that are generated and scored; 0: all
     score_base: bool = True  # fine-tuning: score the task before tuning too
     save_every: int = 0  # steps; 0: at the end only
-    keep: int = 2  # newest checkpoints kept, and the best
+    keep: Count = 2  # newest checkpoints kept, and the best
     resume: str = "never"  # auto: from the newest good checkpoint in `out`, if it has one; a step: from that one
     accept: str = ""  # what may differ from the checkpoint, with commas between (ACCEPT), or lock: take the folder over
     verify: Literal["full", "fast", "off"] = "full"  # loading: every digest, the files' sizes, the manifest alone
@@ -137,12 +132,7 @@ class Run:
     wandb: str = ""  # a Weights & Biases project to log to (pip install graftax[wandb])
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(("accumulate", "log_every", "keep"), 1)
-        for field in ("steps", "epochs", "max_bad", "eval_every", "eval_tokens", "eval_rows", "save_every"):
-            least[field] = 0
-        for field, n in least.items():
-            if not n <= getattr(self, field) < float("inf"):
-                raise InputError(f"--{field.replace('_', '-')} {getattr(self, field)}: wanted {n} or more")
+        super().__post_init__()
         check_date(self.date)
         if not re.fullmatch("never|auto|[0-9]+", self.resume):
             raise InputError(f"--resume {self.resume}: wanted auto, never, or the step of a checkpoint")

@@ -10,6 +10,7 @@ import jax
 from rich.table import Table
 
 from .. import InputError, peft
+from ..bounds import Checked, Count, Seed
 from ..data.tasks import floors
 from ..model import generate
 from ..peft import Method, Subset
@@ -26,16 +27,16 @@ OPENING = "def read(self, size):\n"
 
 
 @dataclasses.dataclass(frozen=True)
-class Demo:
+class Demo(Checked):
     """Pretrain a small base on the standard library of this Python, then tune it by every method on a task about it.
 
     Two CPU cores, no download. Example: graftax demo --out runs/demo"""
 
     out: str = ""  # empty: runs/demo, or the first of runs/demo-2, runs/demo-3, ... that is free
-    pretrain_steps: int = 1000
-    steps: int = 160  # of each tuning
+    pretrain_steps: Count = 1000
+    steps: Count = 160  # of each tuning
     lr: float = 1e-3  # of full fine-tuning; a method's is `rate` times it
-    seed: int = 0
+    seed: Seed = 0
 
 
 def tunings() -> dict[str, tuple[Method, float]]:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from .. import InputError
 from .config import short
-from .processes import HEARTBEAT, WAIT, cluster, coordinator, explicit, meet, quiet
+from .processes import cluster, coordinator, explicit, heartbeat, meet, quiet, wait
 
 STOPPED = 75  # the exit code (EX_TEMPFAIL) when signals ended it and all is saved
 BARRIER = 1800.0  # seconds for all to come to one place of a run; a dead process is noticed sooner
@@ -78,7 +78,7 @@ def together(processes: str | None, work: Callable[[], Any]) -> Any:
         raise
     except BaseException as error:
         if type(error).__name__ == "JaxRuntimeError":
-            time.sleep(HEARTBEAT + 5)  # a collective that broke: the watch will know whose fault it is, and end here
+            time.sleep(heartbeat() + 5)  # a collective that broke: the watch will know whose fault it is, and end here
         lines = "".join(traceback.format_exception(error))
         _fail(f"{type(error).__name__}: {error}".splitlines()[0], 1, lines)
 
@@ -146,7 +146,7 @@ def _start(address: str, n: int, i: int, devices: Any) -> None:
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM and do nothing about it
     # jax starts a service in process 0 in any case: at a port that nobody knows.
     jax.distributed.initialize(
-        address, n, i, devices, "deactivate", int(WAIT), HEARTBEAT, 10, "localhost:0" if i == 0 else None
+        address, n, i, devices, "deactivate", wait(), heartbeat(), 10, "localhost:0" if i == 0 else None
     )
     from jax._src import distributed
 
@@ -229,7 +229,7 @@ def _end() -> None:
     if index() == 0:
         last = threading.Thread(target=_alone, daemon=True)
         last.start()
-        last.join(HEARTBEAT + 10)
+        last.join(heartbeat() + 10)
     jax.distributed.shutdown()
     if _State.coordinator is not None:
         _bye()

@@ -12,6 +12,7 @@ import tyro
 
 from .. import InputError
 from ..atomic import whole_folder
+from ..bounds import Bounds, Checked, Positive
 from ..data.added_tokens import add_tokens
 from ..data.hf_sentencepiece import for_transformers
 from ..model import hf, resize
@@ -87,7 +88,7 @@ def checked(out: Path, got: Loaded, dtype: str, bound: float, write: Callable[[P
 
 
 @dataclasses.dataclass(frozen=True)
-class Merge:
+class Merge(Checked):
     """One base from an adapter and its base, compared with the two. Example: graftax merge runs/lora --out runs/m"""
 
     folder: Arg
@@ -113,7 +114,7 @@ class Merge:
 
 
 @dataclasses.dataclass(frozen=True)
-class Export:
+class Export(Checked):
     """A run as transformers, HF PEFT and vLLM read it. Example: graftax export runs/lora --out hf
 
     hf: base and adapter merged, with config.json, safetensors and tokenizer files. hf-peft: the adapter alone.
@@ -125,7 +126,7 @@ class Export:
     target: Annotated[Target, tyro.conf.arg(name="for")] = ""  # who reads the adapter: vllm wants LoRA of one rank
     base: str = ""  # where its base is now, if it moved
     dtype: DType = ""  # of the written parameters; empty: as the base's
-    shard_gb: float = 5.0  # size of a file
+    shard_gb: Positive = 5.0  # size of a file
     bound: float = 0.0  # nats a token; 0: 1e-6 for float32, 1e-3 for float16, 2e-2 for bfloat16
     verify: Verify = "full"  # of what is read: every digest, the files' sizes, the manifest alone
 
@@ -194,7 +195,7 @@ def origin(got: Loaded) -> Path | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Import:
+class Import(Checked):
     """A run directory from a Hugging Face model. Example: graftax import HuggingFaceTB/SmolLM2-135M --out runs/smol
 
     Not needed for --base, which takes such a model as it is; needed to add tokens to it.
@@ -204,7 +205,7 @@ class Import:
     out: str
     dtype: DType = ""  # of the parameters; empty: as they are stored
     add_tokens: tuple[str, ...] = ()  # more tokens, e.g. '<|tool|>', for use in texts; each begins as the mean row
-    resize: int = 0  # rows of the token table; 0: as many as it has, or as the added tokens need
+    resize: Annotated[int, Bounds(0, 1 << 24)] = 0  # rows of the token table; 0: as it has, or as added tokens need
 
     def run(self) -> dict[str, Any]:
         """Write the base; returns where, its fingerprint, and {added token: its id}."""

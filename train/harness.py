@@ -10,12 +10,14 @@ bos before a text, as in pretraining; the tokenizer of its export to Hugging Fac
 
 import importlib
 import json
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .. import InputError
+from ..bounds import LARGEST
 from ..data.sft import render_prompt
 from ..model import Sampling, generate, room
 from .choices import pair_scores
@@ -32,11 +34,9 @@ class Harness:
     def __init__(self, run: str, base: str = "", batch_size: int | str = 8, max_length: int = 0, **_: Any):
         got = load_run(run, base=base)
         self.bound, self.tokenizer = got.bound, got.tokenizer
-        self.batch = int(batch_size) if str(batch_size).isdigit() else 8
+        self.batch = 8 if str(batch_size).startswith("auto") else _whole("batch_size", batch_size, 1)
         most = min(room(got.config, got.bound[2].length), got.config.context)
-        self.longest = int(max_length) or most
-        if self.longest > most:
-            raise InputError(f"max_length={max_length}: the model's context is {most}; give no more")
+        self.longest = _whole("max_length", max_length or most, 2, most)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """(log p(continuation | context), whether greedy decoding writes it) of each (context, continuation)."""
@@ -59,7 +59,7 @@ class Harness:
             asked = json.loads(said)
             until = [asked["until"]] if isinstance(asked.get("until"), str) else asked.get("until") or []
             until = [stop for stop in until if stop]
-            new = min(int(asked.get("max_gen_toks", NEW)), self.longest - 1)
+            new = min(_whole("max_gen_toks", asked.get("max_gen_toks", NEW), 1), self.longest - 1)
             prompts = [self._ids(requests[i].args[0])[-(self.longest - new) :] for i in which]
             for i, text in zip(which, self._written(prompts, new, until, _sampling(asked)), strict=True):
                 answers[i] = text
@@ -142,12 +142,24 @@ class Harness:
 
 
 def _sampling(asked: dict[str, Any]) -> Sampling:
-    drawn = asked.get("do_sample", float(asked.get("temperature") or 0) > 0)
-    if not drawn:
-        return Sampling()
-    return Sampling(
-        float(asked.get("temperature") or 1.0), int(asked.get("top_k") or 0), float(asked.get("top_p") or 1)
-    )
+    """How a task's generation arguments say that tokens are drawn. Raises InputError for a number out of its bounds."""
+    drawn, heat = asked.get("do_sample"), asked.get("temperature")
+    heat = float(bool(drawn)) if heat is None else heat
+    mass = 1.0 if asked.get("top_p") is None else asked["top_p"]
+    for key, value in (("temperature", heat), ("top_p", mass)):
+        if type(value) not in (int, float):
+            raise InputError(f"{key}={value!r}: a number is wanted")
+    how = Sampling(heat, _whole("top_k", asked.get("top_k") or 0), mass)
+    if drawn and not heat:
+        raise InputError("temperature=0 with do_sample: wanted a temperature above 0, or no do_sample")
+    return Sampling() if drawn is False else how
+
+
+def _whole(name: str, value: Any, least: int = 0, most: int = LARGEST) -> int:
+    """An argument as a whole number. Raises InputError if it is none, or out of bounds."""
+    if not re.fullmatch("[0-9]{1,10}", str(value)) or not least <= int(value) <= most:
+        raise InputError(f"{name}={value}: a whole number from {least} to {most} is wanted")
+    return int(value)
 
 
 def installed(module: str) -> Any:

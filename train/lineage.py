@@ -12,6 +12,7 @@ import tyro
 from rich.table import Table
 
 from .. import InputError
+from ..bounds import Checked
 from .progress import console
 
 KEPT = "lineage.json"  # beside a model that is no run directory
@@ -86,7 +87,7 @@ def today(entry: dict[str, Any]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Lineage:
+class Lineage(Checked):
     """The chain a run came by, oldest first, from what each phase wrote down; no array is read.
 
     Example: graftax lineage runs/merged

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from jax import Array
 
+from .. import InputError
 from ..model.tree import Rules, is_stacked, match, paths, uniform
 from ..peft import Method
 from ..peft.targets import on
@@ -19,8 +20,11 @@ def schedule(optim: Optim, steps: int) -> Callable[[Any], Any]:
     """The learning rate at a step: linear warm-up to `lr`, then constant, linear, cosine or WSD down to `lr * end`.
 
     WSD (warm-up, stable, decay; arXiv:2404.06395) falls linearly over the last `decay` part of the steps.
+    Raises InputError if the warm-up leaves no step for the schedule.
     """
-    warmup = min(int(optim.warmup if optim.warmup >= 1 else optim.warmup * steps), steps)
+    warmup = int(optim.warmup if optim.warmup >= 1 else optim.warmup * steps)
+    if warmup >= max(steps, 1):
+        raise InputError(f"--optim.warmup {optim.warmup:g}: wanted fewer than the {steps} steps, or a part below 1")
     rest, low = max(steps - warmup, 1), optim.lr * optim.end
     fall = int(optim.decay * rest)
     shapes = {

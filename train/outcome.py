@@ -67,7 +67,7 @@ def of_saved(run: Run, step: int) -> Iterator[None]:
 
 
 def rows_loss(args: Any, rows: Any, run: Run, mesh: Any) -> float:
-    """Nats a target token of rows, of at most `eval_tokens` tokens; args: (model, bound parameters, context)."""
+    """Nats a target token of rows, of at most `eval_tokens` tokens (0: all); args: (model, bound, context)."""
     rows = within(rows, run.eval_tokens)
     model, bound, context = args
     loss = row_losses(model, bound, context, rows, run.data.batch, put_batch(mesh)).sum()

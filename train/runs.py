@@ -16,7 +16,7 @@ from ..data.mixture import HeldOut
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..model import Config, Context, Transformer, hf, shapes_of
 from ..model.backend import backend
-from ..model.hf_files import fetch, is_hub_id
+from ..model.hf_files import fetch, is_hub_id, nearest_folder
 from ..model.pattern import patterns_of
 from ..model.quantize import quantize, quantized
 from ..model.sharding import follow, shardings
@@ -104,8 +104,9 @@ def check_run(folder: str | Path) -> Path:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         what = "is no run directory and no Hugging Face model: it has no config.json"
+        gone = f"does not exist{nearest_folder(folder)}"
         raise InputError(
-            f"{folder} {what if folder.exists() else 'does not exist'}; give the folder that `graftax pretrain` or "
+            f"{folder} {what if folder.exists() else gone}; give the folder that `graftax pretrain` or "
             "`graftax finetune` printed, a folder with config.json and safetensors, or a hub id owner/name"
         )
     return folder

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -31,12 +32,12 @@ class Stored:
         return sorted(int(p.parent.name) for p in found if re.fullmatch("0|[1-9][0-9]*", p.parent.name, re.ASCII))
 
     def best(self) -> int | None:
-        """The step with the lowest score, if any has one."""
+        """The step with the lowest score, if any has a finite one."""
         scores = {}
         for step in self.steps():
             with contextlib.suppress(InputError):  # a damaged one has none
                 scores[step] = self.manifest(step).get("score")
-        scores = {step: score for step, score in scores.items() if score is not None}
+        scores = {step: x for step, x in scores.items() if isinstance(x, int | float) and math.isfinite(x)}
         return min(scores, key=lambda s: (scores[s], -s)) if scores else None
 
     def manifest(self, step: int) -> dict[str, Any]:

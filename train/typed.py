@@ -65,9 +65,10 @@ def said(hint: Any) -> str:
 
 
 def close(name: Any, names: Any) -> str:
-    """`; did you mean x?` or nothing."""
-    found = difflib.get_close_matches(str(name), list(names), 1)
-    return f"; did you mean {found[0]}?" if found else ""
+    """`; did you mean x?` or nothing, whatever the case, dashes and underscores."""
+    plain = {str(one).lower().replace("-", "_"): one for one in names}
+    found = difflib.get_close_matches(str(name).lower().replace("-", "_"), list(plain), 1)
+    return f"; did you mean {plain[found[0]]}?" if found else ""
 
 
 def _tuples(value: Any) -> Any:

@@ -5,12 +5,13 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from ... import InputError
-from ..config import Run, close, method_class
+from ..config import Run, method_class
+from ..flags import nearest_flag
 from ..typed import fits, said
 
 # What a sweep says for all of its cells.
@@ -113,7 +114,9 @@ def _set(owner: Any, parts: list[str], text: str, name: str) -> Any:
     first, *rest = parts
     if first not in hints:
         whose = type(owner).__name__.lower()
-        raise InputError(f"--over {name}: {whose} has no {first!r}{close(first, hints)}; it has {', '.join(hints)}")
+        raise InputError(
+            f"--over {name}: {whose} has no {first!r}{nearest_flag(name, dotted(owner))}; it has {', '.join(hints)}"
+        )
     now = getattr(owner, first)
     if rest:
         if not dataclasses.is_dataclass(now):
@@ -127,6 +130,14 @@ def _set(owner: Any, parts: list[str], text: str, name: str) -> Any:
         return dataclasses.replace(owner, **{first: value})
     except InputError as error:
         raise InputError(f"--over {name}={text}: {error}") from None
+
+
+def dotted(owner: Any, prefix: str = "") -> Iterator[str]:
+    """The names of a dataclass's fields and of theirs, as an axis says them."""
+    for field in dataclasses.fields(owner):
+        yield prefix + field.name
+        if dataclasses.is_dataclass(value := getattr(owner, field.name)):
+            yield from dotted(value, f"{prefix}{field.name}.")
 
 
 @functools.cache

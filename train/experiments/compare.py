@@ -11,9 +11,10 @@ import json
 import shlex
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from ... import InputError, peft
+from ...bounds import Bounds, Checked, Count
 from ...peft import Method, Subset, masks
 from ..config import Run, close, method_class, to_json
 from ..phase import resolve_method
@@ -48,18 +49,19 @@ the test, means over the seeds. No winner is named that the bootstrap over rows 
 
 
 @dataclasses.dataclass(frozen=True)
-class Compare:
+class Compare(Checked):
     """What all runs share, and what is compared."""
 
     run: Run
     tasks: tuple[str, ...]  # each maybe with @METRIC
     methods: tuple[str, ...]  # NAME:field=value:...
-    factors: tuple[float, ...] = (0.333, 1.0, 3.0)
-    seeds: int = 3
+    factors: Annotated[tuple[float, ...], Bounds(0, ends="(]")] = (0.333, 1.0, 3.0)
+    seeds: Count = 3
     budget: float = 0.0  # minutes; 0: --steps says how long
     lanes: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for flag, values in (("task", self.tasks), ("methods", self.methods), ("factors", self.factors)):
             if not values:
                 raise InputError(f"nothing to compare: give --{flag} (see `graftax compare --help`)")
@@ -67,18 +69,15 @@ class Compare:
                 raise InputError(f"--{flag}: {max(values, key=values.count)} is there twice; give each once")
         if len(self.methods) < 2:
             raise InputError(f"--methods {self.methods[0]}: one has nothing to be compared with; give two or more")
-        if not all(0 < factor < float("inf") for factor in self.factors):
-            raise InputError("--factors: finite numbers above 0 are wanted, of the learning rate")
         if len(self.tasks) > 1 and (self.run.data.valid or self.run.data.test):
             raise InputError("--data.valid and --data.test are the rows of one task; give one --task")
-        if self.seeds < 1:
-            raise InputError(f"--seeds {self.seeds}: wanted 1 or more")
-        if not 0 <= self.budget < float("inf") or bool(self.budget) == bool(self.run.steps):
+        if bool(self.budget) == bool(self.run.steps):
             raise InputError("how long does each train? Give --steps N, or --budget MINUTES for all, one of the two")
         Sweep(self.run, (), lanes=self.lanes)  # what a sweep has not is said before anything runs
 
-    def run_of(self, task: str, entry: Entry, factor: float, seed: int = 0, steps: int = 1) -> Run:
-        """One training."""
+    def run_of(self, task: str, entry: Entry, factor: float, seed: int = 0, steps: int = 0) -> Run:
+        """One training; of 10,000 steps where nothing says how many, so that any schedule fits into it."""
+        steps = steps or self.run.steps or 10_000
         method = entry.method
         data = dataclasses.replace(self.run.data, task=task, examples=entry.examples or self.run.data.examples)
         optim = dataclasses.replace(self.run.optim, lr=float(f"{self.run.optim.lr * method.rate * factor:.4g}"))
@@ -121,7 +120,8 @@ def compare(args: list[str]) -> dict[str, Any]:
     kinds: dict[str, Any] = {"methods": words, "factors": floats, "seeds": int, "budget": float, "lanes": int}
     asked, args = given(args, kinds)
     asked.setdefault("methods", ())
-    run = run_of("finetune", args if args and not args[0].startswith("-") else ["trial", *args])
+    args = args if args and not args[0].startswith("-") else ["trial", *args]
+    run = run_of("finetune", args, [f"--{name}" for name in ("task", *kinds)])
     run = dataclasses.replace(run, out="runs/compare") if run.out == "runs/trial" else run
     return execute(Compare(run, tuple(tasks), **asked), command)
 

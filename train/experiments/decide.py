@@ -12,9 +12,10 @@ import re
 import shlex
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from ... import InputError
+from ...bounds import Bounds, Checked, Count
 from ...peft import Subset
 from ..config import Run, method_to_dict, to_json
 from ..phase import resolve_method
@@ -49,30 +50,28 @@ requests, and what would change the answer. OUT/decision.md has the table, OUT/r
 
 
 @dataclasses.dataclass(frozen=True)
-class Decide:
+class Decide(Checked):
     """What is wanted, and what is tried."""
 
     run: Run  # its method is the one that is trained on growing parts of the examples
     task: str
     target: str  # METRIC>=X
     mask: str = "last_2"
-    sizes: tuple[int, ...] = (100, 300, 1000)
-    shots: int = 8
-    requests: int = 100_000
-    factors: tuple[float, ...] = (0.333, 1.0, 3.0)
-    seeds: int = 2
+    sizes: Annotated[tuple[int, ...], Bounds(1)] = (100, 300, 1000)
+    shots: Count = 8
+    requests: Annotated[int, Bounds(0, 10**15)] = 100_000
+    factors: Annotated[tuple[float, ...], Bounds(0, ends="(]")] = (0.333, 1.0, 3.0)
+    seeds: Count = 2
     budget: float = 0.0
     lanes: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.task:
             raise InputError("nothing to decide: give --task (see `graftax decide --help`)")
         self._parts()
-        for name, least in (("shots", 1), ("requests", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"--{name} {getattr(self, name)}: wanted {least} or more")
-        if not self.sizes or min(self.sizes) < 1 or len(set(self.sizes)) < len(self.sizes):
-            raise InputError(f"--sizes {','.join(map(str, self.sizes))}: different numbers of 1 or more are wanted")
+        if not self.sizes or len(set(self.sizes)) < len(self.sizes):
+            raise InputError(f"--sizes {','.join(map(str, self.sizes))}: different numbers are wanted")
         if self.run.data.examples:
             raise InputError("--data.examples: give --sizes, the numbers of examples that are tried")
         if self.run.quantize:
@@ -128,7 +127,7 @@ def decide(args: list[str]) -> dict[str, Any]:
         asked.setdefault(name, "")
     args = args if args and not args[0].startswith("-") else ["trial", *args]
     named = args[0].endswith(".json") or any(arg.split("=")[0] == "--method" for arg in args)
-    run = run_of("finetune", args if named else [*args, "--method", "lora"])
+    run = run_of("finetune", args if named else [*args, "--method", "lora"], [f"--{name}" for name in kinds])
     run = dataclasses.replace(run, out="runs/decide") if run.out == "runs/trial" else run
     return execute(Decide(run, **asked), command)
 

@@ -19,6 +19,7 @@ from ..config import Run, to_json
 from ..evaluate import answerable, as_written, evenly, held_out_losses, mean_loss
 from ..health import load_base
 from ..inputs import check_lengths, say, say_parts, tuning_rows
+from ..optim import schedule
 from ..outcome import rows_loss
 from ..phase import Phase, resolve_method
 from ..program import start
@@ -92,6 +93,7 @@ class Ground:
             method = resolve_method(run.method, self.base(run).tokenizer, run.seed)
             n = run.steps or steps[key]
             made = dataclasses.replace(run, base=place(run.base), method=method, steps=n)
+            schedule(made.optim, n)  # refuses what does not fit before anything is written
             found.append(cell._replace(run=made))
         return found
 

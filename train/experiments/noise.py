@@ -2,8 +2,9 @@
 
 A method's score is the mean over its seeds on the task's test. A draw of the bootstrap takes rows with replacement,
 the same for every method, so that differences are paired; and for every method as many deviations between seeds as it
-has seeds (each sqrt(n / (n - 1)) times wider: a mean of n lies too close to them), out of those of all methods that
-reach a quarter of the best, or out of its own where it does not. Two methods are told apart if they differ by more than
+has seeds (each sqrt(n / (n - 1)) times wider: a mean of n lies too close to them), out of those of all methods whose
+mean is at most three quarters of |best| below the best (for scores of 0 or more: that reach a quarter of it), or out of
+its own where it is not. Two methods are told apart if they differ by more than
 the spread (largest less smallest deviation from what was measured) that 95 % of the draws stay below: Tukey's range
 test, by bootstrap, so that it holds for all pairs at once.
 """
@@ -92,7 +93,7 @@ def verdict(sheets: Mapping[str, Sequence[dict[str, Any]]]) -> Verdict:
     off, spread = np.zeros_like(rows), 0.0
     if n > 1:
         # What answers hardly anything right has hardly any spread: it neither hides that of the others nor has theirs.
-        able, draw = means >= means.max() / 4, np.random.default_rng(0)
+        able, draw = means >= means.max() - 0.75 * abs(means.max()), np.random.default_rng(0)
         wide = (scores - means[:, None]) * (n / (n - 1)) ** 0.5
         for i in range(len(names)):
             off[i] = draw.choice(wide[able].ravel() if able[i] else wide[i], (rows.shape[1], n)).mean(axis=-1)

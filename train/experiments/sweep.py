@@ -14,6 +14,7 @@ from typing import Any
 
 from ... import InputError
 from ...atomic import left_over
+from ...bounds import Checked
 from ...data.chat import today
 from ...model.hf_files import read_json
 from ...peft import Subset
@@ -49,7 +50,7 @@ the launches, not the FLOPs. A cell that diverges stops alone. Each equals its o
 
 
 @dataclasses.dataclass(frozen=True)
-class Sweep:
+class Sweep(Checked):
     """A recipe's run, the axes, and how the cells are gone through."""
 
     run: Run
@@ -59,11 +60,9 @@ class Sweep:
     score: int = 0  # validation rows that each cell answers at its end
 
     def __post_init__(self) -> None:
-        if self.halve == 1 or self.halve < 0:
+        super().__post_init__()
+        if self.halve == 1:
             raise InputError(f"--halve {self.halve}: wanted 2 or more: of so many cells one goes on; or 0 for all")
-        for name in ("lanes", "score"):
-            if getattr(self, name) < 0:
-                raise InputError(f"--{name} {getattr(self, name)}: wanted 0 or more")
         if self.run.mesh not in ((1, -1, 1), (1, 1, 1)):
             raise InputError("--mesh: a sweep lays its lanes over the devices, a lane on one; drop the flag")
         for name in ("offload", "wandb", "eval_every"):
@@ -93,7 +92,7 @@ def sweep(args: list[str]) -> dict[str, Any]:
         over.append(text)
         text, args = take(args, "--over")
     numbers, args = given(args, dict.fromkeys(("halve", "lanes", "score"), int))
-    run = run_of("finetune", args)
+    run = run_of("finetune", args, ("--over", "--halve", "--lanes", "--score"))
     run = dataclasses.replace(run, out="runs/sweep") if run.out == "runs/sft" else run
     return execute(Sweep(run, tuple(over), **numbers))
 

@@ -58,9 +58,17 @@ def flat(jaxpr: Any, given: Iterable[Value], nodes: list[Node]) -> list[Value]:
 def written(node: Node) -> tuple[Value, ...]:
     """The inputs of a node whose memory its outputs may take, if nothing else reads them."""
     if node.name == "scan":
-        first = node.params["num_consts"]
-        return node.ins[first : first + node.params["num_carry"]]
+        first, n = carried(node.params)
+        return node.ins[first : first + n]
     return node.ins if node.fused or node.name in IN_PLACE else ()
+
+
+def carried(params: Any) -> tuple[int, int]:
+    """(constants, carried values) of a scan, which come first among its inputs. From jax 0.12 on they are trees."""
+    if "num_carry" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
 
 
 def is_array(node: Node, readers: list[Node]) -> bool:

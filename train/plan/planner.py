@@ -14,7 +14,7 @@ from ... import InputError
 from ...data.tokenizer import load_tokenizer
 from ...model import Config, Transformer, hf, presets, shapes_of
 from ...model.backend import meant_for
-from ...model.hf_files import read_json
+from ...model.hf_files import nearest_folder, read_json
 from ..checkpoint import Checkpoints
 from ..config import Run, close, from_json
 from ..inputs import check_lengths
@@ -72,8 +72,9 @@ def config_of(base: str) -> Config:
     if base in presets:
         return presets[base]
     if not Path(base).exists():
-        raise InputError(f"--base {base!r} is no preset{close(base, presets)} and no folder here; a plan downloads "
-                         f"nothing; presets: {', '.join(presets)}")  # fmt: skip
+        near = close(base, presets) or nearest_folder(base)
+        raise InputError(f"--base {base!r} is no preset and no folder here{near}; a plan downloads nothing; presets: "
+                         f"{', '.join(presets)}")  # fmt: skip
     if is_hugging_face(base):
         return hf.config_from_hf(read_json(Path(base) / "config.json"), f"{base}/config.json")
     run = from_json(check_run(base) / "config.json")

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from .nodes import PICKS, PRODUCTS, Node, Value, flat, flops, is_array, is_view, written
+from .nodes import PICKS, PRODUCTS, Node, Value, carried, flat, flops, is_array, is_view, written
 
 
 @dataclasses.dataclass
@@ -141,9 +141,10 @@ class Walk:
         p = node.params
         if node.name == "scan":
             walk = Walk(p["jaxpr"].jaxpr, self.sizes)
-            walk.free = set(walk.outs[p["num_carry"] :])
-            walk.lazy = set(walk.ins[p["num_consts"] + p["num_carry"] :])
-            return walk.run().times(p["length"]), list(node.outs[p["num_carry"] :])
+            consts, carry = carried(p)
+            walk.free = set(walk.outs[carry:])
+            walk.lazy = set(walk.ins[consts + carry :])
+            return walk.run().times(p["length"]), list(node.outs[carry:])
         if node.name == "while":
             return Walk(p["body_jaxpr"].jaxpr, self.sizes).run(), []
         if node.name == "cond":
