@@ -343,13 +343,6 @@ def test_pretraining_leaves_out_files_and_rows(tmp_path, capsys):
     said(lambda: corpus(folder, tmp_path, bad="skip"), "3 of 43 rows left out", "--data.bad-cap 0.01")
 
 
-def test_a_prompt_that_is_no_text(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["generate", "nowhere", "--prompt", "caf\udce9"])
-    assert stop.value.code == 2
-    assert "--prompt: lone surrogate '\\udce9' at character 3" in capsys.readouterr().err
-
-
 # --- what is held out is not trained on ---
 
 
