@@ -38,6 +38,7 @@ class Sft:
     tokens: int  # of one epoch, padding not counted
     target_tokens: int  # of one epoch, those with weight 1
     digest: str  # the same digest is the same stream of rows
+    kept: list[str] = field(default_factory=list)  # where the examples come from
     valid: list[Row] = field(default_factory=list)  # the rows that choose, packed
 
 
@@ -147,7 +148,7 @@ def sft_rows(
         with bad:
             checked.append((where, messages(row, where, bad)))
     bad.rows = max(bad.rows, len(checked))  # tasks that no reader has counted
-    examples = []
+    examples, kept = [], []
     for (where, _), pair in zip(checked, encode_examples(checked, tokenizer, bad), strict=True):
         if not pair[0]:
             continue  # left out
@@ -155,6 +156,7 @@ def sft_rows(
             ids, weights = _fitting(pair, T, where, bad)
             sha.update(ids.tobytes() + b"|" + weights.tobytes())
             examples.append({"ids": ids[:-1], "targets": ids[1:], "weights": weights[1:].astype(np.float32)})
+            kept.append(where)
     if not examples:
         bad.settle()
         raise InputError("tuning data: no rows; at least one is wanted")
@@ -167,6 +169,7 @@ def sft_rows(
         tokens=sum(len(example["ids"]) for example in examples),
         target_tokens=int(sum(example["weights"].sum() for example in examples)),
         digest=sha.hexdigest(),
+        kept=kept,
     )
 
 
