@@ -33,6 +33,7 @@ class Sft:
     tokens: int  # of one epoch, padding not counted
     target_tokens: int  # of one epoch, those with weight 1
     digest: str  # the same digest is the same stream of rows
+    kept: list[str] = field(default_factory=list)  # where the examples come from
     valid: list[Row] = field(default_factory=list)  # the rows that choose, packed
 
 
@@ -115,7 +116,7 @@ def sft_rows(
             check_expressible(chat, tokenizer, where)
             checked.append((where, chat))
     bad.rows = max(bad.rows, len(checked))  # tasks that no reader has counted
-    examples = []
+    examples, kept = [], []
     for (where, chat), pair in zip(checked, encode_examples(checked, tokenizer, bad), strict=True):
         if not pair[0]:
             continue  # left out
@@ -125,6 +126,7 @@ def sft_rows(
             if chat.tools or chat.variables:  # a template may write some of these into prompts alone
                 sha.update(json.dumps([chat.tools, chat.variables], sort_keys=True).encode())
             examples.append({"ids": ids[:-1], "targets": ids[1:], "weights": weights[1:].astype(np.float32)})
+            kept.append(where)
     if not examples:
         bad.settle()
         raise InputError("tuning data: no rows; at least one is wanted")
@@ -137,6 +139,7 @@ def sft_rows(
         tokens=sum(len(example["ids"]) for example in examples),
         target_tokens=int(sum(example["weights"].sum() for example in examples)),
         digest=sha.hexdigest(),
+        kept=kept,
     )
 
 

@@ -163,6 +163,7 @@ LONG = [json.dumps({"prompt": f"t {n}", "completion": "b " * n}).encode() for n 
 def test_rows_that_judge_are_checked_before_the_first_step(tok, tmp_path, capsys):
     """A file given with --data.test: prompt and longest answer must fit the context of 64, under the same policy."""
     path, test = write(tmp_path / "rows.jsonl", good(96)), write(tmp_path / "test.jsonl", LONG)
+    other = write(tmp_path / "other.jsonl", LONG[3:])
 
     def tuned(policy, cap, **files):
         data = Data(task=str(path), T=32, held_out=0, bad=policy, bad_cap=cap, **files)
@@ -179,6 +180,10 @@ def test_rows_that_judge_are_checked_before_the_first_step(tok, tmp_path, capsys
     task, sft = tuned("skip", 0.01, valid=str(test))
     assert len(task.valid) == 3
     assert sft.valid
+    both, _ = tuned("skip", 0.01, valid=str(test), test=str(other))
+    assert [row["prompt"] for row in both.valid] == ["t 1", "t 2"], "no row that judges, and none that does not fit"
+    capsys.readouterr()
+    tuned("skip", 0.01, valid=str(test))
     assert "1 of 100 rows left out, 0 repaired" in capsys.readouterr().err, "once, though it is read for two things"
     write(test, LONG[2:3])
     said(lambda: tuned("skip", 1.0, test=str(test)), "none of the 1 rows that judge can be used", f"{test}:1")

@@ -74,6 +74,22 @@ def test_16_lanes_are_their_own_runs(run, tmp_path):
     assert all((Path(run.out) / name).exists() for name in ("table.md", "curves.png", "heat.png"))
 
 
+def test_rows_are_checked_before_anything_is_written(run, tmp_path):
+    """Validation rows as training rows; a score, or halving, of no row is refused."""
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "word " * 60}]
+    (tmp_path / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bad = dataclasses.replace(run.data, valid=str(tmp_path / "valid.jsonl"))
+    none, over = dataclasses.replace(run.data, held_out=0), ("optim.lr=1e-3,2e-3",)
+    cases = (
+        (bad, {}, "valid.jsonl:2: "),
+        (none, {"score": 2}, "--score 2: the task"),
+        (none, {"halve": 2}, "--halve: the"),
+    )
+    for data, plan, words in cases:
+        said(lambda data=data, plan=plan: execute(Sweep(dataclasses.replace(run, data=data), over, **plan)), words)
+        assert not Path(run.out).exists()
+
+
 def test_a_lane_that_diverges_stops_alone(run, tmp_path, capsys):
     """The others are bit for bit what they are without it; it saves nothing more."""
     for name, rate in (("well", "3e-3"), ("ill", "1e38")):

@@ -139,8 +139,6 @@ class Run(Checked):
         for word in filter(None, self.accept.split(",")):
             if word not in ACCEPT:
                 raise InputError(f"--accept {word}{close(word, ACCEPT)}: wanted {', '.join(ACCEPT)}, commas between")
-        if self.phase == "pretrain" and (self.data.valid or self.data.test):
-            raise InputError("--data.valid and --data.test are files of examples for fine-tuning; drop them")
         if self.quantize and self.phase == "pretrain":
             raise InputError(f"--quantize {self.quantize}: of a frozen base; pretraining has none")
         if self.data.batch % self.accumulate:

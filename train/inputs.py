@@ -96,7 +96,8 @@ def tuning_rows(
     sft = sft_rows(pairs, tokenizer, data.T, seed, data.pack, bad)
     if task.valid:
         valid = sft_rows(task.pairs("valid"), tokenizer, data.T, 0, data.pack, bad)
-        sft = dataclasses.replace(sft, valid=valid.rows)
+        sft, kept = dataclasses.replace(sft, valid=valid.rows), set(valid.kept)
+        task = dataclasses.replace(task, valid=[row for where, row in task.pairs("valid") if where in kept])
     if data.valid or data.test:  # so that a run goes on with no others
         judges = [[row["prompt"], row["completion"]] for row in task.valid + task.test]
         digest = hashlib.sha256(json.dumps([sft.digest, judges]).encode()).hexdigest()

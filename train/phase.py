@@ -55,6 +55,8 @@ def prepare(run: Run, mesh: Any, work: Path) -> Phase:
 def _pretraining(run: Run, mesh: Any, work: Path) -> Phase:
     if run.model is None:
         raise InputError("pretraining needs an architecture: take a recipe that has one, or set --model")
+    if run.data.valid or run.data.test:
+        raise InputError("--data.valid and --data.test are files of examples for fine-tuning; drop them")
     if run.steps < 1:
         raise InputError(f"--steps {run.steps}: pretraining wants 1 or more")
     check_lengths(run.data, run.model.context)

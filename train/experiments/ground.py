@@ -57,10 +57,10 @@ class Ground:
 
     def rows(self, run: Run) -> Any:
         """(task, packed training rows, packed validation rows)."""
-        base = self.base(run)
         data = dataclasses.replace(run.data, batch=1)
         key = (run.base, to_json(Run(data=data, seed=run.seed)))
         if key not in self._rows:
+            base = self.base(run)
             check_lengths(run.data, base.config.context)
             task, sft = tuning_rows(run.data, run.seed, base.tokenizer, base.config.V)
             if not self._rows:
@@ -73,8 +73,9 @@ class Ground:
         cannot be answered. InputError where there is none."""
         key = (run.base, to_json(Run(data=run.data)), n)
         if key not in self._asked:
-            base, bad = self.base(run), Bad(run.data.bad, run.data.bad_cap)
-            kept = answerable(self.rows(run)[0].valid, base.tokenizer, base.config, 0, bad)
+            base, bad, rows = self.base(run), Bad(run.data.bad, 1.0), self.rows(run)[0].valid
+            bad.rows = len(rows)
+            kept = answerable(rows, base.tokenizer, base.config, 0, bad)
             say(bad)
             if not kept:
                 raise InputError(f"--score {n}: the task has no validation rows to answer; drop the flag, or give "

@@ -42,8 +42,10 @@ class Work:
         if sweep.halve and not all(ground.rows(cell.run)[2] for cell in made):
             raise InputError("--halve: the task has no validation rows, so that nothing says which cells are the best; "
                              "drop the flag, or give --data.valid FILE")  # fmt: skip
-        for cell in made if sweep.score else ():
-            ground.asked(cell.run, sweep.score)
+        for cell in made:  # a bad row is said before anything is written
+            ground.rows(cell.run)
+            if sweep.score:
+                ground.asked(cell.run, sweep.score)
         announce(self.groups, apart, len(made))
 
     def go(self) -> None:
