@@ -13,6 +13,7 @@ from rich.text import Text
 from .. import InputError, peft
 from ..data.sft import render_prompt
 from ..data.sources import documents, text_of
+from ..data.tasks import tasks
 from ..data.tokenizer import train_tokenizer
 from ..model import Sampling, generate, presets, shapes_of
 from ..peft import Subset, masks
@@ -48,7 +49,8 @@ class Eval:
         got = load_run(self.folder, base=self.base, verify=self.verify)
         data = dataclasses.replace(
             got.run.data, task=self.task or got.run.data.task, root=self.root or got.run.data.root,
-            columns=self.columns or got.run.data.columns, ignore=self.ignore or got.run.data.ignore,
+            columns=self.columns or (() if self.task in tasks else got.run.data.columns),
+            ignore=self.ignore or (() if self.task in tasks else got.run.data.ignore),
         )  # fmt: skip
         args, found = got.bound, {}
         if got.held_out:
