@@ -129,7 +129,8 @@ def _check_content(special: re.Pattern, where: str, chat: Chat) -> None:
 def _check_read(tokenizer: Tokenizer, chats: Chats) -> None:
     """InputError for tools, calls, thoughts, names or variables that the template takes no notice of.
 
-    That is where its source never names them and the first dialogue that has them renders the same without them.
+    That is where its source never names them and the first dialogue that has them renders the same without them. A
+    `name` is one of calls and tools too, so that its being named says nothing.
     """
     first: dict[str, tuple[str, Chat]] = {}
     for where, chat in chats:
@@ -137,8 +138,10 @@ def _check_read(tokenizer: Tokenizer, chats: Chats) -> None:
     if not first:
         return
     named = _named(json.dumps(_header(tokenizer)))
+    if named is None:  # it does not compile, which rendering says
+        return
     for name, (where, chat) in first.items():
-        if named is not None and name not in named and _same_without(tokenizer, where, chat, name):
+        if (name == "name" or name not in named) and _same_without(tokenizer, where, chat, name):
             file = tokenizer.template_file or "of the tokenizer"
             raise InputError(
                 f"{where}: the chat template {file} takes no notice of {name!r}, so nothing would be learnt of it; "
@@ -148,7 +151,7 @@ def _check_read(tokenizer: Tokenizer, chats: Chats) -> None:
 
 @functools.lru_cache(maxsize=8)
 def _named(header: str) -> list[str] | None:
-    """All that the source of a template names; None if it does not compile, which rendering says."""
+    """All that the source of a template names; None if it does not compile."""
     replies, _ = _exchange([header], wall=60)
     return replies[0].get("names") if replies else None
 

@@ -15,6 +15,7 @@ from graftax.data.columns import Columns, chat_of
 from graftax.data.sft import encode_example, encode_examples, render_prompt, render_prompts, sft_rows
 from graftax.data.tasks import row_of
 from graftax.data.tokenizer import load_tokenizer, train_tokenizer
+from graftax.train.choices import chat_tails
 from graftax.train.evaluate import as_written, longest_answer
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizers"  # made by make_tokenizers.py with transformers
@@ -216,6 +217,11 @@ def test_what_a_template_reads_under_no_name_counts(qwen):
     assert '"name": "bob"' in prompt[0].text
 
 
+def test_the_name_of_a_call_is_not_that_of_a_sender(caller):
+    with pytest.raises(InputError, match=r"^f:1: the chat template .* takes no notice of 'name'"):
+        render_prompts([("f:1", chat_of({"messages": [ASK[0] | {"name": "bob"}, ASK[1]]}, "f:1"))], caller)
+
+
 def test_the_text_of_a_special_token_in_tools_is_refused(caller):
     tools = [ADD | {"description": "<|im_end|>"}]
     with pytest.raises(InputError, match=r"^f:1: tools holds '<\|im_end\|>'"):
@@ -230,6 +236,7 @@ def test_a_reply_is_judged_by_all_that_it_says(caller):
     think = "<think>\n\n</think>\n\n"
     assert [row["completion"] for row in rows] == [CALL.removesuffix("<|im_end|>"), "it is 2", "because"]
     counts = [longest_answer([row], caller) for row in rows]
+    assert [len(chat_tails(caller, row, [row["completion"]])[0]) for row in rows] == counts
     assert counts == [len(caller.encode_marked([t], False)[0].ids) for t in (
         CALL, f"{think}it is 2<|im_end|>", f"{think}because<|im_end|>")]  # fmt: skip
 

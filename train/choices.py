@@ -117,7 +117,8 @@ def _row(prompt: Sequence[int], tails: Sequence[Sequence[int]], T: int) -> dict[
 def chat_tails(tokenizer: Any, row: dict[str, Any], answers: Sequence[str]) -> list[list[int]]:
     """The ids of answers, and of what ends them, behind a row's rendered prompt. InputError for a template that does
     not go on as it began."""
-    chats = [("a choice", chat_of(row, "a row with choices").answered(text)) for text in answers]
+    own = chat_of(row, "a row with choices")  # its reply may be more than text
+    chats = [("a choice", own if text == row.get("completion") else own.answered(text)) for text in answers]
     prompt, tails = render_prompts(chats[:1], tokenizer)[0], []
     for ids, weights in encode_examples(chats, tokenizer):
         if list(ids[: len(prompt)]) != list(prompt):

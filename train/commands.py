@@ -68,8 +68,9 @@ class Eval(Checked):
     def judged_by(self, got: Loaded) -> Task:
         """All rows of a file, the test of a named task, or the rows that the run itself was judged by."""
         data = dataclasses.replace(
-            got.run.data, root=self.root or got.run.data.root, columns=self.columns or got.run.data.columns,
-            ignore=self.ignore or got.run.data.ignore,
+            got.run.data, root=self.root or got.run.data.root,
+            columns=self.columns or (() if self.task in tasks else got.run.data.columns),
+            ignore=self.ignore or (() if self.task in tasks else got.run.data.ignore),
         )  # fmt: skip
         bad, file = Bad(data.bad, data.bad_cap), self.task or data.test
         if not file or file in tasks:

@@ -156,6 +156,10 @@ def seeds(name: str) -> list[bytes]:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         rows = [{"text": "a", "prompt": "a", "completion": "b"}, {"messages": turns}]
         rows += [{"prompt": turns, "completion": "c"}, {"instruction": "a", "input": "b", "output": "c"}]
+        call = {"role": "assistant", "weight": 1, "tool_calls": [{"name": "f", "arguments": '{"x": 1}'}]}
+        rows += [{"messages": [*turns, call], "tools": [{"name": "f"}], "chat_template_kwargs": {"x": 1}}]
+        sent = [{"from": "human", "value": "a"}, {"from": "function_call", "value": '{"name": "f", "arguments": {}}'}]
+        rows += [{"conversations": sent, "system": "s"}, {"prompt": "a", "completion": "b", "history": [["c", "d"]]}]
         return [b"\n".join(json.dumps(row).encode() for row in rows), json.dumps(rows).encode(), b"text,b\na,b\n"]
     if name == "config":
         run = Run(model=hf.load(GOLDEN / "peft" / "llama")[0], data=Data(domains=(("a", "b", 1.0),)), optim=Optim())

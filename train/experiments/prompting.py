@@ -11,7 +11,7 @@ import numpy as np
 from ... import InputError
 from ...model import Context
 from ..choices import continuation_losses, pair_scores, readings
-from ..evaluate import evenly, replies
+from ..evaluate import as_written, evenly, replies
 from ..progress import console
 from ..stop import Stop
 from .exam import BATCH, Exam
@@ -32,7 +32,7 @@ class Prompting:
     def __init__(self, plan: Any, exam: Exam, ground: Ground, ledger: Ledger, stop: Stop):
         self.plan, self.exam, self.ledger, self.stop = plan, exam, ledger, stop
         self.model, self.params = ground.model(plan.run)
-        base, self.train = ground.base(plan.run), exam.task.train
+        base, self.train = ground.base(plan.run), as_written(exam.task.train, exam.tokenizer)
         self.parameters = sum(x.size for x in jax.tree.leaves(self.params))
         self.k = min(plan.shots, len(self.train))
         # Text longer than the rows that it was trained on is nothing a base can read, whatever its positions allow.
