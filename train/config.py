@@ -40,7 +40,7 @@ class Optim:
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
-    decay_where: str = ""  # rule over the trainable tree; empty: every matrix, no vector
+    decay_where: str = ""  # rule over the trainable tree; empty: matrices, but no prompt, prefix or rotation
     clip: float = 1.0  # global norm of the gradient; 0 is off
     spike: float = 0.0  # leave out steps whose loss is so many deviations above the last 128 (6 is usual); 0 is off
     groups: tuple[tuple[str, float], ...] = ()  # rules over the trainable tree -> factor of the learning rate
