@@ -1,6 +1,7 @@
 """A method: what trains, as a pytree of its own, and how it is put together with the frozen base."""
 
 import dataclasses
+import re
 import zlib
 from typing import Any, ClassVar, Self, dataclass_transform
 
@@ -27,6 +28,7 @@ class Method:
     identity: ClassVar[bool] = True  # logits right after init equal the base's
     rate: ClassVar[float] = 5.0  # the learning rate to begin a search at, over full fine-tuning's
     demo: ClassVar[bool] = True  # whether `graftax demo` shows it
+    decayed: ClassVar[str] = ".*"  # rule: the arrays of two or more axes that weight decay shrinks by default
     replaces: ClassVar[bool] = False  # its arrays stand where the base's were; nothing may have wrapped those before
 
     def __init_subclass__(cls) -> None:
@@ -59,6 +61,14 @@ class Method:
     def noisy(self, params: Any, trainable: Any, key: Array) -> dict[str, Any]:
         """`bind` as it is in training, where it may draw (dropout)."""
         return self.bind(params, trainable)
+
+    def decays(self, path: str) -> bool:
+        """Whether weight decay shrinks an array of two or more axes in a layer, if `Optim.decay_where` does not say.
+
+        It does where 0 leaves the base as it is (an update, as LoRA's) or is where such arrays are drawn around (a
+        matrix). It does not where the size is a coordinate, of a hidden state or an angle.
+        """
+        return bool(re.fullmatch(self.decayed, path))
 
     def penalty(self, trainable: Any) -> Any:
         """What training adds to the mean loss."""
@@ -171,6 +181,10 @@ class Chain(Method):
             self.check(method, trainable[name], before, named(params))
             params = method.noisy(params, trainable[name], jax.random.fold_in(key, i))
         return params
+
+    def decays(self, path: str) -> bool:
+        branch, _, rest = path.partition("/")
+        return dict(self.methods)[branch].decays(rest)
 
     def penalty(self, trainable: Any) -> Any:
         return sum(method.penalty(trainable[name]) for name, method in self.methods)

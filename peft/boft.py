@@ -52,9 +52,13 @@ class BOFTWeight(Weight):
 
 
 class BOFT(Method):
-    """s * (W behind `factors` rotations of x by blocks), all the identity and s = 1 at first (arXiv:2311.06243)."""
+    """s * (W behind `factors` rotations of x by blocks), all the identity and s = 1 at first (arXiv:2311.06243).
+
+    No weight decay: R is an angle, and any rotation keeps the lengths that decay would limit.
+    """
 
     demo = False
+    decayed = ""
 
     block: Count = 4  # the size of a block
     factors: Count = 1  # of the butterfly

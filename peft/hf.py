@@ -15,7 +15,7 @@ from ..model.hf_files import empty, header, read_json
 from ..model.pattern import patterns_of
 from .base import Method
 from .hf_build import build
-from .hf_constants import ask, constants, held, joined, parted, remember, remembered
+from .hf_constants import ask, constants, held, joined, parted, remember
 from .hf_entries import entries, filled, kind_of
 from .hf_types import complete
 from .hf_write import config_of, plain
@@ -65,11 +65,11 @@ def save(
     id `owner/name@revision` the revision is written under its own key.
 
     The file has the tables beside an adapted one too, as HF's has: those of the base's `params`, or without them those
-    of the file that `load` took the method from. Raises InputError for a method that HF PEFT does not have; nothing is
-    left then.
+    of the file that `load` took the method from. Raises InputError for a method that HF PEFT does not have, and where
+    the tables are in neither of the two (`dataclasses.replace` drops a file's); nothing is left then.
     """
     folder, whole = empty(folder), config_of(method, trainable, config, base)
-    tensors = remembered(method) | named_tensors(config, method, trainable)
+    tensors = named_tensors(config, method, trainable)
     method, trainable = plain(method, trainable, config)
     tensors |= held(method, trainable, config, entries(method, trainable, config), params)
     from safetensors.numpy import save as packed  # its save_file makes files that only their owner can read

@@ -87,7 +87,7 @@ def constants(
 
 def remember(method: Method, tables: Tensors) -> None:
     """Keep a file's copies of the base's tables with the method made of it: they are none of its fields, and a run
-    does not store them, but `save` without the base writes them again."""
+    does not store them, nor does `dataclasses.replace` copy them, but `save` without the base writes them again."""
     if tables:
         object.__setattr__(method, "_tables", tables)
 
@@ -158,8 +158,9 @@ def left_out(part: Any) -> bool:
 
 
 def held(method: Method, trainable: Any, config: Config, found: list[Entry], params: Any) -> Tensors:
-    """The constants that a file has besides what trains, to be written."""
-    tensors: Tensors = {}
+    """The constants that a file has besides what trains, to be written. InputError if a table is neither in `params`
+    nor remembered."""
+    tensors = remembered(method)
     for branch, part in parts(method):
         tree = trainable[branch] if branch else trainable
         shapes = shapes_like(config, tree)
@@ -177,10 +178,10 @@ def held(method: Method, trainable: Any, config: Config, found: list[Entry], par
                 copies = {e.name.rsplit(".", 1)[0] for e in own} if module is randlora else ()
                 tensors |= {f"{copy}.{name}": tensors[ROOT + name] for copy in copies}
     lessened = any(type(part).__name__ in ("PiSSA", "OLoRA") for _, part in parts(method))  # HF has the residual there
-    return tensors if params is None or lessened else tensors | _untouched(found, config, params)
+    return tensors if lessened else tensors | _untouched(found, config, params, tensors)
 
 
-def _untouched(found: list[Entry], config: Config, params: Any) -> Tensors:
+def _untouched(found: list[Entry], config: Config, params: Any, known: Tensors) -> Tensors:
     """The tables below an adapted `embed_tokens` or `lm_head`, and beside it, which HF PEFT saves as they are."""
     mods: dict[str, Module] = modules(config)
     named_so = {m: at for m, at in mods.items() if m.split(".")[-1] in ("embed_tokens", "lm_head")}
@@ -189,6 +190,12 @@ def _untouched(found: list[Entry], config: Config, params: Any) -> Tensors:
     }
     touched = [m for m, names in own.items() if set(names) - {"weight", "bias"}]
     if any(e.name.endswith("trainable_tokens_delta") for e in found):
+        return {}
+    if params is None:
+        if lost := [m for m in touched if f"{PREFIX}{m}.base_layer.weight" not in known]:
+            path = named_so[lost[0]].path
+            raise InputError(f"the file of an adapter of {lost[0]} has the base's {path} in it, which this method was "
+                             "not loaded with; give save(..., params=) the base")  # fmt: skip
         return {}
     flat = named(params)
     arrays = {m: np.asarray(flat[named_so[m].path], np.float32) for m in touched}

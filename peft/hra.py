@@ -45,9 +45,13 @@ class HRAWeight(Weight):
 
 
 class HRA(Method):
-    """W turned by `rank` reflections, which undo each other in pairs at first (arXiv:2405.17484)."""
+    """W turned by `rank` reflections, which undo each other in pairs at first (arXiv:2405.17484).
+
+    No weight decay: H = I - 2 u u^T / |u|^2 does not depend on the length of u.
+    """
 
     demo = False
+    decayed = ""
 
     rank: Size = 8  # even, or what begins is not the base
     where: str = "linear"

@@ -25,9 +25,13 @@ class GatedPrompt(Weight):
 
 
 class LLaMAAdapter(Method):
-    """o(attn(x) + gate softmax(q k(prompt)^T) v(prompt)), prompt N(0, 1), gate 0 at init (arXiv:2303.16199)."""
+    """o(attn(x) + gate softmax(q k(prompt)^T) v(prompt)), prompt N(0, 1), gate 0 at init (arXiv:2303.16199).
+
+    No weight decay: the prompt holds states; the gate says how much of them is added.
+    """
 
     rate = 100.0
+    decayed = ""
     demo = False
 
     tokens: Size = 10

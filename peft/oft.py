@@ -49,9 +49,13 @@ def nearest_divisor(n: int, b: int) -> int:
 
 
 class OFT(Method):
-    """W behind a blockwise rotation of x, by I + 2Q + 2Q^2 + ... of skew blocks Q = 0 at first (arXiv:2306.07280)."""
+    """W behind a blockwise rotation of x, by I + 2Q + 2Q^2 + ... of skew blocks Q = 0 at first (arXiv:2306.07280).
+
+    No weight decay: Q is an angle, and any rotation keeps the lengths that decay would limit.
+    """
 
     demo = False
+    decayed = ""
 
     block: int = 32  # the size of a block, or
     blocks: int = 0  # how many; of the two the other is 0

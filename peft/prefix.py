@@ -13,10 +13,14 @@ from .targets import Target, each_layer, layer_keys, targets
 
 
 class Prefix(Method):
-    """attention over [past_k; k], [past_v; v], with P = tokens learned positions a layer (arXiv:2101.00190)."""
+    """attention over [past_k; k], [past_v; v], with P = tokens learned positions a layer (arXiv:2101.00190).
+
+    No weight decay: keys and values are states; a key of 0 is not unseen but takes part in the softmax with exp(0).
+    """
 
     identity = False
     rate = 100.0
+    decayed = ""
 
     tokens: Size = 20
     std: float = 0.02

@@ -13,10 +13,14 @@ from .prefix import past
 
 
 class PrefixMLP(Method):
-    """attention over [past_k; k], [past_v; v], past = tanh(prompt W1 + b1) W2 + b2 of all layers (arXiv:2101.00190)."""
+    """attention over [past_k; k], [past_v; v], past = tanh(prompt W1 + b1) W2 + b2 of all layers (arXiv:2101.00190).
+
+    Weight decay shrinks W1 and W2, not the prompt, which is a state.
+    """
 
     identity = False
     rate = 10.0
+    decayed = r".*/w\d"
     demo = False
 
     tokens: Size = 20

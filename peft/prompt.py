@@ -32,10 +32,14 @@ class PromptTable(Weight):
 
 
 class Prompt(Method):
-    """[prompt; embed(ids)] with P = tokens rows that start as rows of the vocabulary (arXiv:2104.08691)."""
+    """[prompt; embed(ids)] with P = tokens rows that start as rows of the vocabulary (arXiv:2104.08691).
+
+    No weight decay: a row is a hidden state, and a norm follows, so that 0 is no simpler a prompt (the paper has 1e-5).
+    """
 
     identity = False
     rate = 100.0
+    decayed = ""
 
     tokens: Size = 20
     init_from: Literal["vocab", "random", "ids"] = "vocab"  # drawn rows of the table, N(0, 1), or those of `ids`

@@ -14,10 +14,14 @@ from .prompt import PromptTable
 
 
 class PTuning(Method):
-    """[mlp(prompt); embed(ids)], prompt N(0, 1), mlp D -> hidden -> hidden -> D with ReLU (arXiv:2103.10385)."""
+    """[mlp(prompt); embed(ids)], prompt N(0, 1), mlp D -> hidden -> hidden -> D with ReLU (arXiv:2103.10385).
+
+    Weight decay shrinks the matrices of the mlp, not the prompt, which is a state.
+    """
 
     identity = False
     rate = 10.0
+    decayed = r".*/w\d"
     demo = False
 
     tokens: Size = 20

@@ -36,9 +36,13 @@ class RandLoRAWeight(Weight):
 
 
 class RandLoRA(Method):
-    """W + (alpha / rank) sum_j B_j diag(lam_j) A diag(gamma_j), A, B_j random, lam = 0 at first (arXiv:2502.00987)."""
+    """W + (alpha / rank) sum_j B_j diag(lam_j) A diag(gamma_j), A, B_j random, lam = 0 at first (arXiv:2502.00987).
+
+    No weight decay: lam and gamma are scales of fixed directions, as VeRA's vectors are.
+    """
 
     demo = False
+    decayed = ""
 
     rank: Size = 32  # of each of n = ceil(min(D, F) / rank) products
     alpha: Real = 640.0

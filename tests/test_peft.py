@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from graftax import InputError, peft
 from graftax.model import presets
-from graftax.model.tree import named
+from graftax.model.tree import named, paths
 from graftax.peft import (
     HRA,
     IA3,
@@ -32,7 +32,7 @@ from graftax.peft.lora import LoRAWeight
 from graftax.peft.pissa import principal
 from graftax.train.added_tokens import trained
 from graftax.train.config import Optim, Run
-from graftax.train.optim import make_optimizer
+from graftax.train.optim import decay_mask, make_optimizer
 from graftax.train.phase import resolve_method
 from graftax.train.program import start
 from graftax.train.step import init_state, make_loss
@@ -214,6 +214,21 @@ def test_b_learns_faster_in_lora_plus(base):
         moved[type(method)] = jax.tree.map(lambda a, b: a - b, after, state.trainable)["layers/attn/q"]
     close(moved[LoRAPlus]["a"], moved[LoRA]["a"])
     close(moved[LoRAPlus]["b"], 8 * moved[LoRA]["b"])
+
+
+def test_weight_decay_shrinks_updates_and_no_prompt_or_rotation(base):
+    def shrunk(method, **optim):
+        shapes = jax.eval_shape(method.init, jax.random.key(0), base.params)
+        return {path.split("/")[-1] for path, on in paths(decay_mask(Optim(**optim), shapes, method)) if on}
+
+    prompts = (Prompt(tokens=2), Prefix(tokens=2), peft.LLaMAAdapter(tokens=2))
+    for method in (*prompts, peft.OFT(), peft.BOFT(), HRA(), peft.VeRA(rank=2), peft.RandLoRA(), IA3()):
+        assert not shrunk(method), type(method).__name__
+    assert shrunk(LoRA()) == shrunk(DoRA()) == shrunk(chain(Prompt(tokens=2), LoRA(rank=2))) == {"a", "b"}
+    assert shrunk(peft.PTuning(tokens=2)) == {"w1", "w2", "w3"}
+    assert shrunk(peft.PrefixMLP(tokens=2)) == {"w1", "w2"}
+    assert shrunk(Subset()) == {"table", *"qkvo", "gate", "up", "down"}
+    assert shrunk(Prompt(tokens=2), decay_where=".*") == {"prompt"}
 
 
 def test_dora_of_a_matrix_with_columns_of_zeros():

@@ -172,3 +172,15 @@ def test_what_hf_peft_has_no_file_for_is_refused(tmp_path):
         with pytest.raises(InputError, match=said):
             adapters.save(tmp_path / "no", config, method, trainable)
         assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("case", ["llama_lora_embed", "llama_lora_lm_head"])
+def test_a_changed_method_does_not_lose_the_tables_of_its_file(case, tmp_path):
+    config, _, params = base("llama")
+    method, trainable = adapters.load(GOLDEN / case, config, params)
+    other = dataclasses.replace(method, dropout=0.1)
+    with pytest.raises(InputError, match=r"has the base's (embed/table|head/matrix) in it, .* params="):
+        adapters.save(tmp_path / "a", config, other, trainable)
+    assert not (tmp_path / "a").exists()
+    adapters.save(tmp_path / "a", config, other, trainable, params=params)
+    assert set(load_file(tmp_path / "a" / FILE)) == set(load_file(GOLDEN / case / FILE))

@@ -46,7 +46,7 @@ class Optim(Checked):
     b2: Decay = 0.95
     eps: Annotated[float, Bounds(1e-30)] = 1e-8  # 0 would make 0 / 0 of a gradient of 0
     weight_decay: float = 0.1
-    decay_where: str = ""  # rule over the trainable tree; empty: every matrix, no vector
+    decay_where: str = ""  # rule over the trainable tree; empty: matrices, but no prompt, prefix or rotation
     clip: float = 1.0  # global norm of the gradient; 0 is off
     spike: float = 0.0  # leave out steps whose loss is so many deviations above the last 128 (6 is usual); 0 is off
     groups: tuple[tuple[str, float], ...] = ()  # rules over the trainable tree -> factor of the learning rate

@@ -57,10 +57,7 @@ def make_optimizer(
         scaled = optax.partition({"muon": muon, "adam": adam}, rule)
     else:
         scaled = adam
-    if optim.decay_where:
-        decay = _per_layer(match([(optim.decay_where, 1.0)], trainable, default=0.0, what="decay rule"), trainable)
-    else:
-        decay = _by_path(trainable, lambda path, leaf: float(_layer_ndim(path, leaf) >= 2))
+    decay = decay_mask(optim, trainable, method)
     return optax.chain(
         optax.clip_by_global_norm(optim.clip) if on(optim.clip) else optax.identity(),
         scaled,
@@ -69,6 +66,17 @@ def make_optimizer(
         optax.scale_by_learning_rate(schedule(optim, steps)),
         method.transform(steps) if method else optax.identity(),
     )
+
+
+def decay_mask(optim: Optim, trainable: Any, method: Method | None = None) -> Any:
+    """1.0 for each array that weight decay shrinks, else 0.0; an array [L, 1, ...] where its layers differ.
+
+    By `optim.decay_where`, or else for those of two or more axes in a layer of which the method says so.
+    """
+    if optim.decay_where:
+        return _per_layer(match([(optim.decay_where, 1.0)], trainable, default=0.0, what="decay rule"), trainable)
+    decays = method.decays if method else lambda path: True
+    return _by_path(trainable, lambda path, leaf: float(_layer_ndim(path, leaf) >= 2 and decays(path)))
 
 
 def labels(rules: Rules, trainable: Any) -> Any:
