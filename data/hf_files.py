@@ -1,7 +1,9 @@
 """What a Hugging Face folder says about its tokenizer: names of special tokens, added tokens, the chat template.
 
-transformers reads the same facts from several files of several ages; here each is looked for once, and a broken file
-is one line that names it.
+Several files of several ages may hold the same fact. The one that transformers 5 takes counts: the default template of
+additional_chat_templates/ before chat_template.jinja before tokenizer_config.json; tokenizer.json before the files of
+slow tokenizers; added_tokens_decoder before the flags in tokenizer.json, added_tokens.json and special_tokens_map.json;
+generation_config.json before config.json. A broken file is one line that names it.
 """
 
 import json
@@ -11,7 +13,7 @@ from typing import Any
 
 from .. import InputError
 
-CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
+CONFIG, GENERATION, TEMPLATE = "tokenizer_config.json", "generation_config.json", "chat_template.jinja"
 MAIN = ("tokenizer.json", "tokenizer.model", "vocab.json")  # the first one there is the tokenizer
 BESIDE = (CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
 FILES = (*MAIN, "merges.txt", *BESIDE, GENERATION)
@@ -56,21 +58,31 @@ def collect(path: Path, main: str) -> dict[str, bytes]:
             found[name] = (path / name).read_bytes()
         except OSError as e:
             raise InputError(f"{path / name}: cannot be read ({e.strerror})") from None
-    return _with_class(path, found)
+    if (template := path / "additional_chat_templates" / "default.jinja").is_file():
+        found[TEMPLATE] = template.read_bytes()
+    elif TEMPLATE not in found and any(template.parent.glob("*.jinja")) and _template(path, found)[0]:
+        raise InputError(
+            f"{template.parent}: because of its templates transformers does not read the one of {CONFIG}, and none of "
+            f"them is {template.name}; copy the one that is meant to {path / TEMPLATE}"
+        )
+    return _with_config(path, found)
 
 
-def _with_class(path: Path, files: dict[str, bytes]) -> dict[str, bytes]:
-    """GPT-2's files name neither class nor tokens: config.json does, and is no file of the tokenizer. Note it down."""
-    config = parse(path, files, CONFIG)
-    if config.get("tokenizer_class") or not (path / "config.json").is_file():
+def _with_config(path: Path, files: dict[str, bytes]) -> dict[str, bytes]:
+    """The files with what config.json alone says, which is no file of the tokenizer: the class of a GPT-2's, the ids
+    that end a text where there is no generation_config.json."""
+    if not (path / "config.json").is_file():
         return files
     try:
-        model_type = parse(path, {"config.json": (path / "config.json").read_bytes()}, "config.json").get("model_type")
+        model = parse(path, {"config.json": (path / "config.json").read_bytes()}, "config.json")
     except OSError as e:
         raise InputError(f"{path / 'config.json'}: cannot be read ({e.strerror})") from None
-    if not isinstance(model_type, str) or model_type not in _MODEL_TYPES:
-        return files
-    return files | {CONFIG: json.dumps(config | {"tokenizer_class": _MODEL_TYPES[model_type]}).encode()}
+    config, kind = parse(path, files, CONFIG), model.get("model_type")
+    if not config.get("tokenizer_class") and isinstance(kind, str) and kind in _MODEL_TYPES:
+        files = files | {CONFIG: json.dumps(config | {"tokenizer_class": _MODEL_TYPES[kind]}).encode()}
+    if GENERATION not in files and (ends := _ends(model, path / "config.json")):
+        files = files | {GENERATION: json.dumps({"eos_token_id": ends}).encode()}
+    return files
 
 
 def parse(path: Path, files: dict[str, bytes], name: str) -> dict[str, Any]:
@@ -96,7 +108,7 @@ def read_folder(path: Path, files: dict[str, bytes]) -> Folder:
     given = config | (parse(path, files, "special_tokens_map.json") if old else {})
     named = {k: _text(v) for k, v in (_DEFAULTS.get(kind, {}) | given).items() if k.endswith("_token")}
     names = {k: v for k, v in named.items() if v}
-    template, template_file = _template(path, files, config)
+    template, template_file = _template(path, files)
     return Folder(
         path=path,
         files=files,
@@ -106,7 +118,7 @@ def read_folder(path: Path, files: dict[str, bytes]) -> Folder:
         added=_added(path, files, given, set(names.values())),
         template=template,
         template_file=template_file,
-        ends=_ends(path, files),
+        ends=_ends(parse(path, files, GENERATION), path / GENERATION),
     )
 
 
@@ -135,22 +147,24 @@ def _added(path: Path, files: dict[str, bytes], given: dict[str, Any], named: se
     return dict(sorted(found.items()))
 
 
-def _template(path: Path, files: dict[str, bytes], config: dict[str, Any]) -> tuple[str, str]:
+def _template(path: Path, files: dict[str, bytes]) -> tuple[str, str]:
     """(the template, the file it is in); ("", "") if there is none."""
-    name = "chat_template.jinja"
+    name = TEMPLATE
     if name in files:
         try:
             return files[name].decode("utf-8"), str(path / name)
         except UnicodeDecodeError as e:
             raise InputError(f"{path / name}: not UTF-8 ({e})") from None
-    name, found = "chat_template.json", parse(path, files, "chat_template.json").get("chat_template")
+    processor = parse(path, files, "chat_template.json").get("chat_template")  # transformers' tokenizers do not read it
+    name, found = CONFIG, parse(path, files, CONFIG).get("chat_template")
     if found is None:
-        name, found = CONFIG, config.get("chat_template")
+        name, found = "chat_template.json", processor
     if isinstance(found, list):
-        by_name = {str(one.get("name")): one.get("template") for one in found if isinstance(one, dict)}
-        if "default" not in by_name:
-            raise InputError(f"{path / name}: chat templates {sorted(by_name)}; one named default is wanted")
-        found = by_name["default"]
+        found = {str(one.get("name")): one.get("template") for one in found if isinstance(one, dict)}
+    if isinstance(found, dict):
+        if "default" not in found:
+            raise InputError(f"{path / name}: chat templates {sorted(found)}; one named default is wanted")
+        found = found["default"]
     if found is None or found == "":
         return "", ""
     if not isinstance(found, str):
@@ -158,9 +172,10 @@ def _template(path: Path, files: dict[str, bytes], config: dict[str, Any]) -> tu
     return found, str(path / name)
 
 
-def _ends(path: Path, files: dict[str, bytes]) -> tuple[int, ...]:
-    found = parse(path, files, GENERATION).get("eos_token_id")
+def _ends(tree: dict[str, Any], where: Path) -> tuple[int, ...]:
+    """The ids that end a text by a generation_config.json, or a config.json."""
+    found = tree.get("eos_token_id")
     ends = [] if found is None else found if isinstance(found, list) else [found]
     if not all(type(i) is int for i in ends):
-        raise InputError(f"{path / GENERATION}: eos_token_id is {found!r}; an id or a list of ids is wanted")
+        raise InputError(f"{where}: eos_token_id is {found!r}; an id or a list of ids is wanted")
     return tuple(ends)

@@ -111,18 +111,15 @@ def append(data: bytes, new: dict[str, bool]) -> bytes:
 
 
 def for_transformers(tokenizer: Tokenizer) -> Tokenizer:
-    """A tokenizer in files that transformers reads: one of graftax's own becomes a tokenizer.json with graftax's chat
-    template; any other is that already. A literal U+2581 becomes a space. InputError if other ids would differ."""
+    """A tokenizer in files that transformers reads: one of graftax's own becomes a tokenizer.json; any other is that
+    already. A literal U+2581 becomes a space. InputError if other ids would differ."""
     if tokenizer.encode_marked is not None:
         return tokenizer
     from .hf_tokenizer import from_files
 
     model = convert(read_folder(Path(), {}), tokenizer.data)
     said = names(tokenizer.data, Path(tokenizer.file))
-    turns = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + eos_token }}{% endfor %}"
-    template = f"{{{{ bos_token }}}}{turns}{{% if add_generation_prompt %}}<|assistant|>{{% endif %}}"
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **said, "chat_template": template}
-    files = {CONFIG: json.dumps(config, indent=2).encode()}
+    files = {CONFIG: json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **said}, indent=2).encode()}
     made = from_files(Path(), "tokenizer.json", model.to_str(pretty=True).encode(), files)
     for text in ("a  b\n\tc 1234 \u00e9\u4e2d\U0001f600\x00 ", " x<|eos|>", "def f(x):\r\n    return x\n"):
         if made.encode(text) != tokenizer.encode(text):

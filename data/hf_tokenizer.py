@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import InputError
+from .default_template import default_template
 from .hf_files import Folder, parse, read_folder
 from .tokenizer import Tokenizer, wanted
 
@@ -18,6 +19,8 @@ from .tokenizer import Tokenizer, wanted
 _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+_FLAGS = ("special", "lstrip", "rstrip", "normalized", "single_word")
 
 
 def from_files(path: Path, main: str, data: bytes, files: dict[str, bytes]) -> Tokenizer:
@@ -48,7 +51,7 @@ def from_files(path: Path, main: str, data: bytes, files: dict[str, bytes]) -> T
         encode_batch=encode_batch,
         _decode=plain.decode,
         gaps=tuple(sorted(set(range(max(ids))) - ids)),
-        template=folder.template,
+        template=folder.template or default_template(special),
         template_file=folder.template_file,
         names={k: token for k, token in folder.names.items() if plain.token_to_id(token) is not None},
         ends=tuple(dict.fromkeys((eos, *folder.ends))),
@@ -103,7 +106,7 @@ def _build(folder: Folder, main: str, data: bytes) -> Any:
 def _base(folder: Folder, main: str, data: bytes) -> Any:
     """What the main file says, before the others."""
     if main == "tokenizer.json":
-        return _read(folder.path / main, data)
+        return _read(folder, data)
     if main == "vocab.json":
         return _byte_level(folder, data)
     from .hf_sentencepiece import convert
@@ -111,14 +114,24 @@ def _base(folder: Folder, main: str, data: bytes) -> Any:
     return convert(folder, data)
 
 
-def _read(path: Path, data: bytes) -> Any:
+def _read(folder: Folder, data: bytes) -> Any:
+    """A tokenizer.json, its added tokens with the flags that added_tokens_decoder gives them."""
     import tokenizers
 
+    path = folder.path / "tokenizer.json"
     try:
         model = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
     except Exception as e:  # the Rust side raises bare Exception
         reason = str(e).splitlines()[0]
         raise InputError(f"{path}: not a Hugging Face tokenizer.json ({reason})") from None
+    listed = folder.added if "added_tokens_decoder" in folder.config else {}
+    flags = {i: {k: v for k, v in token.items() if k in _FLAGS and isinstance(v, bool)} for i, token in listed.items()}
+    tokens = model.get_added_tokens_decoder()
+    if any(getattr(tokens[i], k) != v for i in flags.keys() & tokens.keys() for k, v in flags[i].items()):
+        state = json.loads(data)
+        state["added_tokens"] = [token | flags.get(token["id"], {}) for token in state["added_tokens"]]
+        data = json.dumps(state).encode()
+        model = tokenizers.Tokenizer.from_str(data.decode())
     special = {token.content for token in model.get_added_tokens_decoder().values() if token.special}
     if any(token in (found.value for found in model.model.tokenize(token)) for token in special):
         model = tokenizers.Tokenizer.from_str(_without_special(data, special))

@@ -40,8 +40,8 @@ class Tokenizer:
     encode_batch: Callable[[Sequence[str]], list[list[int]]] = field(repr=False, compare=False)
     _decode: Callable[[list[int]], str] = field(repr=False, compare=False)
     gaps: tuple[int, ...] = field(default=(), repr=False)  # ids below vocab_size that no token has
-    template: str = field(default="", repr=False)  # of chats, in jinja2
-    template_file: str = field(default="", compare=False)
+    template: str = field(default="", repr=False)  # of chats, in jinja2; graftax's own where the files have none
+    template_file: str = field(default="", compare=False)  # which it was read from; empty: it is graftax's own
     names: dict[str, str] = field(default_factory=dict)  # {"eos_token": "</s>", ...}: what a template may write
     date: str = ""  # that a template may write, as 2026-11-29; empty: today's
     ends: tuple[int, ...] = ()  # eos, and what generation_config.json adds

@@ -45,7 +45,7 @@ def _config(kind: str, family: Family, full: Mapping[str, Any], where: str) -> C
     fields["windows"] = _windows(family, full, fields["L"], where)
     if "rope" not in family.fixed:
         fields |= ropes_from_hf(kind, full, fields, where)
-    dtype = str(full.get("torch_dtype") or full.get("dtype") or "float32").removeprefix("torch.")
+    dtype = str(full.get("dtype") or full.get("torch_dtype") or "float32").removeprefix("torch.")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise InputError(f"{where}: dtype {dtype!r}; float32, bfloat16 or float16 is wanted")
     return Config(**fields, param_dtype=dtype, dtype=dtype)

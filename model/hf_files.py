@@ -18,6 +18,7 @@ DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.b
 CARRIED = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
            "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
            "generation_config.json")  # fmt: skip
+TEMPLATES = ("additional_chat_templates/*.jinja",)
 HUB_ID = r"[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?"
 _CHUNK = 4 << 20  # bytes read at once
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -116,9 +117,10 @@ def fetch(name: str) -> Path:
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=list(files), **args))
 
     try:
-        found = get("config.json", "model.safetensors.index.json", *CARRIED)
+        found = get("config.json", "model.safetensors", "model.safetensors.index.json", *CARRIED, *TEMPLATES)
         listed = found / "model.safetensors.index.json"
-        get(*(shards(listed) if listed.is_file() else ["model.safetensors"]))
+        if listed.is_file() and not (found / "model.safetensors").is_file():
+            get(*shards(listed))
         if not any(found.glob("*.safetensors")):
             held = huggingface_hub.list_repo_files(repo, revision=revision, token=token)
             raise InputError(_nothing(name, held))
@@ -153,12 +155,15 @@ def empty(folder: str | Path) -> Path:
 
 
 def index(folder: Path) -> dict[str, Tensor]:
-    """{name: Tensor} of a folder's safetensors. InputError for a pickle, a missing or damaged shard, a bad index."""
-    listed = folder / "model.safetensors.index.json"
+    """{name: Tensor} of a folder's safetensors: of the one file, or without it of those of the index, as transformers.
+
+    InputError for a pickle, a missing or damaged shard, a bad index.
+    """
+    listed, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if whole.is_file():
+        return header(whole)
     if not listed.is_file():
-        if not (folder / "model.safetensors").is_file():
-            raise InputError(_nothing(folder, sorted(p.name for p in folder.iterdir())))
-        return header(folder / "model.safetensors")
+        raise InputError(_nothing(folder, sorted(p.name for p in folder.iterdir())))
     found: dict[str, Tensor] = {}
     names, where = shards(listed), read_json(listed)["weight_map"]
     for name in names:

@@ -6,13 +6,16 @@ import random
 import shutil
 from pathlib import Path
 
+import jinja2
 import pytest
 import sentencepiece
 import tokenizers
 from graftax import InputError
 from graftax.data.added_tokens import add_special, add_tokens
-from graftax.data.sft import encode_example
+from graftax.data.default_template import default_template
+from graftax.data.sft import encode_example, render_prompt
 from graftax.data.tokenizer import SPECIAL, load_tokenizer, train_tokenizer
+from graftax.train.tokenizer_files import write_tokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 WORDS = ["".join(random.Random(n).choices("abcdefghij", k=6)) for n in range(200)]
@@ -203,7 +206,8 @@ def test_what_a_folder_says(tmp_path):
     assert (tok.bos, tok.eos, tok.template) == (384, 384, "{{ 1 }}")
     edit(config, chat_template=..., tokenizer_class="GPT2TokenizerFast")
     (folder / "chat_template.jinja").unlink()
-    assert load_tokenizer(folder).template == ""
+    tok = load_tokenizer(folder)
+    assert (tok.template, tok.template_file) == (default_template(tok.special), "")
 
 
 def test_gpt2_is_named_by_config_json_alone(tmp_path):
@@ -266,6 +270,120 @@ def test_an_added_token_is_made_of_its_text(name, tmp_path):
     assert add_tokens(more, ["<|tool|>"]) == (more, {"<|tool|>": new})
     with pytest.raises(InputError, match="already an ordinary piece"):
         add_tokens(tok, ["a"])
+
+
+@pytest.mark.parametrize("name", ["llama2_json", "qwen"])
+def test_the_default_chat_format_is_written_as_it_was_trained(name, tmp_path):
+    """For a tokenizer without a template, as jinja2 and tokenizers, which transformers uses, render it."""
+    folder = shutil.copytree(GOLDEN / name, tmp_path / name)
+    edit(folder / "tokenizer_config.json", chat_template=...)
+    for file in ("chat_template.jinja", "chat_template.json", "generation_config.json"):
+        (folder / file).unlink(missing_ok=True)
+    tok, out = load_tokenizer(folder), tmp_path / "out"
+    out.mkdir()
+    write_tokenizer(out, tok, chat=True)
+    turns = [
+        {"role": role, "content": text} for role, text in (("user", "\na  b"), ("assistant", " c\n"), ("user", "d"))
+    ]
+    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(
+        (out / "chat_template.jinja").read_text()
+    )
+    model = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json"))
+    for chat, asked, ids in (
+        (turns[:2], False, encode_example(turns[:2], tok)[0]),
+        (turns, True, render_prompt(turns, tok)),
+    ):
+        text = template.render(messages=chat, add_generation_prompt=asked, **tok.names)
+        assert model.encode(text, add_special_tokens=False).ids == ids
+    both = encode_example(turns[:2], tok)
+    assert encode_example(turns[:2], load_tokenizer(out)) == both
+    learned = [i for i, w in zip(*both, strict=True) if w]
+    assert (learned[-1], tok.decode(learned).strip()) == (tok.eos, "c")
+    said = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
+    assert said == tok.eos
+
+
+SAID_TWICE = {  # files: the template that transformers 5.24 takes, or why none
+    "jinja, config": ({"chat_template.jinja": "J", "config": "C"}, "J"),
+    "config, json": ({"chat_template.json": "N", "config": "C"}, "C"),
+    "default, jinja": ({"additional_chat_templates/default.jinja": "D", "chat_template.jinja": "J"}, "D"),
+    "default, config": ({"additional_chat_templates/default.jinja": "D", "config": "C"}, "D"),
+    "other, jinja": ({"additional_chat_templates/tool.jinja": "A", "chat_template.jinja": "J"}, "J"),
+    "other, config": ({"additional_chat_templates/tool.jinja": "A", "config": "C"}, InputError),
+    "list, jinja": ({"config": [{"name": "default", "template": "L"}], "chat_template.jinja": "J"}, "J"),
+    "a name twice": ({"config": [{"name": "default", "template": t} for t in "KL"]}, "L"),
+    "object": ({"config": {"default": "L", "rag": "R"}}, "L"),
+}
+
+
+@pytest.mark.parametrize(("files", "taken"), SAID_TWICE.values(), ids=SAID_TWICE)
+def test_of_two_templates_the_one_of_transformers_counts(files, taken, tmp_path):
+    folder = shutil.copytree(GOLDEN / "llama3", tmp_path / "a")
+    edit(folder / "tokenizer_config.json", chat_template=files.get("config", ...))
+    (folder / "additional_chat_templates").mkdir()
+    for name, text in files.items():
+        if name != "config":
+            (folder / name).write_text(json.dumps({"chat_template": text}) if name.endswith(".json") else text)
+    if isinstance(taken, str):
+        tok = load_tokenizer(folder)
+        assert tok.template == load_tokenizer(tok.save(tmp_path / "b").parent).template == taken
+    else:
+        with pytest.raises(taken, match=r"additional_chat_templates: because of .* copy the one that is meant"):
+            load_tokenizer(folder)
+
+
+def test_of_two_facts_the_one_of_transformers_counts(tmp_path):
+    """Stop ids, flags of added tokens, names of tokens, and whole tokenizers."""
+    folder = shutil.copytree(GOLDEN / "llama3", tmp_path / "a")
+    (folder / "config.json").write_text('{"model_type": "llama", "eos_token_id": [7, 8]}')
+    assert load_tokenizer(folder).ends[1:] == tuple(
+        json.loads((folder / "generation_config.json").read_text())["eos_token_id"][1:]
+    )
+    (folder / "generation_config.json").unlink()
+    tok = load_tokenizer(folder)
+    assert tok.ends == (381, 7, 8)
+    assert load_tokenizer(tok.save(tmp_path / "b").parent).ends == tok.ends  # where no config.json is
+    edit(folder / "config.json", eos_token_id="2")
+    with pytest.raises(InputError, match=r"config\.json: eos_token_id is '2'"):
+        load_tokenizer(folder)
+    (folder / "config.json").unlink()
+
+    state = json.loads((folder / "tokenizer.json").read_text())
+    token = {"content": "<A>", **dict.fromkeys(("normalized", "lstrip", "rstrip", "single_word", "special"), False)}
+    (folder / "tokenizer.json").write_text(
+        json.dumps(state | {"added_tokens": [*state["added_tokens"], token | {"id": 385}]})
+    )
+    assert load_tokenizer(folder).encode("a <A>b") == [64, 220, 385, 65]
+    listed = {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in state["added_tokens"]}
+    edit(folder / "tokenizer_config.json", added_tokens_decoder=listed | {"385": token | {"lstrip": True}})
+    (folder / "added_tokens.json").write_text('{"<B>": 386}')
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<|eot_id|>"}')
+    tok = load_tokenizer(folder)
+    assert (tok.encode("a <A>b"), tok.vocab_size, tok.eos) == ([64, 385, 65], 386, 381)
+    edit(folder / "tokenizer_config.json", added_tokens_decoder=listed | {"385": token | {"special": True}})
+    assert 385 not in load_tokenizer(folder).encode("a <A>b")
+
+    qwen = shutil.copytree(GOLDEN / "qwen", tmp_path / "q")
+    vocab = json.loads((qwen / "vocab.json").read_text())
+    edit(qwen / "vocab.json", g=vocab["h"], h=vocab["g"])
+    shutil.copy(GOLDEN / "llama2" / "tokenizer.model", qwen)
+    assert load_tokenizer(qwen).encode("gh") == load_tokenizer(GOLDEN / "qwen").encode("gh")
+
+
+def test_every_stop_is_written(tmp_path):
+    """Also the token that ends a turn of the template, which generation_config.json lacks."""
+    folder = shutil.copytree(GOLDEN / "llama3", tmp_path / "a")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 383, "temperature": 0.6}')
+    tok = load_tokenizer(folder)
+    assert set(tok.stops) == {381, 383, 384}
+    write_tokenizer(folder, tok, chat=True)
+    said = json.loads((folder / "generation_config.json").read_text())
+    assert (set(said["eos_token_id"]), said["temperature"]) == (set(tok.stops), 0.6)
+    assert set(load_tokenizer(folder).stops) == set(tok.stops)
+    assert not (folder / "chat_template.jinja").exists()
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|eot_id|>"}')
+    write_tokenizer(folder, load_tokenizer(folder), chat=False)  # of a base that was never tuned
+    assert not (folder / "chat_template.jinja").exists()
 
 
 def test_digest_covers_the_template(tmp_path):

@@ -139,6 +139,45 @@ def test_resize_is_the_mean_and_leaves_the_rest():
                 np.testing.assert_allclose(now[[V - 2, V]], old[used].mean(0)[None].repeat(2, 0), atol=1e-6)
 
 
+def test_one_file_of_weights_counts_before_an_index(tmp_path):
+    folder = shutil.copytree(GOLDEN / "llama2", tmp_path / "both")
+    config, params = load(folder)
+    other = jax.tree.map(lambda x: x + 1, params)
+    save(tmp_path / "whole", config, other)
+    shutil.copy(tmp_path / "whole" / "model.safetensors", folder)
+    assert same(load(folder)[1], other)
+
+
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+PARAMETERS = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5.0}
+ROPES = [  # what config.json says, and (kind, theta, factor) that transformers 5.24 takes
+    ({"rope_theta": 7.0, "rope_parameters": PARAMETERS}, ("linear", 5.0, 4.0)),
+    ({"rope_theta": 7.0, "rope_parameters": {"rope_type": "default"}}, ("default", 7.0, 1.0)),
+    ({"rope_theta": 7.0, "rope_parameters": PARAMETERS, "rope_scaling": LINEAR}, ("linear", 7.0, 2.0)),
+    ({"rope_parameters": PARAMETERS, "rope_scaling": LINEAR}, ("linear", 10_000.0, 2.0)),
+    ({"rope_theta": 7.0, "rope_parameters": PARAMETERS, "rope_scaling": None}, ("linear", 5.0, 4.0)),
+    ({"rope_theta": 7.0, "rope_scaling": {**LINEAR, "rope_theta": 3.0}}, ("linear", 3.0, 2.0)),
+    ({"rope_theta": 7.0, "rope_scaling": {**LINEAR, "type": "dynamic"}}, ("linear", 7.0, 2.0)),
+]
+
+
+@pytest.mark.parametrize(("said", "taken"), ROPES)
+def test_of_two_ropes_the_one_of_transformers_counts(said, taken):
+    tree = json.loads((GOLDEN / "llama3" / "config.json").read_text())
+    del tree["rope_parameters"]
+    rope = config_from_hf(tree | said).rope
+    assert (rope.kind, rope.theta, rope.factor) == taken
+
+
+@pytest.mark.parametrize(("said", "taken"), [
+    ({"torch_dtype": "bfloat16", "dtype": "float16"}, "float16"),
+    ({"torch_dtype": "bfloat16", "dtype": None}, "bfloat16"),
+])  # fmt: skip
+def test_of_two_dtypes_the_one_of_transformers_counts(said, taken):
+    tree = json.loads((GOLDEN / "llama3" / "config.json").read_text())
+    assert config_from_hf(tree | said).param_dtype == taken
+
+
 def test_a_hub_id_is_read_from_the_cache(tmp_path, monkeypatch):
     import huggingface_hub.constants as constants
 

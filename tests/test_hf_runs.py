@@ -241,6 +241,8 @@ def test_a_native_base_is_exported_with_its_tokenizer(tmp_path, capsys):
     command(capsys, "export", tmp_path / "run", "--out", tmp_path / "hf")
     said = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (said["model_type"], said["eos_token_id"], said["bos_token_id"]) == ("llama", 2, 1)
+    assert json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"] == 2
+    assert (tmp_path / "hf" / "chat_template.jinja").exists()
     np.testing.assert_allclose(logits(tmp_path / "hf"), logits(tmp_path / "run"), atol=1e-5)
     again = load_tokenizer(tmp_path / "hf")
     text = "bar  cen\n\tdil \u00e9 12"

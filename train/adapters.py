@@ -20,6 +20,7 @@ from .config import Run
 from .inputs import check_rows
 from .lineage import keep, kept
 from .progress import console
+from .tokenizer_files import write_tokenizer
 
 Target = Literal["", "vllm"]
 CONFIG = "adapter_config.json"
@@ -63,6 +64,8 @@ def write(got: Any, out: Path, target: Target, compare: Any, base: str) -> dict[
     with whole_folder(out) as made:
         peft.hf.save(made, got.config, method, trainable, base, got.params)
         keep(made, got.lineage)
+        if got.chats and not got.tokenizer.template_file:  # its base says nothing of the chats it was tuned on
+            write_tokenizer(made, got.tokenizer, chat=True)
         found = compare(got, *peft.hf.load(made, got.config, got.params))
     console.print(f"wrote {out}/: {', '.join(sorted(p.name for p in out.iterdir()))}", soft_wrap=True)
     if target == "vllm":

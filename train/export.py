@@ -16,7 +16,7 @@ from ..bounds import Bounds, Checked, Positive
 from ..data.added_tokens import add_tokens
 from ..data.hf_sentencepiece import for_transformers
 from ..model import hf, resize
-from ..model.hf_files import CARRIED, empty, fetch
+from ..model.hf_files import empty, fetch
 from ..model.tree import named
 from ..peft import Subset, merge
 from . import adapters
@@ -29,6 +29,7 @@ from .lineage import code, keep
 from .progress import console
 from .runs import Loaded, is_hugging_face, load_hugging_face, load_run, place
 from .stored import sidecars
+from .tokenizer_files import write_tokenizer
 
 Arg = Annotated[str, tyro.conf.Positional]
 DType = Literal["", "float32", "bfloat16", "float16"]
@@ -139,9 +140,7 @@ class Export(Checked):
             named = {k: getattr(t, k) if f"{k}_token" in t.names else None for k in ("bos", "eos", "pad")}
             tokens = {} if like else {f"{k}_token_id": i for k, i in named.items()}
             hf.save(made, got.config, params, like, int(self.shard_gb * 1e9), **tokens)
-            for name in CARRIED:  # the run's tokenizer may have more tokens than the one its base came with
-                (made / name).unlink(missing_ok=True)
-            t.save(made)
+            write_tokenizer(made, got.tokenizer, got.chats or t is not got.tokenizer)
             keep(made, got.lineage)
             return {}
 

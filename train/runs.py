@@ -53,6 +53,11 @@ class Loaded:
         return chain(self.folder, self.run, self.manifest)
 
     @property
+    def chats(self) -> bool:
+        """Whether a fine-tune of graftax's, which is on chats, is among what it was made of."""
+        return any(record["phase"] == "finetune" for record in self.lineage)
+
+    @property
     def model(self) -> Transformer:
         return Transformer(self.config)
 
