@@ -1,10 +1,13 @@
 """Faults in runs (tests/FAULTS.md, Runs and checkpoints): each is injected, and nothing is lost or silently wrong."""
 
 import dataclasses
+import gc
 import json
 import re
 import signal
+import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -311,6 +314,31 @@ def test_what_a_signal_ended_leaves_at_once(monkeypatch):
         cli.main()
     with pytest.raises(Stopped):  # from Python it is an exception as any
         cli.main(["lineage"])
+
+
+def test_a_signal_where_nothing_can_be_raised(capsys):
+    """jax is called back by the garbage collector: an exception there is printed and lost."""
+    seen = []
+
+    def collect(phase, info):
+        if not seen:
+            seen.append(phase)
+            signal.raise_signal(signal.SIGTERM)
+
+    def work():
+        with Stop():
+            gc.collect()
+            time.sleep(4)
+            seen.append("lost")
+
+    before = sys.unraisablehook
+    gc.callbacks.append(collect)
+    with pytest.raises(Stopped):
+        work()
+    gc.callbacks.remove(collect)
+    assert seen == ["start"]
+    assert "Exception ignored" not in capsys.readouterr().err
+    assert sys.unraisablehook == before
 
 
 def test_a_second_signal_ends_at_once(monkeypatch, capsys):

@@ -14,6 +14,7 @@ from .progress import console
 
 GRACE = 5.0  # seconds that reading or compiling has to notice a signal; they may be deep in C++
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_AGAIN = signal.SIGURG  # ignored by default: runs the handler once more
 
 
 class Stopped(SystemExit):
@@ -43,15 +44,17 @@ class Stop:
         if self._taken:  # elsewhere Python takes no signals
             self._read, self._write = os.pipe()
             os.set_blocking(self._write, False)
-            self._before = [signal.signal(s, self._in_main) for s in _SIGNALS]
+            self._before = [signal.signal(s, self._in_main) for s in (*_SIGNALS, _AGAIN)]
+            self._hook, sys.unraisablehook = sys.unraisablehook, self._lost
             self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
             threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         if self._taken:
-            for s, before in zip(_SIGNALS, self._before, strict=True):
+            for s, before in zip((*_SIGNALS, _AGAIN), self._before, strict=True):
                 signal.signal(s, before)
+            sys.unraisablehook = self._hook
             signal.set_wakeup_fd(self._wakeup)
             self._over.set()
             os.close(self._write)  # the thread reads the end
@@ -101,6 +104,14 @@ class Stop:
         if self._free:
             self._free = False
             raise Stopped
+
+    def _lost(self, error: Any) -> None:
+        """Called for an exception that cannot be raised where it came up, as in jax's callback of the garbage
+        collector: Stopped is raised again behind that place."""
+        if not issubclass(error.exc_type, Stopped):
+            return self._hook(error)
+        self._free = True
+        threading.Timer(0.05, signal.pthread_kill, (threading.get_ident(), _AGAIN)).start()
 
     def _watch(self) -> None:
         several, heard = distributed.count() > 1, 0
