@@ -91,30 +91,16 @@ def read(tensors):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_file_of_hf_peft_means_what_it_means_there(case):
-    """Merged matrices as the card's NumPy has them; logits and gradients as HF computed them."""
+    """Merged matrices as the card's NumPy has them. Logits and gradients of all files are in test_peft_hf.py."""
     kind, method = CASES[case]
     base, config = golden_base(case.split("_")[0]), json.loads((GOLDEN / case / "adapter_config.json").read_text())
     modules, trainable = read(load_file(GOLDEN / case / "adapter_model.safetensors"))
-    expected = np.load(GOLDEN / case / "expected.npz")
     merged, flat = named(peft.merge(method, base.params, trainable)), named(base.params)
     for (module, t), key in zip(modules.items(), trainable, strict=True):
         path, layer = key.split("[")[0], int(key[-4])
         w = np.asarray(flat[path][layer], np.float64).T
         wanted, _ = CARD[kind](w, None, {k: np.float64(x) for k, x in t.items()}, config, module)
         np.testing.assert_allclose(merged[path][layer], wanted.T, rtol=1e-4, atol=3e-6)
-    ids = jnp.asarray(expected["ids"])
-
-    def loss(trainable):
-        logits = peft.apply(base.model, base.params, method, trainable, ids)
-        picked = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), ids[:, 1:, None], -1)
-        return -picked.mean(), logits
-
-    (value, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(trainable)
-    close(logits, jnp.asarray(expected["logits"]), 1e-4)
-    np.testing.assert_allclose(value, expected["loss"], rtol=1e-5)
-    wanted = read({name[5:]: x for name, x in expected.items() if name.startswith("grad/")})[1]
-    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(wanted) if x.size)
-    close(*(jax.tree.map(lambda x: x / scale, tree) for tree in (grads, wanted)), 2e-4)
 
 
 VARIANTS = {

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import test_laws as laws
 from graftax import InputError, peft
-from graftax.model import Transformer, forward, generate, hf, presets
+from graftax.model import Transformer, forward, generate, presets
 from graftax.model.init import restack
 from graftax.model.layers import MLP, Attention, View
 from graftax.model.rope import rope_table
@@ -28,8 +28,6 @@ from graftax.peft import (
     Tokens,
     chain,
 )  # fmt: skip
-from graftax.train.step import make_loss
-from safetensors.numpy import load_file
 from test_variants import VARIANTS
 from tiny import CONFIG, Base, close, make_base, make_batch, same, shaken
 
@@ -62,58 +60,6 @@ def test_counts_are_those_of_hf_peft(model):
     found = {name: peft.count(method, presets[model]) for name, method in methods.items() if name in COUNTS[model]}
     assert found == {name: COUNTS[model][name] for name in found}
     assert len(found) >= 3
-
-
-# HF PEFT's own numbers: logits, loss, and the gradient of every tensor that trains
-
-
-def golden(case):
-    """(base, the file's tensors by their short names, what HF PEFT computes)."""
-    config, params = hf.load(GOLDEN / case.split("_")[0])
-    tensors = load_file(GOLDEN / case / "adapter_model.safetensors")
-    return Base(config, Transformer(config), params), tensors, dict(np.load(GOLDEN / case / "expected.npz"))
-
-
-def check_golden(base, method, trainable, expected):
-    """Logits and mean loss of HF; returns the gradients of the mean loss."""
-    ids = jnp.asarray(expected["ids"])
-    np.testing.assert_allclose(logits(base, method, trainable, ids), expected["logits"], atol=1e-4)
-    batch = {"ids": ids[:, :-1], "targets": ids[:, 1:], "weights": jnp.ones(ids[:, 1:].shape)}
-    loss = lambda t: (lambda total, n: total / n)(*make_loss(base.model, method)(t, base.params, batch))  # noqa: E731
-    found, gradient = jax.value_and_grad(loss)(trainable)
-    np.testing.assert_allclose(found, expected["loss"], rtol=1e-5)
-    return gradient
-
-
-@pytest.mark.parametrize("case", ["llama_adaption_prompt", "llama_adaption_prompt_all", "gpt2_adaption_prompt"])
-def test_llama_adapter_is_that_of_hf_peft(case):
-    base, tensors, expected = golden(case)
-    layers = {int(name.split(".attn.")[0].split(".self_attn.")[0].split(".")[-1]) for name in tensors}
-    name = next(iter(tensors)).rpartition(".")[0].replace(f".{min(layers)}.", ".{}.")
-    stack = lambda of, end: np.stack([of(f"{name.format(i)}.{end}") for i in sorted(layers)])  # noqa: E731
-    prompt = stack(lambda n: tensors[n], "adaption_prompt")[:, 0]
-    method = LLaMAAdapter(tokens=prompt.shape[1], layers=len(layers), behind=case.startswith("gpt2"))
-    key = next(iter(method.init(jax.random.key(0), base.params)))
-    assert key == ("layers/attn/o" if len(layers) == base.config.L else "layers/attn/o[1:2]")
-    trainable = {key: {"prompt": jnp.asarray(prompt), "gate": stack(lambda n: tensors[n], "adaption_gate")}}
-    gradient = check_golden(base, method, jax.tree.map(jnp.asarray, trainable), expected)[key]
-    close(gradient["prompt"], stack(lambda n: expected[f"grad/{n}"], "adaption_prompt")[:, 0], 1e-5)
-    close(gradient["gate"], stack(lambda n: expected[f"grad/{n}"], "adaption_gate"), 1e-5)
-
-
-@pytest.mark.parametrize("case", ["llama_tokens", "gpt2_tokens"])
-def test_tokens_are_those_of_hf_peft(case):
-    """The second is tied: the rows are in the lookup and in the projection."""
-    base, tensors, expected = golden(case)
-    method = Tokens(ids=tuple(json.loads((GOLDEN / case / "adapter_config.json").read_text())["token_indices"]))
-    name = next(n for n in tensors if "lm_head" not in n)
-    trainable = {"embed/table": {"rows": jnp.asarray(tensors[name])}}
-    gradient = check_golden(base, method, trainable, expected)
-    close(gradient["embed/table"]["rows"], expected[f"grad/{name}"], 1e-5)
-    folded = peft.merge(method, base.params, trainable)
-    np.testing.assert_allclose(
-        base.model.apply({"params": folded}, jnp.asarray(expected["ids"])), expected["logits"], atol=1e-4
-    )
 
 
 # Prompt, P-tuning, prefix tuning by an MLP
