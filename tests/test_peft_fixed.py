@@ -85,7 +85,7 @@ def test_golden_adapters_of_hf(kind, case):
     """Every matrix of the adapter, merged. Logits and gradients of all files are in test_peft_hf.py."""
     c = json.loads((GOLDEN / case / "adapter_config.json").read_text("utf-8"))
     tensors = load_file(GOLDEN / case / "adapter_model.safetensors")
-    config, base = hf.load(GOLDEN / case.split("_")[0])
+    _, base = hf.load(GOLDEN / case.split("_")[0])
     names, prefix = (LLAMA, "model.layers") if case.startswith("llama") else (GPT2, "transformer.h")
     files = {path: [{k.removeprefix(start): np.float64(v) if v.dtype == np.float32 else v for k, v in tensors.items()
                      if k.startswith(start := f"base_model.model.{prefix}.{i}.{name}.")} for i in range(2)]
