@@ -209,7 +209,8 @@ def test_imported_with_more_tokens(hf_base, rows, tmp_path, capsys):
     data.write_text(rows.read_text().replace("blue", tokens[1]), "utf-8")
     main(["finetune", "sft", "--base", str(tmp_path / "run"), "--data", str(data), "--method", "prompt", "--steps", "1",
           "--no-tensorboard", "--out", str(tmp_path / "tuned"), *SMALL])  # fmt: skip
-    said = f"the data hold {tokens[1]!r} (id {n + 1}), which were added to the base, but prompt does not train their"
+    said = f"the data hold tokens that were added to the base: {tokens[1]!r} (id {n + 1}). Prompt does not train their"
+    said += f" embeddings and logits, which stay those of the mean row; --method tokens --method.ids {n + 1}"
     assert said in capsys.readouterr().err
     tuned = load_run(tmp_path / "tuned")
     assert (tuned.config.V, tuned.manifest["added_tokens"]) == (n + 5, got["tokens"])

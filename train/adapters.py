@@ -64,7 +64,7 @@ def write(got: Any, out: Path, target: Target, compare: Any, base: str) -> dict[
     with whole_folder(out) as made:
         peft.hf.save(made, got.config, method, trainable, base, got.params)
         keep(made, got.lineage)
-        if got.chats and not got.tokenizer.template_file:  # its base says nothing of the chats it was tuned on
+        if got.chats and got.tokenizer.template and not got.tokenizer.template_file:  # its base has no template
             write_tokenizer(made, got.tokenizer, chat=True)
         found = compare(got, *peft.hf.load(made, got.config, got.params))
     console.print(f"wrote {out}/: {', '.join(sorted(p.name for p in out.iterdir()))}", soft_wrap=True)

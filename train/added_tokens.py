@@ -13,7 +13,7 @@ from ..peft import Method
 from .progress import console
 
 
-def trained(method: Method, params: Any, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def trained(method: Method, params: Any, ids: Any) -> tuple[np.ndarray, np.ndarray]:
     """Whether a method can change the embedding of each id, and its logit: two arrays [len(ids)] of bool.
 
     Both are differentiated along one direction of the trainable tree, so no method has to say which rows it trains.
@@ -40,20 +40,18 @@ def untrained(method: Method, params: Any, added: Mapping[str, int], rows: Seque
     """The added tokens whose rows this run will leave at the mean row; says which of them the rows of its data hold."""
     if not added:
         return {}
-    ids = list(added.values())
-    found = trained(method, params, ids)
-    for name, moves, key, weight in zip(
-        ("embeddings", "logits"), found, ("ids", "targets"), ("segments", "weights"), strict=True
-    ):
-        held = np.unique(np.concatenate([row[key][row[weight] > 0] for row in rows]))
-        still = {token: i for (token, i), ok in zip(added.items(), moves, strict=True) if not ok and i in held}
-        if still:
-            console.print(
-                f"the data hold {', '.join(f'{token!r} (id {i})' for token, i in still.items())}, which were added to "
-                f"the base, but {type(method).__name__.lower()} does not train their {name}, which stay those of the "
-                f"mean row: --method tokens --method.ids {' '.join(map(str, still.values()))} does, also in a chain "
-                "with another method; LoRA trains embeddings with --method.where 'linear, embed/table'",
-                soft_wrap=True, markup=False,
-            )  # fmt: skip
-    kept = ~(found[0] | found[1])
-    return {token: i for (token, i), still in zip(added.items(), kept, strict=True) if still}
+    ids = np.array(list(added.values()))
+    moves = trained(method, params, ids)
+    held = [np.isin(ids, np.concatenate([row[key][row[weight] > 0] for row in rows]))
+            for key, weight in (("ids", "segments"), ("targets", "weights"))]  # fmt: skip
+    lost = [there & ~ok for there, ok in zip(held, moves, strict=True)]
+    if (either := lost[0] | lost[1]).any():
+        tokens = ", ".join(f"{token!r} (id {i})" for (token, i), x in zip(added.items(), either, strict=True) if x)
+        what = " and ".join(name for name, x in zip(("embeddings", "logits"), lost, strict=True) if x.any())
+        how = f"--method tokens --method.ids {' '.join(map(str, ids[either]))}, alone or in a chain,"
+        if "head/matrix" in named(params):
+            how = "--method lora --method.where 'linear, embed/table, head/matrix'"
+        console.print(f"the data hold tokens that were added to the base: {tokens}. {type(method).__name__} does not "
+                      f"train their {what}, which stay those of the mean row; {how} does",
+                      soft_wrap=True, markup=False)  # fmt: skip
+    return {token: i for (token, i), ok in zip(added.items(), moves[0] | moves[1], strict=True) if not ok}

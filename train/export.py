@@ -220,7 +220,7 @@ class Import(Checked):
         new = {token: i for token, i in ids.items() if not used[i]}
         config, params = got.config, got.params
         if V != config.V or new:
-            console.print(f"vocabulary {config.V:,} -> {V:,}: new rows are the mean of those with a token")
+            console.print(f"rows {config.V:,} -> {V:,}; those of new tokens are the mean of the rows that have a token")
             config, params = resize(config, params, V, used[: config.V], list(new.values()))
         for token, i in ids.items():
             console.print(f"token {token!r}: id {i}{'' if token in new else ', as before'}", markup=False)
