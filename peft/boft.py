@@ -1,13 +1,13 @@
 """BOFT: rotations of the input by butterfly factors (arXiv:2311.06243)."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from .. import InputError
-from ..bounds import Count
+from ..bounds import Bounds, Count
 from ..model import Weight
 from .base import Method
 from .targets import each_matrix, targets, wrap
@@ -61,7 +61,7 @@ class BOFT(Method):
     decayed = ""
 
     block: Count = 4  # the size of a block
-    factors: Count = 1  # of the butterfly
+    factors: Annotated[int, Bounds(1, 32)] = 1  # of the butterfly
     where: str = "linear"
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class LoRA(Method):
 
     weight: ClassVar[type[LoRAWeight]] = LoRAWeight
 
-    rank: Size = 8
+    rank: Size = 8  # above min(D, F) of a matrix it costs more and expresses no more
     alpha: Real = 16.0
     where: str = "linear"
     dropout: Decay = 0.0  # of x before A, in training

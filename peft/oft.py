@@ -1,12 +1,13 @@
 """OFT: an orthogonal turn of every block of the input (arXiv:2306.07280), as a Neumann series (arXiv:2506.19847)."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from .. import InputError
+from ..bounds import Bounds
 from ..model import Weight, static
 from .base import Method
 from .boft import cayley, turned
@@ -59,7 +60,7 @@ class OFT(Method):
 
     block: int = 32  # the size of a block, or
     blocks: int = 0  # how many; of the two the other is 0
-    terms: int = 5  # of the Neumann series (arXiv:2506.19847); 0: Cayley's exact (I - Q) (I + Q)^-1
+    terms: Annotated[int, Bounds(0, 100)] = 5  # of the Neumann series; 0: Cayley's exact (I - Q) (I + Q)^-1
     share: bool = False  # one rotation for all blocks of a matrix
     coft: bool = False  # keep each Q within eps / sqrt(blocks) of 0
     eps: float = 6e-5

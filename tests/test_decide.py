@@ -267,6 +267,7 @@ BAD = {
     "": ("--target is missing",),
     "--target accuracy": ("--target accuracy: wanted METRIC>=X",),
     "--target accuracy>=lots": ("--target accuracy>=lots: wanted METRIC>=X",),
+    "--target accuracy>=1e999": ("--target accuracy>=1e999: wanted METRIC>=X",),
     "--target bleu>=0.5": ("words has no score 'bleu'", "it has exact_match"),
     "--target exact_match>=0.5 --sizes 0": ("--sizes 0: ",),
     "--target exact_match>=0.5 --sizes many": ("--sizes many: whole numbers, commas between, are wanted",),

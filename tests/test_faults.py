@@ -477,7 +477,7 @@ def test_numbers_that_do_not_fit(change, words, runs, tmp_path):  # noqa: F811
     ("lora", "rank", -1, "1 to 65536"), ("lora", "rank", 0, "1 to 65536"), ("prompt", "tokens", 0, "1 to 65536"),
     ("lora", "alpha", float("nan"), "a finite number"), ("lora", "dropout", 1.0, "0 or more, below 1"),
     ("lora", "ranks", (("layers/attn/q", -1),), "0 to 65536"), ("vera", "seed", -1, "0 to 4294967295"),
-    ("adalora", "every", 0, "1 or more"),
+    ("adalora", "every", 0, "1 or more"), ("boft", "factors", 33, "1 to 32"), ("oft", "terms", 101, "0 to 100"),
 ])  # fmt: skip
 def test_numbers_that_no_method_has(name, field, value, wanted):
     shown = "layers/attn/q -1" if field == "ranks" else value

@@ -354,7 +354,7 @@ def test_bad_input_is_one_line_and_writes_nothing(base, examples, texts, tmp_pat
         ([*tune, *data, "--out", str(base)], "is not an empty folder"),
         ([*tune, *data, "--optim.lr", "nan"], "--optim.lr nan"),
         (["eval", str(tmp_path / "folder")], "is no run directory and no Hugging Face model"),
-        (["generate", str(base), "--top-p", "2"], "top_p"),
+        (["generate", str(base), "--top-p", "2"], "--top-p 2.0: wanted above 0, at most 1"),
         (["pretrain", "five_domains", "--data.root", str(tmp_path)], "no such folder"),
     ]
     for args, expected in cases:

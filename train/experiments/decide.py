@@ -8,6 +8,7 @@ mask, all parameters. The trained ones are a comparison (contest.py), so rates a
 import contextlib
 import dataclasses
 import json
+import math
 import re
 import shlex
 import time
@@ -92,7 +93,8 @@ class Decide(Checked):
     def _parts(self) -> Any:
         found = re.fullmatch(r"\s*(\w+)\s*>=\s*([0-9.]+(?:e-?\d+)?)\s*", self.target)
         try:
-            float(found[2] if found else "")
+            if not math.isfinite(float(found[2] if found else "")):
+                raise ValueError
         except ValueError:
             said = "wanted METRIC>=X, as in 'accuracy>=0.8' (quoted, or the shell takes > for a file)"
             raise InputError(f"--target {self.target or 'is missing'}: {said}") from None
