@@ -75,6 +75,9 @@ def _config(method: Method, trainable: Any, config: Config, base: str) -> dict[s
             if place in at:
                 own[at[place]] = _settings(kind, part, place, config)
     first = mains[0][1]
+    if odd := next((part for _, part in mains if kind.write(part) != kind.write(first)), None):
+        raise InputError(f"{type(first).__name__} and {type(odd).__name__} at once: an HF PEFT folder holds one; save "
+                         "each link by itself")  # fmt: skip
     tree |= {theirs: getattr(first, ours) for theirs, ours in kind.fields.items()} | kind.write(first)
     for field, theirs in ((ours, theirs) for theirs, ours in kind.fields.items() if own and ours in kind.patterns):
         values = [settings[field] for settings in own.values()]
