@@ -28,7 +28,7 @@ def build(c: dict[str, Any], config: Config, where: str) -> Method:
         mains: list[Method] = [_class("LNTuning")(where=where_of(_places(picked.values()), config.L))]
     else:
         _refuse(c, picked, config, where)
-        mains = [_ia3(c, picked, config)] if c["peft_type"] == "IA3" else list(_groups(kind, c, picked, config))
+        mains = [_ia3(c, picked, config)] if c["peft_type"] == "IA3" else list(_groups(kind, c, picked, config, where))
     first, last = _beside(c, picked, config, where)
     every = [*first, *mains, *last]
     return every[0] if len(every) == 1 else chain(*every)
@@ -65,6 +65,10 @@ def _refuse(c: dict[str, Any], picked: Mapping[str, Module], config: Config, whe
     for module, at in picked.items():
         if at.kind == "norm" or (at.kind == "table" and (c["peft_type"] not in tables or at.path != "embed/table")):
             raise InputError(f"{where}: {c['peft_type']} of {module}, a {at.kind}, is not known here; leave it out")
+        if _is_tied_head(at, config) and (c["peft_type"] != "LORA" or c["trainable_token_indices"]):
+            what = "trainable tokens beside LORA" if c["peft_type"] == "LORA" else c["peft_type"]
+            raise InputError(f"{where}: {what} of lm_head, which is the token table of this base, is not known here; "
+                             "leave lm_head out")  # fmt: skip
 
 
 def _places(found: Iterable[Module]) -> list[tuple[str, int | None]]:
@@ -72,7 +76,9 @@ def _places(found: Iterable[Module]) -> list[tuple[str, int | None]]:
     return [(path, at.layer) for at in found for path in (at.path, at.bias) if path]
 
 
-def _groups(kind: Kind, c: dict[str, Any], picked: Mapping[str, Module], config: Config) -> Iterator[Method]:
+def _groups(
+    kind: Kind, c: dict[str, Any], picked: Mapping[str, Module], config: Config, where: str
+) -> Iterator[Method]:
     """A method for each set of modules with the same settings; fields that have rules do not part them."""
 
     shapes = named(shapes_of(dataclasses.replace(config, scan=True)))
@@ -85,8 +91,12 @@ def _groups(kind: Kind, c: dict[str, Any], picked: Mapping[str, Module], config:
         return found | kind.read(c, module)
 
     groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    last = []
     for module in picked:
         own = fields(module)
+        if _is_tied_head(picked[module], config):
+            last.append(_tied_head(own, where))
+            continue
         groups.setdefault(tuple((k, v) for k, v in own.items() if k not in kind.varies), {})[module] = own
     for same, members in groups.items():
         args, rules = dict(same), {}
@@ -97,8 +107,23 @@ def _groups(kind: Kind, c: dict[str, Any], picked: Mapping[str, Module], config:
             other = {(picked[m].path, picked[m].layer): own[field] for m, own in members.items() if own[field] != usual}
             rules[ruled] = tuple(rules_of(other, config.L))
         args.pop("kept", None)
-        where = where_of([(picked[m].path, picked[m].layer) for m in members], config.L)
-        yield _class(args.pop("class", kind.classes[0]))(where=where, **args, **rules)
+        places = where_of([(picked[m].path, picked[m].layer) for m in members], config.L)
+        yield _class(args.pop("class", kind.classes[0]))(where=places, **args, **rules)
+    yield from last
+
+
+def _is_tied_head(at: Module, config: Config) -> bool:
+    """Whether a module is the output projection of a base that has the token table there."""
+    return config.tied and at.path == "head/matrix"
+
+
+def _tied_head(own: dict[str, Any], where: str) -> Method:
+    """LoRA of the output projection of a tied base, with the fields of a LoRA."""
+    name, fields = own["class"], {k: v for k, v in own.items() if k != "class"}
+    if name not in ("LoRA", "RsLoRA"):
+        raise InputError(f"{where}: {name} of lm_head, which is the token table of this base, is not known here, plain "
+                         "LoRA is; leave lm_head out")  # fmt: skip
+    return _class("LoRAHead")(**fields, rslora=name == "RsLoRA")
 
 
 def _ia3(c: dict[str, Any], picked: Mapping[str, Module], config: Config) -> Method:
@@ -127,11 +152,11 @@ def _beside(
     places = [(at.bias, at.layer) for at in whose.values() if at.bias]
     for name in c.get("modules_to_save") or []:
         found = {m: at for m, at in every.items() if _below(m, name)}
-        if name == "lm_head" and config.tied:
+        if config.tied and found.pop("lm_head", None):
             first.append(_class("Head")())
         elif not found:
             raise InputError(f"{where}: modules_to_save {name!r} is no module of this base{nearest(name, every)}")
-        elif config.tied and any(at.path == "embed/table" for at in found.values()):
+        if config.tied and any(at.path == "embed/table" for at in found.values()):
             first.append(_class("Lookup")())  # HF PEFT trains a copy for the lookup alone
         else:
             places += _places(found.values())

@@ -198,5 +198,6 @@ def _untouched(found: list[Entry], config: Config, params: Any, known: Tensors) 
                              "not loaded with; give save(..., params=) the base")  # fmt: skip
         return {}
     flat = named(params)
-    arrays = {m: np.asarray(flat[named_so[m].path], np.float32) for m in touched}
-    return {f"{PREFIX}{m}.base_layer.weight": x.T if m == "lm_head" else x for m, x in arrays.items()}
+    tables = {m: flat.get(named_so[m].path, flat["embed/table"]) for m in touched}
+    turned = {m: x.T if m == "lm_head" and "head/matrix" in flat else x for m, x in tables.items()}
+    return {f"{PREFIX}{m}.base_layer.weight": np.asarray(x, np.float32) for m, x in turned.items()}

@@ -61,6 +61,8 @@ def modules(config: Config) -> dict[str, Module]:
         for layer in range(config.L) if is_stacked(ours) else [None]:
             name = theirs.removesuffix(".weight").format(layer)
             found[name] = Module(ours, layer, kind, other if other in shapes else "")
+    if config.tied:
+        found["lm_head"] = Module("head/matrix", None, "matrix", "")  # the transpose of the table, a module there
     return found
 
 
@@ -76,9 +78,6 @@ def resolve(c: Mapping[str, Any], config: Config, where: str) -> dict[str, Modul
         picked = [m for m, at in found.items() if at.kind == "matrix" and at.path != "head/matrix"]
     else:
         picked = [m for m in found if _matches(m, wanted) and _layer(m, wanted, c)]
-        if config.tied and _matches("lm_head", wanted) and not _matches("lm_head", c.get("exclude_modules") or []):
-            raise InputError(f"{where}: target_modules has lm_head, which is the token table of this base: HF PEFT "
-                             "adapts the output projection alone then, which is not here; leave it out")  # fmt: skip
     kept, left_out = _listed(c.get("modules_to_save")), _listed(c.get("exclude_modules"))
     if isinstance(c.get("exclude_modules"), str):
         picked = [m for m in picked if not pattern(c["exclude_modules"]).fullmatch(m)]

@@ -65,8 +65,8 @@ def _lora(c: Config, module: str) -> dict[str, Any]:
 def _write_lora(method: Any) -> Config:
     name = type(method).__name__
     start = {"PiSSA": "pissa", "OLoRA": "olora"}.get(name, True)
-    return {"use_dora": name == "DoRA", "lora_bias": name == "LoRABias", "use_rslora": name == "RsLoRA",
-            "init_lora_weights": start}  # fmt: skip
+    root = name == "RsLoRA" or getattr(method, "rslora", False)
+    return {"use_dora": name == "DoRA", "lora_bias": name == "LoRABias", "use_rslora": root, "init_lora_weights": start}
 
 
 def _adalora(c: Config, module: str) -> dict[str, Any]:
@@ -104,7 +104,7 @@ _BOTH = {"rank": ("rank_pattern", by_pattern), "alpha": ("alpha_pattern", by_pat
 
 kinds: dict[str, Kind] = {
     "LORA": Kind(
-        ("LoRA", "RsLoRA", "DoRA", "LoRABias", "PiSSA", "OLoRA", "LoRAPlus", "LoRAFA"),
+        ("LoRA", "RsLoRA", "DoRA", "LoRABias", "PiSSA", "OLoRA", "LoRAPlus", "LoRAFA", "LoRAHead"),
         {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}, {**_COMMON, **_LORA},
         {"a": ("lora_A.weight", TURNED), "b": ("lora_B.weight", TURNED), "c": ("lora_B.bias", SAME),
          "m": ("lora_magnitude_vector", SAME)},

@@ -77,6 +77,9 @@ def _config(method: Method, trainable: Any, config: Config, base: str) -> dict[s
             if place in at:
                 own[at[place]] = _settings(kind, part, place, config)
     first = mains[0][1]
+    if odd := next((part for _, part in mains if kind.write(part) != kind.write(first)), None):
+        raise InputError(f"{type(first).__name__} and {type(odd).__name__} at once: an HF PEFT folder holds one; save "
+                          "each link by itself")  # fmt: skip
     values = {theirs: getattr(first, ours) for theirs, ours in kind.fields.items()}
     # A method used outside a run may have no seed of its own; its numbers are those of seed 0.
     tree |= {k: 0 if v is None and kind.fields[k] == "seed" else v for k, v in values.items()} | kind.write(first)

@@ -89,7 +89,7 @@ def test_unrolled_layers_load_alike(case, tmp_path):
 @pytest.mark.parametrize("name", [n for n, m in METHODS.items() if adapters.type_of(m)])
 def test_what_is_made_here_comes_back(name, tmp_path):
     """Every method with a type of HF's: written, read, and the same logits."""
-    config, model, params = base("llama")
+    config, model, params = base("gemma" if name == "lorahead" else "llama")  # of a tied base
     if name == "llamaadapter":
         method = dataclasses.replace(METHODS[name], layers=1)
     else:
@@ -97,7 +97,7 @@ def test_what_is_made_here_comes_back(name, tmp_path):
     if adapters.type_of(method) in ("P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"):
         method = dataclasses.replace(method, tokens=3)
     trainable = shaken(method.init(jax.random.key(0), params))
-    adapters.save(tmp_path / "a", config, method, trainable)
+    adapters.save(tmp_path / "a", config, method, trainable, params=params)
     other, t = adapters.load(tmp_path / "a", config, params)
     logits = lambda *m: peft.apply(model, params, *m, jnp.arange(8)[None])  # noqa: E731
     got, wanted = jax.jit(lambda a, b: (logits(other, a), logits(method, b)))(t, trainable)
@@ -184,3 +184,29 @@ def test_a_changed_method_does_not_lose_the_tables_of_its_file(case, tmp_path):
     assert not (tmp_path / "a").exists()
     adapters.save(tmp_path / "a", config, other, trainable, params=params)
     assert set(load_file(tmp_path / "a" / FILE)) == set(load_file(GOLDEN / case / FILE))
+
+
+def test_lm_head_of_a_tied_base(tmp_path):
+    """LoRA of it is the projection's alone; what HF PEFT computes otherwise, and what one file cannot hold, is said."""
+    config = base("gemma")[0]
+    c = {"peft_type": "LORA", "r": 4, "target_modules": ["lm_head"]}
+    assert adapters.method_from_config(c, config) == peft.LoRAHead(rank=4, alpha=8)
+    assert adapters.method_from_config(c | {"use_rslora": True, "lora_dropout": 0.1}, config).rslora
+    assert "head" not in adapters.method_from_config(c | {"target_modules": "all-linear"}, config).where
+    whole = c | {"modules_to_save": ["lm_head"], "target_modules": ["q_proj", "lm_head"]}
+    assert [type(m) for _, m in adapters.method_from_config(whole, config).methods] == [peft.Head, peft.LoRA]
+    for changes, words in (
+        ({"use_dora": True}, "DoRA of lm_head, which is the token table"),
+        ({"peft_type": "LOHA"}, "LOHA of lm_head, which is the token table"),
+        ({"peft_type": "IA3", "r": None}, "IA3 of lm_head, which is the token table"),
+        ({"trainable_token_indices": [3]}, "trainable tokens beside LORA of lm_head"),
+        ({"exclude_modules": ["lm_head"]}, "match no module"),
+    ):
+        with pytest.raises(InputError, match=words):
+            adapters.method_from_config(c | changes, config)
+    mixed = peft.chain(peft.LoRAHead(), peft.DoRA(where="layers/attn/q"))
+    shapes = jax.eval_shape(mixed.init, jax.random.key(0), base("gemma")[2])
+    with pytest.raises(InputError, match="LoRAHead and DoRA at once: an HF PEFT folder holds one"):
+        adapters.save(tmp_path / "a", config, mixed, shapes)
+    with pytest.raises(InputError, match="this base has a head of its own; take --method lora"):
+        peft.count(peft.LoRAHead(), base("llama")[2])

@@ -65,7 +65,10 @@ _add("lora_head", "LoraConfig", _BOTH, _VO, r=2, lora_alpha=3, modules_to_save=[
 _add("lora_wte", "LoraConfig", ("gpt2",), _VO, r=2, lora_alpha=3, modules_to_save=["wte"])
 _add("lora_wte_head", "LoraConfig", ("gpt2",), _VO, r=2, lora_alpha=3, modules_to_save=["wte", "lm_head"])
 _add("lora_embed", "LoraConfig", _BOTH, _EMBED, r=2, lora_alpha=3)
-_add("lora_lm_head", "LoraConfig", target_modules=["q_proj", "embed_tokens", "lm_head"], r=2, lora_alpha=3)
+_HEAD = {"target_modules": ["q_proj", "embed_tokens", "lm_head"], "r": 2, "lora_alpha": 3}
+_add("lora_lm_head", "LoraConfig", ("llama", "gemma"), **_HEAD)
+_RS = {"r": 4, "lora_alpha": 3, "use_rslora": True, "alpha_pattern": {"lm_head": 5}}
+_add("rslora_lm_head", "LoraConfig", ("gpt2",), target_modules=["c_proj", "lm_head"], **_RS)
 _add(
     *("lora_layers", "LoraConfig", _BOTH),
     **{"r": 2, "lora_alpha": 3, "layers_to_transform": [1]},
