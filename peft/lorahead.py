@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import InputError
+from ..bounds import Decay, Real, Size
 from ..model import Weight
 from ..model.tree import named, replace
 from .base import Method
@@ -41,9 +42,9 @@ class LoRAHead(Method):
 
     demo = False
 
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0  # of x before A, in training
+    rank: Size = 8
+    alpha: Real = 16.0
+    dropout: Decay = 0.0  # of x before A, in training
     rslora: bool = False  # alpha / rank^1/2 in place of alpha / rank
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
