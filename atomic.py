@@ -47,20 +47,19 @@ def write_whole(path: Path, data: bytes | str) -> None:
 def whole_folder(out: Path) -> Iterator[Path]:
     """A new folder that is `out` when the block has gone well, `out` being empty or not there; else nothing is left.
 
-    InputError if another writer filled `out` meanwhile.
+    InputError if it cannot be written, or another writer filled `out` meanwhile.
     """
     made = _beside(out)
-    made.mkdir(parents=True)
     try:
+        made.mkdir(parents=True)
         yield made
-        try:
-            made.rename(out)  # takes the place of an empty folder
-        except OSError as error:
-            raise InputError(f"{out}: not an empty folder any more ({error.strerror}); another process wrote there; "
-                             "take another") from None  # fmt: skip
-    except BaseException:
+        made.rename(out)  # takes the place of an empty folder
+    except BaseException as error:
         shutil.rmtree(made, ignore_errors=True)
-        raise
+        if not isinstance(error, OSError):
+            raise
+        hint = "another process wrote there; take another" if error.filename2 else "give a folder that can, with room"
+        raise InputError(f"{out}: cannot be written ({error.strerror}); {hint}") from None
     sync(out.parent)
 
 

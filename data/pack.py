@@ -134,9 +134,9 @@ def _write(folder: Path, tokens: Tokens) -> None:
             np.save(made / "flat.npy", tokens.flat, allow_pickle=False)
             np.save(made / "offsets.npy", tokens.offsets, allow_pickle=False)
             (made / "digest").write_text(tokens.digest)
-    except InputError:
+    except InputError as error:
         if not folder.is_dir():
-            raise
+            raise OSError(str(error)) from None
 
 
 def _read(folder: Path) -> Tokens:

@@ -387,7 +387,15 @@ def test_two_writers_of_one_new_folder(tmp_path):
                 (two / "two").write_text("")
             (one / "one").write_text("")
 
-    said(late, f"{tmp_path / 'out'}: not an empty folder any more", "another process wrote there", "take another")
+    (tmp_path / "file").write_text("")
+    said(lambda: whole_folder(tmp_path / "file" / "out").__enter__(), "cannot be written (Not a directory)", "give a")
+    (tmp_path / "file").unlink()
+    said(
+        late,
+        f"{tmp_path / 'out'}: cannot be written (Directory not empty)",
+        "another process wrote there",
+        "take another",
+    )
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
         "out", "out.unchecked", "out.unchecked/theirs", "out/two",
     ]  # fmt: skip

@@ -122,7 +122,7 @@ class Stop:
                 heard += 1
                 if heard > 1:
                     self._leave(f"{signal.Signals(n).name} again: stopped at once")
-                then = "stopping" if self._free else "this step is finished and saved"
+                then = "this step is finished and saved" if self._begun and not self._free else "stopping"
                 console.print(f"{signal.Signals(n).name}: {then}, exit code {STOPPED}; again: at once")
                 if several:
                     distributed.post("stop")
