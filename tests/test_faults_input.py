@@ -22,8 +22,10 @@ from graftax.data.sft import sft_rows
 from graftax.data.sources import Document, documents, is_held_out, rows
 from graftax.data.tasks import file_task
 from graftax.data.tokenizer import load_tokenizer, train_tokenizer
+from graftax.model import Rope
 from graftax.model.hf_files import nearest_folder
-from graftax.train import processes
+from graftax.peft.oft import nearest_divisor
+from graftax.train import harness, processes
 from graftax.train.cli import main
 from graftax.train.config import Data, Optim, Run, from_json, method_from_dict, method_to_dict, to_json
 from graftax.train.evaluate import answerable
@@ -633,6 +635,22 @@ def test_what_does_not_fit_the_steps(base):
     said(lambda: tx.init(begun), "--method.rank 13 is above the 12 ranks", "raise --method.init-rank")
     begun = {"x": {"e": jnp.zeros((2, 12))}}  # two layers
     peft.AdaLoRA(rank=12).transform(20).init(begun)
+
+
+def test_numbers_of_the_harness_and_of_a_rope():
+    for asked, words in (
+        ({"temperature": math.nan}, "--temperature nan: wanted"), ({"temperature": "hot"}, "temperature='hot': a "),
+        ({"do_sample": True, "temperature": 0.0}, "temperature=0 with do_sample"), ({"top_p": 0}, "--top-p 0: wanted"),
+        ({"top_k": -1}, "top_k=-1: a whole number"), ({"top_k": 2.5}, "top_k=2.5: a whole number"),
+    ):  # fmt: skip
+        said(lambda: harness._sampling(asked), words)  # noqa: B023
+    assert harness._sampling({"do_sample": True}).temperature == 1
+    assert harness._sampling({"top_k": None, "temperature": None}).temperature == 0
+    said(lambda: harness._whole("max_gen_toks", 0, 1), "max_gen_toks=0: a whole number from 1")
+    assert harness._whole("batch_size", "4", 1) == 4
+    rope = Rope(kind="llama3", original=32, low=4.0, high=4.0)  # the blend between the two divides by their difference
+    said(lambda: make_base(rope=rope), "rope of kind llama3: low 4.0 must be below high 4.0")
+    assert nearest_divisor(48, 2**31 - 1) == 48, "at once"
 
 
 @pytest.mark.parametrize("value", ["", "x", "-1", "0", "nan", "1e9", "99999999", "1.5"])
