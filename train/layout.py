@@ -1,8 +1,9 @@
-"""Stacked and unrolled layers: the same values under other paths. Trees here are flat, {path: array or shape}."""
+"""Stacked and unrolled layers: the same values under other paths. Trees in the upper half are flat, {path: leaf}."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -10,7 +11,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ..model.tree import canonical, in_layers
+from ..model import Config, shapes_of
+from ..model.quantize import quantize
+from ..model.sharding import shardings
+from ..model.tree import canonical, in_layers, paths
 
 Flat = Mapping[str, Any]
 
@@ -78,3 +82,26 @@ def _join(where: Any, whole: tuple[bool, ...], stacked: bool) -> Any:
         return jnp.stack(layers) if stacked else layers[0]
 
     return jax.jit(join, out_shardings=where)
+
+
+def sharded(shapes: Any, split: Any) -> Any:
+    """Shapes with shardings, which a restore follows."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, split)
+
+
+def laid(config: Config, layers: str) -> Config:
+    """The config with its layers stacked or unrolled, as a run asks for."""
+    return dataclasses.replace(config, scan=layers == "stacked") if layers else config
+
+
+def relaid(config: Config, params: Any, layers: str, mesh: Any = None, kind: str = "") -> tuple[Config, Any]:
+    """A base with its layers stacked or unrolled; what had to be moved of `params` is used up."""
+    if laid(config, layers) == config:
+        return config, params
+    config = laid(config, layers)
+    shapes = jax.eval_shape(partial(quantize, kind=kind), shapes_of(config)) if kind else shapes_of(config)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    split = shardings(mesh, shapes) if mesh is not None else jax.tree.map(lambda _: here, shapes)
+    wanted = dict(paths(sharded(shapes, split)))
+    made = converted(dict(paths(params)), wanted)
+    return config, jax.tree.unflatten(jax.tree.structure(shapes), [made[path] for path in wanted])

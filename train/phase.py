@@ -17,9 +17,10 @@ from .config import Run
 from .digests import contents
 from .health import load_base
 from .inputs import check_lengths, corpus_and_tokenizer, say_parts, tuning_rows
+from .layout import laid
 from .program import layout
 from .progress import console
-from .runs import laid, numerics, place
+from .runs import numerics, place
 from .step import State
 
 

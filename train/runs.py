@@ -18,15 +18,15 @@ from ..model import Config, Context, Transformer, hf, shapes_of
 from ..model.backend import backend
 from ..model.hf_files import fetch, is_hub_id, nearest_folder
 from ..model.pattern import patterns_of
-from ..model.quantize import quantize, quantized
+from ..model.quantize import quantized
 from ..model.sharding import follow, shardings
-from ..model.tree import canonical, named, nested, paths
+from ..model.tree import canonical, named, nested
 from ..peft import Method, Subset, merge
 from . import adapters, report
 from .checkpoint import Checkpoints, fingerprint, marks, sealed
 from .config import Data, Run, from_json, held_still, method_to_dict
 from .inputs import check_rows, check_tokenizer, load_held_out
-from .layout import converted
+from .layout import laid, relaid, sharded
 from .lineage import chain, kept
 from .progress import console
 from .stored import check_sidecars
@@ -90,11 +90,6 @@ class Loaded:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def sharded(shapes: Any, split: Any) -> Any:
-    """Shapes with shardings, which a restore follows."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, split)
-
-
 def is_hugging_face(name: str | Path) -> bool:
     """Whether a name is a Hugging Face folder, or a hub id that no folder here has."""
     path = Path(name)
@@ -124,24 +119,6 @@ def numerics(config: Config, dtype: str = "", remat: Any = "") -> Config:
     return dataclasses.replace(
         config, dtype=dtype or ("float32" if half else config.dtype), remat=remat or config.remat
     )
-
-
-def laid(config: Config, layers: str) -> Config:
-    """The config with its layers stacked or unrolled, as a run asks for."""
-    return dataclasses.replace(config, scan=layers == "stacked") if layers else config
-
-
-def relaid(config: Config, params: Any, layers: str, mesh: Any = None, kind: str = "") -> tuple[Config, Any]:
-    """A base with its layers stacked or unrolled; what had to be moved of `params` is used up."""
-    if laid(config, layers) == config:
-        return config, params
-    config = laid(config, layers)
-    shapes = jax.eval_shape(partial(quantize, kind=kind), shapes_of(config)) if kind else shapes_of(config)
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    split = shardings(mesh, shapes) if mesh is not None else jax.tree.map(lambda _: here, shapes)
-    wanted = dict(paths(sharded(shapes, split)))
-    made = converted(dict(paths(params)), wanted)
-    return config, jax.tree.unflatten(jax.tree.structure(shapes), [made[path] for path in wanted])
 
 
 def keeper(kind: str, mesh: Any) -> tuple[Callable[[str, Any], Any], list[Any]]:
@@ -204,6 +181,18 @@ def _chosen(folder: Path, steps: list[int], step: int | None) -> int:
     return steps[-1] if step is None else step
 
 
+def _below(folder: Path, run: Run, manifest: dict[str, Any], base: str, mesh: Any, layers: str, verify: str) -> Loaded:
+    """The base that a run was tuned on. Raises InputError if there is none, or another one."""
+    try:
+        below = load_run(base, mesh, layers=layers, quantize=run.quantize, verify=verify)
+    except InputError as error:
+        raise InputError(f"the base of {folder}: {error} (where it is now: --base)") from None
+    if below.fingerprint != manifest["base"]:
+        raise InputError(f"{folder} was tuned on another base than {base} (fingerprint {manifest['base'][:12]}, this "
+                         f"one has {below.fingerprint[:12]}); give its own with --base")  # fmt: skip
+    return below
+
+
 def load_run(
     folder: str | Path, mesh: Any = None, step: int | None = None, base: str = "", layers: str = "", quantize: str = "",
     verify: str = "full",
@@ -236,18 +225,11 @@ def load_run(
         method: Method = Subset("all")
         below = None
     else:
-        name = base or run.base
-        try:
-            below = load_run(name, mesh, layers=layers or run.layers, quantize=run.quantize, verify=verify)
-        except InputError as error:
-            raise InputError(f"the base of {folder}: {error} (where it is now: --base)") from None
+        below = _below(folder, run, manifest, base or run.base, mesh, layers or run.layers, verify)
         if "imported" in below.manifest:
             manifest = manifest | {"imported": below.manifest["imported"]}
         config, method = numerics(below.config, run.dtype, run.remat), run.method
         shapes = jax.eval_shape(lambda base: base, below.base)  # an argument: traced, `base` would cache tracers
-        if below.fingerprint != manifest["base"]:
-            raise InputError(f"{folder} was tuned on another base than {name} (fingerprint {manifest['base'][:12]}, "
-                             f"this one has {below.fingerprint[:12]}); give its own with --base")  # fmt: skip
     make = partial(method.init, jax.random.key(0))
     with patterns_of(folder / "config.json"):
         like = jax.eval_shape(make, shapes)

@@ -18,10 +18,10 @@ from ...model.hf_files import nearest_folder, read_json
 from ..checkpoint import Checkpoints
 from ..config import Run, close, from_json
 from ..inputs import check_lengths
+from ..layout import laid as stacked_or_not
 from ..program import KEYS, Layout, base_shapes, check_batch, layout, lower
 from ..progress import step_flops
 from ..runs import check_run, is_hugging_face, numerics
-from ..runs import laid as stacked_or_not
 from . import hlo, roofline
 from .estimate import links, shard, traced
 from .topology import Target, silent
