@@ -18,8 +18,11 @@ def add_tokens(tokenizer: Tokenizer, names: Sequence[str]) -> tuple[Tokenizer, d
     text of a row gives it. Any other is made of its text wherever that stands: in rows, documents and prompts.
     """
     tokenizer = _extended(tokenizer, {name: name in SPECIAL or name in tokenizer.template for name in names})
-    known = tokenizer.special | text_tokens(tokenizer)
-    return tokenizer, {name: known[name] for name in names}
+    special, plain = tokenizer.special, text_tokens(tokenizer)
+    for name in names:  # a byte-level decoder takes some letters that are not ASCII for bytes
+        if name in plain and name not in tokenizer.decode([*tokenizer.encode("a"), plain[name]]):
+            raise InputError(f"added token {name!r}: this tokenizer would not give its text back; take ASCII letters")
+    return tokenizer, {name: (special | plain)[name] for name in names}
 
 
 def add_special(tokenizer: Tokenizer, names: Sequence[str]) -> Tokenizer:

@@ -59,7 +59,7 @@ def collect(path: Path, main: str) -> dict[str, bytes]:
         except OSError as e:
             raise InputError(f"{path / name}: cannot be read ({e.strerror})") from None
     if (template := path / "additional_chat_templates" / "default.jinja").is_file():
-        found[TEMPLATE] = template.read_bytes()
+        found[TEMPLATE] = _utf8(template, template.read_bytes()).encode()
     elif TEMPLATE not in found and any(template.parent.glob("*.jinja")) and _template(path, found)[0]:
         raise InputError(
             f"{template.parent}: because of its templates transformers does not read the one of {CONFIG}, and none of "
@@ -151,10 +151,7 @@ def _template(path: Path, files: dict[str, bytes]) -> tuple[str, str]:
     """(the template, the file it is in); ("", "") if there is none."""
     name = TEMPLATE
     if name in files:
-        try:
-            return files[name].decode("utf-8"), str(path / name)
-        except UnicodeDecodeError as e:
-            raise InputError(f"{path / name}: not UTF-8 ({e})") from None
+        return _utf8(path / name, files[name]), str(path / name)
     processor = parse(path, files, "chat_template.json").get("chat_template")  # transformers' tokenizers do not read it
     name, found = CONFIG, parse(path, files, CONFIG).get("chat_template")
     if found is None:
@@ -170,6 +167,13 @@ def _template(path: Path, files: dict[str, bytes]) -> tuple[str, str]:
     if not isinstance(found, str):
         raise InputError(f"{path / name}: chat_template is a {type(found).__name__}; text is wanted")
     return found, str(path / name)
+
+
+def _utf8(path: Path, data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: not UTF-8 ({e})") from None
 
 
 def _ends(tree: dict[str, Any], where: Path) -> tuple[int, ...]:

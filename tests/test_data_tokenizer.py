@@ -270,6 +270,9 @@ def test_an_added_token_is_made_of_its_text(name, tmp_path):
     assert add_tokens(more, ["<|tool|>"]) == (more, {"<|tool|>": new})
     with pytest.raises(InputError, match="already an ordinary piece"):
         add_tokens(tok, ["a"])
+    if name in ("qwen", "llama3"):
+        with pytest.raises(InputError, match="would not give its text back"):
+            add_tokens(tok, ["<\u00e9>"])
 
 
 @pytest.mark.parametrize("name", ["llama2_json", "qwen"])

@@ -229,7 +229,8 @@ def pickled(folder: Path) -> None:
 
 def shards(**where):
     def do(folder: Path) -> None:
-        names = dict.fromkeys(header(folder / "model.safetensors"), "model.safetensors")
+        (folder / "model.safetensors").rename(folder / "model-1.safetensors")  # which would count before an index
+        names = dict.fromkeys(header(folder / "model-1.safetensors"), "model-1.safetensors")
         tree = {"weight_map": names | {k.replace("__", "."): v for k, v in where.items()}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(tree))
 
@@ -307,10 +308,16 @@ REFUSED = {
     "truncated": (truncate, "model.safetensors: not a whole safetensors file"),
     "pickle": (pickled, "pytorch_model.bin is a pickle, which runs code when it is read"),
     "nothing": (lambda f: (f / "model.safetensors").unlink(), "has neither model.safetensors nor"),
-    "missing shard": (shards(**{K: "model-2.safetensors"}), "names model-2.safetensors, which is not there"),
+    "missing shard": (shards(**{K: "model-0.safetensors"}), "names model-0.safetensors, which is not there"),
     "escape": (shards(**{K: "../x.safetensors"}), "names the file '../x.safetensors'; a plain name"),
-    "misplaced": (shards(more__weight="model.safetensors"), "places more.weight in model.safetensors, which does not"),
-    "index": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "has no weight_map"),
+    "misplaced": (
+        shards(more__weight="model-1.safetensors"),
+        "places more.weight in model-1.safetensors, which does not",
+    ),
+    "index": (
+        lambda f: (f / "model.safetensors").rename(f / "model.safetensors.index.json").write_text("{}"),
+        "has no weight_map",
+    ),
     "no json": (lambda f: (f / "config.json").write_text("{"), "config.json: not readable as JSON"),
     "twice": (lambda f: (f / "config.json").write_text('{"a": 1, "a": 2}'), "the key 'a' stands twice"),
 }

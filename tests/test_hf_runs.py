@@ -210,7 +210,7 @@ def test_imported_with_more_tokens(hf_base, rows, tmp_path, capsys):
     main(["finetune", "sft", "--base", str(tmp_path / "run"), "--data", str(data), "--method", "prompt", "--steps", "1",
           "--no-tensorboard", "--out", str(tmp_path / "tuned"), *SMALL])  # fmt: skip
     said = f"the data hold tokens that were added to the base: {tokens[1]!r} (id {n + 1}). Prompt does not train their"
-    said += f" embeddings and logits, which stay those of the mean row; --method tokens --method.ids {n + 1}"
+    said += f" embeddings, which stay those of the mean row; --method tokens --method.ids {n + 1}"
     assert said in capsys.readouterr().err
     tuned = load_run(tmp_path / "tuned")
     assert (tuned.config.V, tuned.manifest["added_tokens"]) == (n + 5, got["tokens"])
