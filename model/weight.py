@@ -22,9 +22,11 @@ class Weight:
 
     Every array field of a weight under stacked `layers/` has the layer axis first, as the matrix has.
     `linear` says that `x @ w` is linear in x, so that `fold` may replace the weight by the matrix `I @ w`.
+    `projects` says of a table that only its transpose, the output projection, is another than that of the table `w`.
     """
 
     linear: ClassVar[bool] = True
+    projects: ClassVar[bool] = False
     __array_ufunc__ = None  # numpy_array @ weight reaches __rmatmul__
 
     def __init_subclass__(cls) -> None:
@@ -56,11 +58,17 @@ class Weight:
         return jnp.eye(rows) @ self
 
 
+def stack(w: Any) -> list[Any]:
+    """A weight, the one that it holds as `w`, and so on down to what they stand on: an array, or a quantised matrix."""
+    found = [w]
+    while isinstance(found[-1], Weight) and getattr(found[-1], "w", None) is not None:
+        found.append(found[-1].w)  # type: ignore[attr-defined]
+    return found
+
+
 def bottom(w: Any) -> Any:
-    """What a weight stands on, under all weights that hold another as `w`: an array, or a quantised matrix."""
-    while isinstance(w, Weight) and getattr(w, "w", None) is not None:
-        w = w.w  # type: ignore[attr-defined]
-    return w
+    """The array, or the quantised matrix, that a weight stands on."""
+    return stack(w)[-1]
 
 
 def matmul(x: Array, w: Any) -> Array:

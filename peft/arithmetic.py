@@ -152,6 +152,7 @@ def rerank(method: LoRA, trainable: Any, rank: int, params: Any = None) -> tuple
     s A B = Q_A (R_A R_B^T) Q_B^T by two QR, SVD of the [R, R] core. alpha stays; rules of alphas (which need `params`,
     or its shapes) and of ranks end. Columns that are new are those of `extract_lora`: random A, B = 0.
     """
+    found = _scaled(method, trainable, params)
     new = dataclasses.replace(method, rank=rank, ranks=(), alphas=())
 
     def one(key: Array, a: Array, b: Array) -> dict[str, Array]:
@@ -159,7 +160,6 @@ def rerank(method: LoRA, trainable: Any, rank: int, params: Any = None) -> tuple
         u, s, v = jnp.linalg.svd(ra @ rb.T, full_matrices=False)
         return _columns(key, qa @ u, s / new.scale(rank, new.alpha), v @ qb.T, rank)
 
-    found = _scaled(method, trainable, params)
     return new, {key: _each(_target(key, a), one, a, b) for key, (a, b) in found.items()}
 
 

@@ -8,6 +8,7 @@ from jax import Array
 from .. import InputError
 from ..model import Weight
 from ..model.tree import named, replace
+from ..model.weight import stack
 from .base import Method
 
 
@@ -15,6 +16,7 @@ class OwnHead(Weight):
     """The token table for lookups, and another matrix where the output projection asks for its transpose."""
 
     linear = False
+    projects = True
 
     w: Any  # [V, D] frozen
     head: Array  # [D, V]
@@ -39,4 +41,8 @@ class Head(Method):
         return {"embed/table": {"head": jnp.array(named(params)["embed/table"], jnp.float32, copy=True).T}}
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
-        return replace(params, {"embed/table": OwnHead(named(params)["embed/table"], **trainable["embed/table"])})
+        table = named(params)["embed/table"]
+        if any(isinstance(w, Weight) and w.projects for w in stack(table)):
+            raise InputError("chain: head replaces the output projection, which an earlier method has taken; put head "
+                             "first, or let only one of them have it")  # fmt: skip
+        return replace(params, {"embed/table": OwnHead(table, **trainable["embed/table"])})

@@ -193,7 +193,7 @@ def _untouched(found: list[Entry], config: Config, params: Any, known: Tensors) 
         return {}
     if params is None:
         if lost := [m for m in touched if f"{PREFIX}{m}.base_layer.weight" not in known]:
-            path = named_so[lost[0]].path
+            path = "embed/table" if config.tied else named_so[lost[0]].path
             raise InputError(f"the file of an adapter of {lost[0]} has the base's {path} in it, which this method was "
                              "not loaded with; give save(..., params=) the base")  # fmt: skip
         return {}

@@ -8,6 +8,7 @@ from jax import Array
 from .. import InputError
 from ..model import Weight
 from ..model.tree import named, replace
+from ..model.weight import stack
 from .base import Method
 
 
@@ -39,4 +40,8 @@ class Lookup(Method):
         return {"embed/table": {"table": jnp.array(named(params)["embed/table"], jnp.float32, copy=True)}}
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
-        return replace(params, {"embed/table": OwnTable(named(params)["embed/table"], **trainable["embed/table"])})
+        table = named(params)["embed/table"]
+        if not all(w.projects for w in stack(table)[:-1]):
+            raise InputError("chain: lookup replaces the table that an earlier method has taken; put lookup first, or let "
+                             "only one of them have it")  # fmt: skip
+        return replace(params, {"embed/table": OwnTable(table, **trainable["embed/table"])})

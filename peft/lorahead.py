@@ -18,6 +18,7 @@ class LoRAHeadTable(Weight):
     """The token table for lookups; its transpose, the output projection, has a low-rank update: w.T + a b."""
 
     linear = False
+    projects = True
 
     w: Any  # [V, D] frozen
     a: Array  # [D, R]

@@ -11,7 +11,7 @@ import pytest
 from graftax import InputError, peft
 from graftax.model.init import restack
 from graftax.model.tree import named
-from graftax.peft import IA3, DoRA, LoRA, Prompt, RsLoRA, Subset, arithmetic, chain
+from graftax.peft import IA3, DoRA, LoRA, LoRAHead, Prompt, RsLoRA, Subset, arithmetic, chain
 from graftax.peft.gradual import Gradual
 from graftax.train.config import Optim
 from graftax.train.optim import labels, make_optimizer
@@ -221,6 +221,9 @@ def test_what_is_not_one_product_is_refused(base):
     dora = DoRA(rank=2, where=QV)
     with pytest.raises(InputError, match="DoRA: its update is not s A B alone"):
         arithmetic.rerank(dora, dora.init(jax.random.key(0), base.params), 4)
+    for other in (LoRAHead(), Prompt()):
+        with pytest.raises(InputError, match=f"{type(other).__name__}: its update is not"):
+            arithmetic.rerank(other, {}, 4)
     with pytest.raises(InputError, match="Prompt: its update is not"):
         arithmetic.concatenate((Prompt(), {}))
     ruled = LoRA(rank=2, alphas=((".*", 4.0),))

@@ -231,6 +231,19 @@ def test_weight_decay_shrinks_updates_and_no_prompt_or_rotation(base):
     assert shrunk(Prompt(tokens=2), decay_where=".*") == {"prompt"}
 
 
+def test_a_table_is_replaced_before_it_is_adapted(base):
+    """Else the earlier method trains in vain, or virtual ids are looked up in a table that has no row for them."""
+    head, lookup, on_head = peft.Head(), peft.Lookup(), peft.LoRAHead()
+    in_vain = [(on_head, head), (head, head), (LoRA(where="embed/table"), lookup), (Prompt(), lookup), (lookup, lookup)]
+    for methods in in_vain:
+        method = chain(*methods)
+        with pytest.raises(InputError, match=rf"chain: {type(methods[1]).__name__.lower()} replaces .* put .* first"):
+            jax.eval_shape(method.bind, base.params, jax.eval_shape(method.init, jax.random.key(0), base.params))
+    for methods in ((head, on_head), (lookup, head), (head, lookup), (lookup, on_head), (lookup, Prompt())):
+        method = chain(*methods)
+        jax.eval_shape(method.bind, base.params, jax.eval_shape(method.init, jax.random.key(0), base.params))
+
+
 def test_dora_of_a_matrix_with_columns_of_zeros():
     """HF PEFT divides 0 by 0 there. The factor of such a column is 1, so that B, and then m, can move it."""
     w = np.float32([[1, 0, 1e-4]] * 6)
