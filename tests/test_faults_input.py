@@ -528,7 +528,7 @@ def filled(hint, x):
     """A value of a type with x for every number in it."""
     if get_origin(hint) is tuple:
         return tuple(filled(one, x) for one in get_args(hint) if one is not Ellipsis)
-    return x if hint in (int, float) else Run(steps=1) if hint is Run else "a>=1"
+    return x if hint in (int, float, int | None) else Run(steps=1) if hint is Run else "a>=1"
 
 
 def test_no_number_and_no_text_is_taken_unchecked():

@@ -48,11 +48,6 @@ class Eval(Checked):
     choices: bool = False  # answer with the likeliest of the task's choices, not by generation
     verify: Verify = "full"  # every digest, the files' sizes, the manifest alone
 
-    def __post_init__(self) -> None:
-        for name in ("tokens", "rows"):
-            if getattr(self, name) < 0:
-                raise InputError(f"--{name} {getattr(self, name)}: wanted 0 (all) or more")
-
     def run(self) -> dict[str, Any]:
         """Evaluate, say the numbers, and return them."""
         got = load_run(self.folder, base=self.base, verify=self.verify)
