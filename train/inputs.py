@@ -99,7 +99,8 @@ def tuning_rows(
         sft, kept = dataclasses.replace(sft, valid=valid.rows), set(valid.kept)
         task = dataclasses.replace(task, valid=[row for where, row in task.pairs("valid") if where in kept])
     if data.valid or data.test:  # so that a run goes on with no others
-        judges = [[row["prompt"], row["completion"]] for row in task.valid + task.test]
+        judges = [[row["prompt"], row["completion"], row["chat"].tools, dict(row["chat"].variables)]
+                  for row in task.valid + task.test]  # fmt: skip
         digest = hashlib.sha256(json.dumps([sft.digest, judges]).encode()).hexdigest()
         sft = dataclasses.replace(sft, digest=digest)
     say(bad, task.dropped)
