@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -240,7 +239,7 @@ def test_an_earlier_step_and_a_stray_folder(cut, whole, tmp_path, monkeypatch, c
 def test_a_folder_that_cannot_be_written(where, runs, tmp_path, monkeypatch):  # noqa: F811
     out = "/proc/graftax/run" if where == "made" else str(tmp_path / "run")
     if where == "before":
-        monkeypatch.setattr(outcome, "write_whole", _readonly)
+        monkeypatch.setattr(outcome.tempfile, "TemporaryFile", lambda dir: _readonly(dir, b""))
     said(lambda: train(dataclasses.replace(runs["lora"], out=out)), f"--out {out}: cannot be written", "give a folder")
 
 
@@ -418,11 +417,12 @@ def test_too_many_bad_batches_stop_the_run(runs, tmp_path, monkeypatch):  # noqa
 @pytest.mark.parametrize("number", [np.nan, -np.inf])
 def test_a_base_that_is_not_finite(number, base, monkeypatch):
     spoilt = replace(base.params, {"layers/mlp/up": base.params["layers"]["mlp"]["up"].at[1, 2, 3].set(number)})
-    monkeypatch.setattr(health, "load_run", lambda *args, **kwargs: SimpleNamespace(base=spoilt))
-    run = Run(phase="finetune", base="runs/base")
+    dated, loaded = (dataclasses.make_dataclass("", names) for names in (["date"], ["base", "tokenizer"]))
+    monkeypatch.setattr(health, "load_run", lambda *args, **kwargs: loaded(spoilt, dated("")))
+    run = Run(phase="finetune", base="runs/base", date="2026-11-29")
     said(lambda: health.load_base(run, None), "runs/base: the parameter layers/mlp/up holds NaN or infinity", "another")
-    monkeypatch.setattr(health, "load_run", lambda *args, **kwargs: SimpleNamespace(base=base.params))
-    assert health.load_base(run, None).base is base.params
+    monkeypatch.setattr(health, "load_run", lambda *args, **kwargs: loaded(base.params, dated("")))
+    assert health.load_base(run, None) == loaded(base.params, dated("2026-11-29"))
 
 
 def test_a_state_that_is_not_finite_is_not_saved(runs, tmp_path, monkeypatch):  # noqa: F811
