@@ -42,6 +42,6 @@ class Lookup(Method):
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
         table = named(params)["embed/table"]
         if not all(w.projects for w in stack(table)[:-1]):
-            raise InputError("chain: lookup replaces the table that an earlier method has taken; put lookup first, or let "
-                             "only one of them have it")  # fmt: skip
+            raise InputError("chain: lookup replaces the table that an earlier method has taken; put lookup first, or "
+                             "let only one of them have it")  # fmt: skip
         return replace(params, {"embed/table": OwnTable(table, **trainable["embed/table"])})
