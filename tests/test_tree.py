@@ -47,10 +47,8 @@ def test_a_rule_that_would_take_for_ever(base, tmp_path, monkeypatch):
     began = time.process_time()
     for file in ("runs/x/config.json", tmp_path / "other.json"):  # a second look at it takes no more time
         with pytest.raises(InputError) as caught, pattern.patterns_of(file):
-            picked("layers/(([a-z/_]+)|.|..|...|....)+[!?]", base)
-        assert str(caught.value).startswith(
-            f"{file}: rule 'layers/(([a-z/_]+)|.|..|...|....)+[!?]' takes more than 0.05 s"
-        )
+            picked("(.|..|...|....)+[!?]", base)
+        assert str(caught.value).startswith(f"{file}: rule '(.|..|...|....)+[!?]' takes more than 0.05 s")
     assert time.process_time() - began < 10
     for rule, words in {
         "layers/((a{1000}){1000}){1000}": "counts of more than 1,000 repeats",
