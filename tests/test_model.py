@@ -140,7 +140,7 @@ def test_sampling():
     np.testing.assert_allclose(share(draw(temperature=1.0, top_k=2)), [0.625, 0.375, 0, 0], atol=0.03)
     np.testing.assert_allclose(share(draw(temperature=1.0, top_p=0.7)), [0.625, 0.375, 0, 0], atol=0.03)
     np.testing.assert_allclose(share(draw(temperature=0.5)), np.array([0.25, 0.09, 0.0225, 0.0025]) / 0.365, atol=0.03)
-    with pytest.raises(InputError, match="top_p"):
+    with pytest.raises(InputError, match=r"--top-p 0\.0: wanted above 0, at most 1"):
         Sampling(top_p=0.0)
 
 
@@ -166,7 +166,7 @@ def test_config_errors():
         dataclasses.replace(CONFIG, K=3)
     with pytest.raises(InputError, match="rotary width 7 of heads of 7"):
         dataclasses.replace(CONFIG, H=7)
-    with pytest.raises(InputError, match="L = 0"):
+    with pytest.raises(InputError, match=r"--model\.L 0: wanted 1 or more"):
         dataclasses.replace(CONFIG, L=0)
 
 

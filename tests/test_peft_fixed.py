@@ -189,7 +189,7 @@ def test_fourierft_by_rules(base):
     assert {k: t["spectrum"].shape for k, t in trainable.items()} == {
         "layers/attn/q": (2, 1024), "layers/attn/k": (2, 9), "layers/mlp/up[0:1]": (1, 9), "layers/mlp/up[1:2]": (1, 4),
     }  # fmt: skip
-    c = {"random_loc_seed": 777, "scaling": 150.0}
+    c = {"random_loc_seed": 0, "scaling": 150.0}  # of a method outside a run
     merged = named(peft.merge(method, base.params, trainable))
     for path, i, n in (("attn/q", 0, 1024), ("attn/k", 1, 9), ("mlp/up", 0, 9), ("mlp/up", 1, 4)):
         w = named(base.params)[f"layers/{path}"][i]

@@ -293,7 +293,9 @@ def test_adalora_ends_with_its_budget(base):
         state, _ = step(state, frozen, make_batch(i % 4))
         assert left() == 14 * 6 if i < 2 else left() >= 14 * 3
         assert left() == 14 * 3 or i + 1 < steps - 4
-    pruned = AdaLoRA(init_rank=6, where="layers/attn/[qkvo]", ranks=(("layers/[1:]/attn/q", 0), ("layers/attn/k", 2)))
+    pruned = AdaLoRA(
+        rank=3, init_rank=6, where="layers/attn/[qkvo]", ranks=(("layers/[1:]/attn/q", 0), ("layers/attn/k", 2))
+    )
     trainable = shaken(pruned.init(jax.random.key(0), base.params))
     assert [trainable[f"layers/attn/{n}"]["a"].shape for n in ("q[0:1]", "q[1:2]", "k")] == [
         (1, 32, 6), (1, 32, 0), (2, 32, 2),

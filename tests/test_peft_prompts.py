@@ -197,7 +197,7 @@ def test_llama_adapter_refuses(base):
     init = lambda method, params=base.params: method.init(jax.random.key(0), params)  # noqa: E731
     with pytest.raises(InputError, match=r"layers/attn/prompt: GatedPrompt is not linear in x"):
         peft.merge(LLaMAAdapter(), base.params, init(LLaMAAdapter()))
-    with pytest.raises(InputError, match="layers = 0, wanted 1 or more"):
+    with pytest.raises(InputError, match=r"--method\.layers 0: wanted 1 or more"):
         init(LLaMAAdapter(layers=0))
     with pytest.raises(InputError, match="behind=True wants heads of 32 together, this base's have 28"):
         init(LLaMAAdapter(behind=True), variant("gpt2").params)

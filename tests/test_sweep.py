@@ -16,6 +16,7 @@ from graftax.peft import LoRA, Subset
 from graftax.train.checkpoint import Checkpoints
 from graftax.train.cli import main
 from graftax.train.config import Optim, from_json
+from graftax.train.experiments import work
 from graftax.train.experiments.cells import axis, cells, changed
 from graftax.train.experiments.choose import balanced
 from graftax.train.experiments.ground import Ground
@@ -23,7 +24,6 @@ from graftax.train.experiments.groups import groups
 from graftax.train.experiments.lanes import Stack
 from graftax.train.experiments.results import gathered
 from graftax.train.experiments.sweep import Sweep, dated, execute
-from graftax.train.experiments.work import Work
 from graftax.train.faults import VARIABLE
 from graftax.train.loop import train
 from graftax.train.progress import read_metrics
@@ -185,17 +185,17 @@ def test_a_signal_in_a_later_chunk(run, monkeypatch):
 
 def test_a_signal_while_lanes_are_evaluated(run, tmp_path, monkeypatch):
     """At once: all lanes are saved, none is evaluated any more; a resumed sweep does that."""
-    real, over = Work.judged, ("optim.lr=1e-3,2e-3,4e-3",)
+    real, over = work.losses, ("optim.lr=1e-3,2e-3,4e-3",)
     asked = []
 
-    def judged(self, lane):
-        asked.append(lane)
+    def losses(phase):
+        asked.append(phase)
         os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, lane)
+        return real(phase)
 
     run = dataclasses.replace(run, save_every=0)
     with monkeypatch.context() as patch:
-        patch.setattr(Work, "judged", judged)
+        patch.setattr(work, "losses", losses)
         with pytest.raises(Stopped):
             execute(Sweep(run, over, lanes=2))
     assert len(asked) == 1
@@ -260,13 +260,13 @@ def test_a_padded_rank_computes_what_its_own_does(method):
 @pytest.mark.parametrize(("over", "words"), [
     ((), ("nothing to sweep over", "--over FIELD=VALUE")),
     (("optim.lrr=1",), ("optim has no 'lrr'; did you mean lr?",)),
-    (("optimizer.lr=1",), ("run has no 'optimizer'", "did you mean optim?")),
+    (("optimizer.lr=1",), ("run has no 'optimizer'", "did you mean optim.lr?")),
     (("optim.lr=",), ("--over optim.lr=: no value",)),
     (("optim.lr",), ("no value; FIELD=VALUE,VALUE",)),
     (("seed=5..2",), ("no value",)),
     (("optim.lr=fast",), ("'fast', wanted a finite number",)),
     (("optim.lr=-1",), ("--over optim.lr=-1", "wanted a finite number of 0 or more")),
-    (("method.rank=0,4",), ("lora: rank 0: wanted 1 or more",)),
+    (("method.rank=0,4",), ("lora: --method.rank 0: wanted 1 to 65536",)),
     (("optim.lr=1e-3,1e-3",), ("a value is there twice",)),
     (("seed=0", "seed=1"), ("this axis is there twice",)),
     (("method=lora,dorra",), ("unknown method 'dorra'; did you mean dora?",)),
