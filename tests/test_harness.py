@@ -58,7 +58,7 @@ def test_loglikelihood(model):
 
 
 def test_windows_are_not_longer_than_the_context(folder):
-    with pytest.raises(InputError, match="max_length=65: the model's context is 64"):
+    with pytest.raises(InputError, match="max_length=65: a whole number from 2 to 64 is wanted"):
         Harness(folder, max_length=65)
 
 
