@@ -6,7 +6,7 @@ import reprlib
 from typing import Any
 
 from .. import InputError
-from .bad import STRICT, Bad
+from .errors import STRICT, Bad
 from .dialogue import Chat, dialogue, json_of, kind_of, near, parsed, variables_of
 from .sources import text_of
 

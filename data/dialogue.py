@@ -8,9 +8,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .. import InputError
-from .bad import STRICT, Bad
+from .errors import STRICT, Bad
 from .sources import text_of
-from .tokenizer import ROLES
+from .tokenizers.tokenizer import ROLES
 
 Message = dict[str, Any]  # {"role", "content"} and maybe other fields of _FIELDS
 _SENDERS = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}  # ShareGPT's

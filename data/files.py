@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import InputError
-from .bad import STRICT, Bad
+from .errors import STRICT, Bad
 from .unpack import MOST, is_parquet, lines, suffix, whole
 
 _BATCH = 1024  # rows of a parquet file in memory at once

@@ -13,12 +13,12 @@ import grain
 import numpy as np
 
 from .. import InputError
-from .bad import STRICT, Bad
-from .chat import encode_chats, encode_prompts
+from .errors import STRICT, Bad
+from .tokenizers.chat import encode_chats, encode_prompts
 from .columns import chat_of
 from .dialogue import Chat, Message, as_chat
 from .pack import Row, empty_row
-from .tokenizer import Tokenizer
+from .tokenizers.tokenizer import Tokenizer
 
 _BINS = 256  # rows kept open while packing
 

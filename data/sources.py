@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from .. import InputError
 from . import clean
-from .bad import STRICT, Bad
+from .errors import STRICT, Bad
 from .files import TABLES, expand, holds_rows, read_text, reader
 from .unpack import suffix, unpacked
 

@@ -4,9 +4,9 @@ import importlib
 import pkgutil
 
 from ..model import Weight, static
-from . import arithmetic, hf, masks, rows
+from . import merging, hf, masks, rows
 from .base import Chain, Method, apply, chain, count, fold, merge, partition
-from .subset import Subset
+from .methods.subset import Subset
 
 methods: dict[str, type[Method]] = {}  # CLI name -> class: every public Method of every file here
 for _info in pkgutil.iter_modules(__path__):

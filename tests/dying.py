@@ -6,7 +6,7 @@ import signal
 import sys
 
 from graftax.train import cli, loop
-from graftax.train.checkpoint import Checkpoints
+from graftax.train.runs.checkpoint import Checkpoints
 
 die, compile_, save = int(os.environ["DIE"]), loop.compile_step, Checkpoints.save
 

@@ -6,11 +6,11 @@ import pydoc_data.topics
 import shutil
 
 import pytest
-from graftax.data.tokenizer import train_tokenizer
+from graftax.data.tokenizers.tokenizer import train_tokenizer
 from graftax.model.sharding import make_mesh
 from graftax.peft import LoRA, Prompt, Subset
 from graftax.train import loop
-from graftax.train.checkpoint import Checkpoints
+from graftax.train.runs.checkpoint import Checkpoints
 from graftax.train.config import Data, Optim, Run, to_json
 from graftax.train.faults import VARIABLE
 from graftax.train.loop import train

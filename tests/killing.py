@@ -21,7 +21,7 @@ def life(fault, ready):
 
     jax.config.update("jax_platforms", "cpu")
     import numpy as np
-    from graftax.train.checkpoint import Checkpoints
+    from graftax.train.runs.checkpoint import Checkpoints
 
     def state(step):
         rng = np.random.default_rng(step)
@@ -61,7 +61,7 @@ def kill(fault, seconds):
 
 
 if __name__ == "__main__":
-    import graftax.train.checkpoint  # noqa: F401  imported once for all; nothing of jax runs here
+    import graftax.train.runs.checkpoint  # noqa: F401  imported once for all; nothing of jax runs here
 
     random.seed(0)
     lives = [("", random.uniform(0, 0.25)) for _ in range(times)] + [(f"{point}:kill", 0.0) for point in POINTS]

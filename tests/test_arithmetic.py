@@ -11,8 +11,8 @@ import pytest
 from graftax import InputError, peft
 from graftax.model.init import restack
 from graftax.model.tree import named
-from graftax.peft import IA3, DoRA, LoRA, LoRAHead, Prompt, RsLoRA, Subset, arithmetic, chain
-from graftax.peft.gradual import Gradual
+from graftax.peft import IA3, DoRA, LoRA, LoRAHead, Prompt, RsLoRA, Subset, merging, chain
+from graftax.peft.methods.gradual import Gradual
 from graftax.train.config import Optim
 from graftax.train.optim import labels, make_optimizer
 from graftax.train.step import init_state, make_train_step
@@ -45,13 +45,13 @@ def test_a_delta_is_what_merging_changes(method, param_dtype):
     params = jax.tree.map(lambda x, w: x.astype(w.dtype), shaken(base.params), base.params)  # no bias of zeros
     base = base._replace(params=params)
     trainable = tuned(method, base)
-    got = jax.jit(arithmetic.delta, static_argnums=0)(method, base.params, trainable)
+    got = jax.jit(merging.delta, static_argnums=0)(method, base.params, trainable)
     expected = change(method, base.params, trainable)
     assert {k for k, d in expected.items() if d.any()} == set(got)
     for path, d in got.items():
         assert d.dtype == jnp.float32
         np.testing.assert_allclose(d, expected[path], atol=2e-6)
-    applied = arithmetic.apply_delta(base.params, got)
+    applied = merging.apply_delta(base.params, got)
     close(applied, peft.merge(method, base.params, trainable), 1e-6 if param_dtype == "float32" else 1e-2)
     assert all(same(named(applied)[k], v) for k, v in named(base.params).items() if k not in got)
 
@@ -59,28 +59,28 @@ def test_a_delta_is_what_merging_changes(method, param_dtype):
 def test_sums_and_means_of_trees(base):
     one, two = (shaken(Subset("norms").init(None, base.params), size) for size in (0.1, 0.2))
     by_hand = {k: (1 * one[k] + 3 * two[k]) / 4 for k in one}
-    close(arithmetic.average([one, two], [1, 3]), by_hand)
-    close(arithmetic.average([one, two]), jax.tree.map(lambda a, b: (a + b) / 2, one, two))
-    close(arithmetic.add(one, two, one), jax.tree.map(lambda a, b: 2 * a + b, one, two))
-    close(arithmetic.scale(one, -0.5), jax.tree.map(lambda a: -a / 2, one))
+    close(merging.average([one, two], [1, 3]), by_hand)
+    close(merging.average([one, two]), jax.tree.map(lambda a, b: (a + b) / 2, one, two))
+    close(merging.add(one, two, one), jax.tree.map(lambda a, b: 2 * a + b, one, two))
+    close(merging.scale(one, -0.5), jax.tree.map(lambda a: -a / 2, one))
     with pytest.raises(InputError, match="tree 1 has other paths"):
-        arithmetic.add(one, {k: v for k, v in two.items() if k != "final_norm/scale"})
+        merging.add(one, {k: v for k, v in two.items() if k != "final_norm/scale"})
 
 
 def test_task_vectors_add_and_take_away(base):
     first, second = (shaken(base.params, size) for size in (0.1, -0.3))
-    a, b = (arithmetic.task_vector(t, base.params) for t in (first, second))
-    both = arithmetic.apply_delta(base.params, arithmetic.task_arithmetic([a, b], [0.5, 2.0]))
+    a, b = (merging.task_vector(t, base.params) for t in (first, second))
+    both = merging.apply_delta(base.params, merging.task_arithmetic([a, b], [0.5, 2.0]))
     close(both, jax.tree.map(lambda w, x, y: w + 0.5 * (x - w) + 2 * (y - w), base.params, first, second))
-    close(arithmetic.apply_delta(first, a, by=-1.0), base.params, 1e-6)
+    close(merging.apply_delta(first, a, by=-1.0), base.params, 1e-6)
     some = {k: v for k, v in b.items() if "attn" in k}
-    mixed = arithmetic.task_arithmetic([a, some])
+    mixed = merging.task_arithmetic([a, some])
     close(mixed["layers/mlp/up"], a["layers/mlp/up"])
     close(mixed["layers/attn/q"], a["layers/attn/q"] + b["layers/attn/q"])
     with pytest.raises(InputError, match="layers/mlp/upp: wanted a plain array"):
-        arithmetic.apply_delta(base.params, {"layers/mlp/upp": a["layers/mlp/up"]})
+        merging.apply_delta(base.params, {"layers/mlp/upp": a["layers/mlp/up"]})
     with pytest.raises(InputError, match="one architecture"):
-        arithmetic.task_vector({"embed": base.params["embed"]}, base.params)
+        merging.task_vector({"embed": base.params["embed"]}, base.params)
 
 
 def golden(what):
@@ -93,13 +93,13 @@ def test_merging_is_what_hf_peft_does(how, monkeypatch):
     if how.startswith("dare"):
         masks = iter([kept for d in golden("kept") for kept in d.values()])
         monkeypatch.setattr(jax.random, "bernoulli", lambda *_: next(masks))
-        deltas = arithmetic.dare(jax.random.key(0), deltas, 0.4)
+        deltas = merging.dare(jax.random.key(0), deltas, 0.4)
     if how == "magnitude_prune":
-        deltas = [arithmetic.trim(d, 0.3) for d in deltas]
+        deltas = [merging.trim(d, 0.3) for d in deltas]
     if how.endswith("ties"):
-        got = arithmetic.ties(deltas, 1.0 if how == "dare_ties" else 0.3, weights)
+        got = merging.ties(deltas, 1.0 if how == "dare_ties" else 0.3, weights)
     else:
-        got = arithmetic.task_arithmetic(deltas, weights)
+        got = merging.task_arithmetic(deltas, weights)
     for name in NAMES:
         np.testing.assert_allclose(got[name], MERGE[f"{name}/{how}"], atol=1e-6)
 
@@ -107,31 +107,31 @@ def test_merging_is_what_hf_peft_does(how, monkeypatch):
 def test_merging_takes_each_layer_by_itself(base):
     """Stacked or unrolled, the same numbers stay; a path that one update has not is a row of zeros."""
     unrolled = dataclasses.replace(base.config, scan=False)
-    stacked = [arithmetic.task_vector(shaken(base.params, s), base.params) for s in (0.1, 0.2)]
+    stacked = [merging.task_vector(shaken(base.params, s), base.params) for s in (0.1, 0.2)]
     stacked[1] = {k: jnp.flip(v) for k, v in stacked[1].items()}
     flat = [named(restack(peft.base.nested(d), unrolled)) for d in stacked]
-    merge = jax.jit(lambda ds: arithmetic.ties(arithmetic.dare(jax.random.key(3), ds, 0.3), 0.4))
+    merge = jax.jit(lambda ds: merging.ties(merging.dare(jax.random.key(3), ds, 0.3), 0.4))
     close(named(restack(peft.base.nested(merge(stacked)), unrolled)), merge(flat), 1e-6)
     without = {k: v for k, v in stacked[1].items() if k != "layers/mlp/up"}
     zeros = stacked[1] | {"layers/mlp/up": 0 * stacked[1]["layers/mlp/up"]}
-    close(arithmetic.ties([stacked[0], without]), arithmetic.ties([stacked[0], zeros]))
+    close(merging.ties([stacked[0], without]), merging.ties([stacked[0], zeros]))
 
 
 def test_dare_keeps_the_mean():
     x = {"head/matrix": jnp.ones((300, 400))}
-    kept = arithmetic.dare(jax.random.key(0), [x, x], 0.9)
+    kept = merging.dare(jax.random.key(0), [x, x], 0.9)
     for d in kept:
         assert set(np.unique(d["head/matrix"])) == {0, np.float32(1 / (1 - 0.9))}
         assert float(d["head/matrix"].mean()) == pytest.approx(1, abs=0.03)
     assert not same(kept[0], kept[1])
-    for wrong, message in ((lambda: arithmetic.dare(jax.random.key(0), [x], 1.0), "rate 1.0"),
-                           (lambda: arithmetic.trim(x, 1.5), "density 1.5")):  # fmt: skip
+    for wrong, message in ((lambda: merging.dare(jax.random.key(0), [x], 1.0), "rate 1.0"),
+                           (lambda: merging.trim(x, 1.5), "density 1.5")):  # fmt: skip
         with pytest.raises(InputError, match=message):
             wrong()
 
 
 def product(method, params, trainable):
-    return arithmetic.delta(method, jax.tree.map(jnp.zeros_like, params), trainable)
+    return merging.delta(method, jax.tree.map(jnp.zeros_like, params), trainable)
 
 
 def learns(trainable):
@@ -140,8 +140,8 @@ def learns(trainable):
 
 
 def test_extraction_is_the_nearest_of_its_rank(base):
-    delta = arithmetic.task_vector(shaken(base.params, 0.1), base.params)
-    got, kept = jax.jit(arithmetic.extract_lora, static_argnums=(1, 2))(delta, 4, "linear")
+    delta = merging.task_vector(shaken(base.params, 0.1), base.params)
+    got, kept = jax.jit(merging.extract_lora, static_argnums=(1, 2))(delta, 4, "linear")
     assert set(got) == {k for k in delta if k.split("/")[-1] in ("q", "k", "v", "o", "gate", "up", "down")}
     for path, t in got.items():
         u, s, v = np.linalg.svd(np.asarray(delta[path], np.float64), full_matrices=False)
@@ -157,15 +157,15 @@ def test_any_update_of_low_rank_becomes_lora(scan, where):
     base = make_base(scan=scan)
     method = IA3(where="layers/mlp/up") if where == "linear" else LoRA(rank=3, where=where)
     trainable = tuned(method, base)
-    delta = arithmetic.delta(method, base.params, trainable)
+    delta = merging.delta(method, base.params, trainable)
     rank = 32 if where == "linear" else 5
-    lora, found = arithmetic.to_lora(delta, rank, where)
-    close(arithmetic.delta(lora, base.params, found), delta, 2e-6)
+    lora, found = merging.to_lora(delta, rank, where)
+    close(merging.delta(lora, base.params, found), delta, 2e-6)
     shapes = jax.eval_shape(lora.init, jax.random.key(0), base.params)
     assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, found)
     assert learns(found)
     with pytest.raises(InputError, match="wanted a matrix"):
-        arithmetic.to_lora(arithmetic.task_vector(base.params, base.params), 2, "norms")
+        merging.to_lora(merging.task_vector(base.params, base.params), 2, "norms")
 
 
 @pytest.mark.parametrize(
@@ -180,9 +180,9 @@ def test_another_rank(method, rank):
     """The same update where the rank suffices, the nearest where not, by NumPy's SVD of the whole product."""
     base = make_base(tied=False)
     trainable = tuned(method, base)
-    new, found = arithmetic.rerank(method, trainable, rank, base.params)
+    new, found = merging.rerank(method, trainable, rank, base.params)
     assert new == dataclasses.replace(method, rank=rank, ranks=(), alphas=())
-    again = jax.jit(lambda t: arithmetic.rerank(method, t, rank, base.params)[1])(trainable)
+    again = jax.jit(lambda t: merging.rerank(method, t, rank, base.params)[1])(trainable)
     before, after = (product(m, base.params, t) for m, t in ((method, trainable), (new, found)))
     close(product(new, base.params, again), after, 1e-4)
     for path, d in before.items():
@@ -197,7 +197,7 @@ def test_another_rank(method, rank):
 
 def test_a_new_lora_of_another_rank_is_a_new_lora(base):
     method = LoRA(rank=4)
-    found = arithmetic.rerank(method, method.init(jax.random.key(0), base.params), 6)[1]
+    found = merging.rerank(method, method.init(jax.random.key(0), base.params), 6)[1]
     assert all((t["b"] == 0).all() for t in found.values())
     assert learns(found)
 
@@ -207,8 +207,8 @@ def test_concatenated_adapters_act_as_their_sum(base):
                 LoRA(rank=3, where="layers/[1:]/mlp/up", alphas=(("layers/[-1:]/.*", 7.0),)),
                 LoRA(rank=1, where="layers/[:1]/mlp/up")]  # fmt: skip
     pairs = [(m, shaken(m.init(jax.random.key(i), base.params), 0.1 * (i + 1))) for i, m in enumerate(adapters)]
-    lora, found = arithmetic.concatenate(*pairs, params=jax.eval_shape(lambda: base.params))
-    total = arithmetic.task_arithmetic([product(m, base.params, t) for m, t in pairs])
+    lora, found = merging.concatenate(*pairs, params=jax.eval_shape(lambda: base.params))
+    total = merging.task_arithmetic([product(m, base.params, t) for m, t in pairs])
     close(dict(sorted(product(lora, base.params, found).items())), dict(sorted(total.items())), 1e-6)
     ranks = {key: t["a"].shape[-1] for key, t in found.items()}
     assert ranks == {"layers/attn/q": 7, "layers/attn/v": 2, "layers/attn/o": 5,
@@ -220,18 +220,18 @@ def test_concatenated_adapters_act_as_their_sum(base):
 def test_what_is_not_one_product_is_refused(base):
     dora = DoRA(rank=2, where=QV)
     with pytest.raises(InputError, match="DoRA: its update is not s A B alone"):
-        arithmetic.rerank(dora, dora.init(jax.random.key(0), base.params), 4)
+        merging.rerank(dora, dora.init(jax.random.key(0), base.params), 4)
     for other in (LoRAHead(), Prompt()):
         with pytest.raises(InputError, match=f"{type(other).__name__}: its update is not"):
-            arithmetic.rerank(other, {}, 4)
+            merging.rerank(other, {}, 4)
     with pytest.raises(InputError, match="Prompt: its update is not"):
-        arithmetic.concatenate((Prompt(), {}))
+        merging.concatenate((Prompt(), {}))
     ruled = LoRA(rank=2, alphas=((".*", 4.0),))
     with pytest.raises(InputError, match="give params="):
-        arithmetic.rerank(ruled, ruled.init(jax.random.key(0), base.params), 4)
+        merging.rerank(ruled, ruled.init(jax.random.key(0), base.params), 4)
     part, whole = LoRA(where="layers/[1:]/mlp/up"), LoRA(where="layers/mlp/up")
     with pytest.raises(InputError, match=r"layers/mlp/up\[1:2\] and layers/mlp/up share layers"):
-        arithmetic.concatenate(*((m, m.init(jax.random.key(0), base.params)) for m in (part, whole)))
+        merging.concatenate(*((m, m.init(jax.random.key(0), base.params)) for m in (part, whole)))
 
 
 # Schedules: parts that begin later, and groups with an optimizer of their own.

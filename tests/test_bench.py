@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from graftax import InputError, peft
 from graftax.model import init, presets
-from graftax.peft.lora import LoRA
+from graftax.peft.methods.lora import LoRA
 from graftax.train.bench import __main__ as bench
 from graftax.train.bench import claims, race, table
 from graftax.train.bench.cases import Case

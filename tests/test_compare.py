@@ -11,17 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from faulty import programs, runs  # noqa: F401
-from graftax.data.tasks import accuracy
+from graftax.data.tasks.base import accuracy
 from graftax.peft import LoRA, Subset
 from graftax.train.cli import main
 from graftax.train.config import Optim
 from graftax.train.evaluate import longest_answer, outputs
-from graftax.train.experiments import contest, noise
+from graftax.train.experiments import comparison, stats
 from graftax.train.experiments.compare import Compare, compare, execute, method_of
-from graftax.train.experiments.findings import report
-from graftax.train.experiments.ledger import found, read
+from graftax.train.experiments.compare_report import report
+from graftax.train.experiments.results_log import found, read
 from graftax.train.inputs import task_of
-from graftax.train.runs import load_run
+from graftax.train.runs.load import load_run
 from test_faults_input import said
 
 SCORES = {"full": 0.80, "lora": 0.78, "ia3": 0.4, "prompt": 0.1}
@@ -94,27 +94,27 @@ def tables(text):
 def test_no_winner_inside_the_noise(written):
     _, lines = written
     sheets = {name: found(lines, kind="test", task="one", method=name) for name in SCORES}
-    seen = noise.verdict(sheets)
+    seen = stats.verdict(sheets)
     assert [name for name, e in seen.methods.items() if e.as_good] == ["full", "lora"]
     assert all(e.low < e.mean < e.high for e in seen.methods.values())
     # Rows are shared: a difference is known better than the scores that it is of.
     _, low, high = seen.pairs["full", "lora"]
     assert high - low < seen.methods["full"].high - seen.methods["full"].low
-    alone = noise.verdict({k: sheets[k] for k in ("full", "ia3")})
+    alone = stats.verdict({k: sheets[k] for k in ("full", "ia3")})
     assert [e.as_good for e in alone.methods.values()] == [True, False]
-    assert noise.verdict({"full": sheets["full"][:1], "lora": sheets["lora"][:1]}).spread == 0
+    assert stats.verdict({"full": sheets["full"][:1], "lora": sheets["lora"][:1]}).spread == 0
 
 
 def test_the_bootstrap_tells_equals_apart_as_rarely_as_it_says(monkeypatch):
     """Four equal methods, three seeds each, noise of rows and seeds: in at most about 5 % of all cases."""
-    monkeypatch.setattr(noise, "DRAWS", 500)
+    monkeypatch.setattr(stats, "DRAWS", 500)
     draw, wrong, covered = np.random.default_rng(0), 0, 0
     for _ in range(120):
         hard, sheets = draw.random(120), {}
         for name in "abcd":
             marks = [(hard + draw.normal(0, 0.2, 120) < 0.6 + draw.normal(0, 0.05)).astype(float) for _ in range(3)]
             sheets[name] = [{"score": float(m.mean()), "marks": m.tolist()} for m in marks]
-        seen = noise.verdict(sheets)
+        seen = stats.verdict(sheets)
         wrong += not all(e.as_good for e in seen.methods.values())
         _, low, high = next(iter(seen.pairs.values()))
         covered += low <= 0 <= high
@@ -124,21 +124,21 @@ def test_the_bootstrap_tells_equals_apart_as_rarely_as_it_says(monkeypatch):
 
 def test_edges_of_the_noise():
     sure = [{"score": 1.0, "marks": [1.0] * 8}]
-    assert noise.verdict({"a": sure}).methods["a"].low == pytest.approx(0.676, abs=0.001), "Wilson's, of 8 of 8"
-    assert noise.verdict({}).methods == {}
+    assert stats.verdict({"a": sure}).methods["a"].low == pytest.approx(0.676, abs=0.001), "Wilson's, of 8 of 8"
+    assert stats.verdict({}).methods == {}
     same = [{"score": 0.5, "marks": [0.0, 1.0] * 9}]
-    assert noise.verdict({"a": same, "b": same}).pairs["a", "b"] == (0, 0, 0), "all are drawn on the same rows"
-    drawn = [{"score": 0.3, "draws": [0.3] * noise.FEW}]
-    assert set(noise.verdict({"a": sure, "b": drawn}).methods) == {"a", "b"}, "as many draws as the fewest have"
+    assert stats.verdict({"a": same, "b": same}).pairs["a", "b"] == (0, 0, 0), "all are drawn on the same rows"
+    drawn = [{"score": 0.3, "draws": [0.3] * stats.FEW}]
+    assert set(stats.verdict({"a": sure, "b": drawn}).methods) == {"a", "b"}, "as many draws as the fewest have"
     few = lambda rows, answers: {"of_a": 0.5} if any(r["a"] for r in rows) else {}  # noqa: E731
-    assert set(noise.by_row(few, "of_a", [{"a": i == 0} for i in range(3)], "xyz")["draws"]) == {0.5}
+    assert set(stats.by_row(few, "of_a", [{"a": i == 0} for i in range(3)], "xyz")["draws"]) == {0.5}
 
 
 @pytest.mark.parametrize("shift", [0.0, -5.0, -2.35])
 def test_scores_of_any_sign_have_a_spread(shift):
     """The seeds of what is near the best are pooled, below 0 as above; what is far off has its own deviations."""
     scores = {"a": (2.2, 2.4), "b": (2.1, 2.3), "far": (-90.0, -50.0)}
-    seen = noise.verdict({name: [{"score": x + shift, "marks": [x + shift] * 4} for x in some]
+    seen = stats.verdict({name: [{"score": x + shift, "marks": [x + shift] * 4} for x in some]
                           for name, some in scores.items()})  # fmt: skip
     assert seen.spread == pytest.approx(0.02**0.5)
     assert list(seen.methods) == ["a", "b", "far"]
@@ -149,8 +149,8 @@ def test_scores_of_any_sign_have_a_spread(shift):
 def test_scores_that_are_no_means_are_drawn_again():
     rows, answers = [{"completion": str(i)} for i in range(9)], ["0"] * 9
     least = lambda rows, answers: {"least": float(min(len(rows), 5))}  # noqa: E731
-    assert noise.by_row(least, "least", rows, answers)["draws"] == [5.0] * noise.FEW
-    assert noise.by_row(accuracy, "accuracy", rows, answers)["marks"] == [1.0] + [0.0] * 8
+    assert stats.by_row(least, "least", rows, answers)["draws"] == [5.0] * stats.FEW
+    assert stats.by_row(accuracy, "accuracy", rows, answers)["marks"] == [1.0] + [0.0] * 8
 
 
 def test_the_reports_say_what_the_results_say(written):
@@ -327,7 +327,7 @@ def test_a_budget_says_how_many_steps(plan, done, tmp_path):
     least = dataclasses.replace(plan, run=short, budget=0.01)
     said(lambda: execute(least), "--budget 0.01: 18 trainings of 20 steps", "minutes; give more")
     shutil.copy(Path(plan.run.out) / "results.jsonl", tmp_path / "out")
-    under_way = contest.Contest(
+    under_way = comparison.Contest(
         dataclasses.replace(least, budget=50.0), dict.fromkeys(plan.methods), [], None, None, "compare.json"
     )
     under_way.exams = [type("Exam", (), {"name": line["task"]}) for line in found(done, kind="base")]

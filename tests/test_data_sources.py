@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from graftax import InputError
 from graftax.data import clean, sources, unpack
-from graftax.data.bad import STRICT, Bad
+from graftax.data.errors import STRICT, Bad
 from graftax.data.sources import Document, documents, five_domains, is_held_out, rows, split
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from graftax import InputError
-from graftax.data import embedded, embedded_tasks
+from graftax.data import embedded
+from graftax.data.tasks.base import embedded
 from graftax.data.columns import Columns, chat_of
 from graftax.data.embedded import normal
-from graftax.data.tasks import Task, accuracy, drop_leaks, exact_match, file_task, floors, tasks, whole_task
+from graftax.data.tasks.base import Task, accuracy, drop_leaks, exact_match, file_task, floors, tasks, whole_task
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -81,7 +82,7 @@ def test_copies_of_a_function_are_in_one_part():
 
 @pytest.mark.parametrize("name", ["package", "next_statement", "next_token"])
 def test_embedded_tasks(few_modules, name):
-    task = getattr(embedded_tasks, name)()
+    task = getattr(embedded, name)()
     part = {f.id: f.part for f in embedded.functions()}
     prompts = {p: {normal(r["prompt"]) for r in getattr(task, p)} for p in ("train", "valid", "test")}
     for p in prompts:
@@ -89,10 +90,10 @@ def test_embedded_tasks(few_modules, name):
         assert len(prompts[p]) == len(rows) > 50
         assert all(part[row["meta"]["id"]] == p for row in rows)
         assert {row["completion"] for row in rows} <= set(task.choices)
-        assert max(len(row["prompt"]) for row in rows) <= embedded_tasks.CHARS
+        assert max(len(row["prompt"]) for row in rows) <= embedded.CHARS
     assert not prompts["train"] & (prompts["valid"] | prompts["test"])
     assert not prompts["valid"] & prompts["test"]
-    assert task.train == getattr(embedded_tasks, name)().train
+    assert task.train == getattr(embedded, name)().train
     floor = floors(task)
     assert 0 < floor["majority"] <= floor["naive_bayes"] < 0.95
     assert accuracy(task.test, [row["completion"] for row in task.test]) == {"accuracy": 1.0}
@@ -100,9 +101,9 @@ def test_embedded_tasks(few_modules, name):
 
 def test_cuts_are_where_the_label_starts():
     source = "def f(a, b):\n    x = [a, 'b']\n    if a:\n        return self.x\n    selfish = 1\n    for i in x: pass\n"
-    cuts = embedded_tasks._statement_cuts(source)
+    cuts = embedded._statement_cuts(source)
     assert [(source[:at].count("\n"), label) for at, label in cuts] == [(2, "if"), (3, "return"), (5, "for")]
-    cuts = embedded_tasks._token_cuts(source)
+    cuts = embedded._token_cuts(source)
     for at, label in cuts:
         fits = {"name": source[at].isalpha(), "keyword": source[at].isalpha(), "string": source[at] == "'"}
         assert fits.get(label, source[at] == {"newline": "\n"}.get(label, label)), (at, label)

@@ -13,15 +13,15 @@ from faulty import programs, runs  # noqa: F401
 from graftax.peft import LoRA, Subset
 from graftax.train.cli import main
 from graftax.train.config import Optim, Run
-from graftax.train.experiments import advice, costs, curve
+from graftax.train.experiments import decision_report, step_costs, learning_curve
 from graftax.train.experiments.decide import Decide, decide, execute
-from graftax.train.experiments.ground import Ground
-from graftax.train.experiments.ledger import found, read
+from graftax.train.experiments.base_cache import Ground
+from graftax.train.experiments.results_log import found, read
 from graftax.train.experiments.prompts import Form
-from graftax.train.experiments.shelf import Lot, States, Words
+from graftax.train.experiments.example_selection import Lot, States, Words
 from graftax.train.inputs import tuning_rows
-from graftax.train.runs import load_run
-from graftax.train.stop import Stop, Stopped
+from graftax.train.runs.load import load_run
+from graftax.train.cluster.signals import Stop, Stopped
 from test_faults_input import said
 
 WORDS = [f"{a}{b}" for a in "bdk" for b in ("an", "om", "it")]
@@ -122,15 +122,15 @@ def test_a_signal_while_costs_are_measured(when, monkeypatch):
         stop.asked = len(steps) >= when
         return step, {"step_peak_bytes": 0, "compile_seconds": 0.0}
 
-    monkeypatch.setattr(costs, "compile_step", compiled)
-    monkeypatch.setattr(costs, "flops", lambda run, ground: 1.0)
+    monkeypatch.setattr(step_costs, "compile_step", compiled)
+    monkeypatch.setattr(step_costs, "flops", lambda run, ground: 1.0)
     ground = SimpleNamespace(whole=None)
     ground.phase = lambda run: SimpleNamespace(
         state=NamedTuple("State", [("trainable", dict)])({}), frozen={}, totals={"trainable": 1, "base": 2}
     )
     both = {name: Run(method=method) for name, method in (("lora", LoRA()), ("full", Subset("all")))}
     with pytest.raises(Stopped):
-        list(costs.costs(both, ground, stop))
+        list(step_costs.costs(both, ground, stop))
     assert len(steps) == (1 if when == 1 else 6), "one compiled; or two, and the first method's turn"
 
 
@@ -174,17 +174,17 @@ def test_forms(plan):
 
 
 def test_a_curve_is_found_again():
-    sizes, true = [100, 300, 1000, 10000], curve.Curve(3.0, 0.4)
+    sizes, true = [100, 300, 1000, 10000], learning_curve.Curve(3.0, 0.4)
     errors = [true.error(n) for n in sizes]
     draws = np.array(errors)[:, None] * np.exp(np.random.default_rng(0).normal(0, 0.02, (4, 200)))
-    look = curve.outlook(sizes, draws, errors, true.error(50_000))
+    look = learning_curve.outlook(sizes, draws, errors, true.error(50_000))
     assert look.curve == pytest.approx(true)
     assert look.needed == pytest.approx(50_000, rel=1e-6)
     assert look.needed_low < 50_000 < look.needed_high
     assert look.missed == pytest.approx(0, abs=1e-9)
-    assert curve.outlook(sizes, draws, errors, 0.0).needed == math.inf, "no error at all is out of reach"
-    assert curve.fit(sizes, [0.3] * 4).examples(0.1) == math.inf
-    assert math.isnan(curve.outlook(sizes[:2], draws[:2], errors[:2], 0.1).missed)
+    assert learning_curve.outlook(sizes, draws, errors, 0.0).needed == math.inf, "no error at all is out of reach"
+    assert learning_curve.fit(sizes, [0.3] * 4).examples(0.1) == math.inf
+    assert math.isnan(learning_curve.outlook(sizes[:2], draws[:2], errors[:2], 0.1).missed)
 
 
 def results(target, scores, gold=1.0):
@@ -223,10 +223,10 @@ def test_the_cheapest_that_surely_reaches_the_target():
         "lora on 100": (0.6, 5e3, 0),
         "lora on all": (0.9, 1e4, 0),
     }
-    made = {option.name: option for option in advice.options(results(0.5, few))}
+    made = {option.name: option for option in decision_report.options(results(0.5, few))}
     assert made["retrieved"].flops(1000) == 1e5
     assert made["lora on all"].flops(1000) == 2e4
-    text = advice.decision(results(0.5, few))
+    text = decision_report.decision(results(0.5, few))
     assert text.startswith("The cheapest that surely reaches accuracy >= 0.5 is lora on 100: 0.600")
     assert "for 1.5e+04 FLOPs over 1,000 requests (5e+03 to train)" in text
     assert "The next is lora on all with 0.900" in text
@@ -236,31 +236,31 @@ def test_the_cheapest_that_surely_reaches_the_target():
     assert f"A target above {low:.3f} would take lora on all, 0.900" in text
     assert "In as many steps the error of lora falls as n^-" in text
     assert "100 were enough for the target." in text
-    close = advice.decision(results(0.59, few))
+    close = decision_report.decision(results(0.59, few))
     assert close.startswith("The cheapest that surely reaches accuracy >= 0.59 is lora on all")
-    unsure = advice.decision(results(0.88, few))
+    unsure = decision_report.decision(results(0.88, few))
     assert unsure.startswith("The cheapest that reaches accuracy >= 0.88 is lora on all")
     assert "may find that it misses" in unsure
-    untrained = advice.decision(results(0.5, few | {"nearest": (0.8, 0, 0.0)}))
+    untrained = decision_report.decision(results(0.5, few | {"nearest": (0.8, 0, 0.0)}))
     assert untrained.startswith("The cheapest that surely reaches accuracy >= 0.5 is nearest: 0.800")
     assert "the error of lora falls as n^-" in untrained
     assert "Nothing that was tried reaches more than 0.900." in unsure
     assert "The highest score" not in text + unsure, "it is said already"
-    third = advice.decision(results(0.5, few | {"retrieved": (0.95, 0, 1e6)}))
+    third = decision_report.decision(results(0.5, few | {"retrieved": (0.95, 0, 1e6)}))
     assert "would take lora on all, 0.900" in third
     assert "The highest score is that of retrieved, 0.950" in third
 
 
 def test_a_target_out_of_reach():
     few = {"zero-shot": (0.2, 0, 10.0), "lora on 100": (0.4, 5e3, 0), "lora on all": (0.6, 1e4, 0)}
-    text = advice.decision(results(0.8, few))
+    text = decision_report.decision(results(0.8, few))
     assert text.startswith("No option reaches accuracy >= 0.8: the best is lora on all with 0.600")
     assert "it would take about" in text
     assert "a better base" in text
-    assert "no number of examples" in advice.decision(results(1.0, few))
-    assert "does not fall with more examples" in advice.decision(results(0.8, few | {"lora on all": (0.4, 1e4, 0)}))
-    assert "no number of examples" in advice.decision(results(0.8, few | {"lora on all": (0.4, 1e4, 0)}))
-    assert "falls as" not in advice.decision(results(0.9, {"zero-shot": (0.2, 0, 1.0)}))
+    assert "no number of examples" in decision_report.decision(results(1.0, few))
+    assert "does not fall with more examples" in decision_report.decision(results(0.8, few | {"lora on all": (0.4, 1e4, 0)}))
+    assert "no number of examples" in decision_report.decision(results(0.8, few | {"lora on all": (0.4, 1e4, 0)}))
+    assert "falls as" not in decision_report.decision(results(0.9, {"zero-shot": (0.2, 0, 1.0)}))
 
 
 BAD = {

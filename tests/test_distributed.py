@@ -18,8 +18,8 @@ import pytest
 from graftax import InputError
 from graftax.model.sharding import batch_rows, make_mesh, put_batch
 from graftax.peft import LoRA
-from graftax.train import coordinator, processes
-from graftax.train.checkpoint import Checkpoints
+from graftax.train.cluster import coordinator, processes
+from graftax.train.runs.checkpoint import Checkpoints
 from graftax.train.config import Data, Optim, Run, to_json
 from graftax.train.loop import row_sum, train
 from tiny import CONFIG

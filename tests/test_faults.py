@@ -18,14 +18,16 @@ from graftax import InputError, peft
 from graftax.data import loader
 from graftax.model.tree import replace
 from graftax.peft import LoRA, Subset
-from graftax.train import cli, distributed, faults, health, loop, outcome, stop
-from graftax.train.checkpoint import Checkpoints
+from graftax.train import cli, faults, health, loop
+from graftax.train.cluster import distributed, signals
+from graftax.train.runs.load import record
+from graftax.train.runs.checkpoint import Checkpoints
 from graftax.train.config import Optim, Run, from_json
 from graftax.train.loop import row_sum, train
 from graftax.train.optim import schedule
 from graftax.train.progress import read_metrics
-from graftax.train.runs import load_run
-from graftax.train.stop import Stop, Stopped
+from graftax.train.runs.load import load_run
+from graftax.train.cluster.signals import Stop, Stopped
 from test_faults_input import said
 
 pytestmark = pytest.mark.faults
@@ -146,7 +148,7 @@ def test_what_changed_is_said_in_words(change, words, cut, runs, tmp_path, monke
 
 
 def _rewrite(path, change):
-    from graftax.train.commit import read_manifest, sealed_manifest
+    from graftax.train.runs.manifest import read_manifest, sealed_manifest
 
     manifest = read_manifest(path)
     change(manifest)
@@ -239,7 +241,7 @@ def test_an_earlier_step_and_a_stray_folder(cut, whole, tmp_path, monkeypatch, c
 def test_a_folder_that_cannot_be_written(where, runs, tmp_path, monkeypatch):  # noqa: F811
     out = "/proc/graftax/run" if where == "made" else str(tmp_path / "run")
     if where == "before":
-        monkeypatch.setattr(outcome.tempfile, "TemporaryFile", lambda dir: _readonly(dir, b""))
+        monkeypatch.setattr(record.tempfile, "TemporaryFile", lambda dir: _readonly(dir, b""))
     said(lambda: train(dataclasses.replace(runs["lora"], out=out)), f"--out {out}: cannot be written", "give a folder")
 
 
@@ -278,7 +280,7 @@ def test_scoring_that_fails_costs_no_step(cut, whole, tmp_path, monkeypatch):  #
     """The checkpoint of the last step, with the loss that ranks it, is on the disk before the first answer."""
     run = copied(cut, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(outcome, "outputs", _raising)
+        patch.setattr(record, "outputs", _raising)
         for _ in range(2):  # and so again in its second life, which has nothing else to do
             ended = life(patch, run)
             assert isinstance(ended, InputError)
@@ -342,7 +344,7 @@ def test_a_signal_where_nothing_can_be_raised(capsys):
 
 def test_a_second_signal_ends_at_once(monkeypatch, capsys):
     left = threading.Event()
-    monkeypatch.setattr(stop.os, "_exit", lambda code: code == 75 and left.set())
+    monkeypatch.setattr(signals.os, "_exit", lambda code: code == 75 and left.set())
     with Stop() as one:
         one.begin(0)
         assert one.may(1)

@@ -16,20 +16,21 @@ import pyarrow
 import pytest
 from graftax import InputError, peft
 from graftax.bounds import Checked, bounds_of
-from graftax.data.bad import Bad
+from graftax.data.errors import Bad
 from graftax.data.pack import tokenize
 from graftax.data.sft import sft_rows
 from graftax.data.sources import Document, documents, is_held_out, rows
-from graftax.data.tasks import file_task
-from graftax.data.tokenizer import load_tokenizer, train_tokenizer
+from graftax.data.tasks.base import file_task
+from graftax.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 from graftax.model import Rope
-from graftax.model.hf_files import nearest_folder
-from graftax.peft.oft import nearest_divisor
-from graftax.train import harness, processes
+from graftax.model.hf.files import nearest_folder
+from graftax.peft.methods.oft import nearest_divisor
+from graftax.train import harness
+from graftax.train.cluster import processes
 from graftax.train.cli import main
 from graftax.train.config import Data, Optim, Run, from_json, method_from_dict, method_to_dict, to_json
 from graftax.train.evaluate import answerable
-from graftax.train.experiments.exam import Exam
+from graftax.train.experiments.task_evaluator import Exam
 from graftax.train.inputs import check_tokenizer, corpus_and_tokenizer, task_of, tuning_rows
 from graftax.train.optim import make_optimizer, schedule
 from tiny import CONFIG, OPTIM, make_base, make_batch, same, train_step

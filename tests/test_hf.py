@@ -14,7 +14,7 @@ import pytest
 from graftax import InputError
 from graftax.model import Config, Transformer, generate, init, presets, resize
 from graftax.model.hf import config_from_hf, config_to_hf, fetch, load, save
-from graftax.model.hf_files import header, index
+from graftax.model.hf.files import header, index
 from graftax.model.init import restack
 from graftax.model.layers import Embed, Norm
 from graftax.model.sharding import make_mesh

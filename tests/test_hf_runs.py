@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 from graftax import InputError
 from graftax.data.sft import encode_example
-from graftax.data.tokenizer import load_tokenizer, train_tokenizer
+from graftax.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 from graftax.model import Config, init
 from graftax.model.hf import load, save
 from graftax.model.sharding import make_mesh
 from graftax.model.tree import named
 from graftax.peft import LoRA, Subset
-from graftax.train import export, resume
+from graftax.train.runs.load import export, resume
 from graftax.train.cli import main
 from graftax.train.config import Run, from_json
-from graftax.train.equivalence import compare
-from graftax.train.export import write_base
-from graftax.train.phase import prepare
-from graftax.train.runs import Loaded, load_run
+from graftax.train.runs.equivalence import compare
+from graftax.train.runs.export import write_base
+from graftax.train.setup import prepare
+from graftax.train.runs.load import Loaded, load_run
 from tiny import same
 
 TOKENIZER = Path(__file__).parent / "golden" / "tokenizers" / "qwen"

@@ -12,9 +12,10 @@ from graftax import InputError, peft
 from graftax.model import hf
 from graftax.model.tree import named
 from graftax.model.weight import matmul
-from graftax.peft import C3A, FourierFT, LoRA, RandLoRA, SHiRA, Subset, VeRA, chain, fourierft, randlora, shira, vera
-from graftax.peft.c3a import correlate
-from graftax.peft.fixed import noise, waves
+from graftax.peft import C3A, FourierFT, LoRA, RandLoRA, SHiRA, Subset, VeRA, chain
+from graftax.peft.methods import fourierft, randlora, shira, vera
+from graftax.peft.methods.c3a import correlate
+from graftax.peft.random_projections import noise, waves
 from graftax.peft.targets import Given
 from graftax.train.step import make_loss
 from safetensors.numpy import load_file

@@ -13,7 +13,7 @@ from graftax.model.sharding import AXES, make_mesh
 from graftax.peft import LoRA, Subset
 from graftax.train import cli
 from graftax.train.config import Data, Run
-from graftax.train.plan import hlo, nodes, planner, trace
+from graftax.train.plan import hlo, jaxpr_memory, planner, trace
 from graftax.train.plan.planner import planned, too_much
 from graftax.train.plan.search import meshes
 from graftax.train.plan.topology import libtpu, target
@@ -129,10 +129,10 @@ def test_a_trace_counts_products_of_loops_and_what_lives():
 def test_a_scan_says_what_it_carries():
     """In the words of jax 0.10, and in those of 0.12: trees of what goes in."""
     trees = SimpleNamespace(unpack=lambda: (("c",), ("x", "y"), ("row",)))
-    assert nodes.carried({"num_consts": 1, "num_carry": 2}) == nodes.carried({"ft_in": trees}) == (1, 2)
+    assert jaxpr_memory.carried({"num_consts": 1, "num_carry": 2}) == jaxpr_memory.carried({"ft_in": trees}) == (1, 2)
     inner = lambda x, w: (x + w, None)  # noqa: E731
     (scan,) = jax.make_jaxpr(lambda x, w: jax.lax.scan(inner, x, w))(jnp.ones(3), jnp.ones((5, 3))).eqns
-    assert nodes.carried(scan.params) == (0, 1)
+    assert jaxpr_memory.carried(scan.params) == (0, 1)
 
 
 @pytest.mark.parametrize("method", [Subset("all"), LoRA()], ids=["full", "lora"])

@@ -9,21 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from graftax import InputError
-from graftax.data.tokenizer import train_tokenizer
+from graftax.data.tokenizers.tokenizer import train_tokenizer
 from graftax.model import Config, hf, init
 from graftax.model.quantize import NF4, Quantized, quantize
 from graftax.model.sharding import make_mesh
 from graftax.model.tree import named
 from graftax.peft import LoRA, Subset
-from graftax.train import runs
-from graftax.train.checkpoint import Checkpoints, fingerprint
+from graftax.train.runs.load import load
+from graftax.train.runs.checkpoint import Checkpoints, fingerprint
 from graftax.train.cli import main
 from graftax.train.config import Run, from_json
-from graftax.train.export import write_base
+from graftax.train.runs.export import write_base
 from graftax.train.loop import train
 from graftax.train.progress import read_metrics
-from graftax.train.report import nbytes
-from graftax.train.runs import load_run
+from graftax.train.runs.report import nbytes
+from graftax.train.runs.load import load_run
 from test_train import base, examples, kill_at, pretraining, texts, tuning  # noqa: F401
 from tiny import close, same
 
@@ -82,8 +82,8 @@ def test_one_parameter_at_a_time_is_whole(which, base, hf_base, monkeypatch, tmp
     whole = load_run(folder).merged
     before, largest = nbytes(whole), max(x.nbytes for x in jax.tree.leaves(whole))
     del whole
-    start, real = now(), runs.quantized
-    monkeypatch.setattr(runs, "quantized", lambda *a, **k: (peak.append(now() - start), real(*a, **k))[1])
+    start, real = now(), load.quantized
+    monkeypatch.setattr(load, "quantized", lambda *a, **k: (peak.append(now() - start), real(*a, **k))[1])
     load_run(folder, quantize="nf4")
     assert len(peak) > 8
     assert max(peak) <= after + largest + 1024 < before

@@ -13,21 +13,21 @@ import pytest
 from faulty import programs, runs  # noqa: F401
 from graftax import InputError, peft
 from graftax.peft import LoRA, Subset
-from graftax.train.checkpoint import Checkpoints
+from graftax.train.runs.checkpoint import Checkpoints
 from graftax.train.cli import main
 from graftax.train.config import Optim, from_json
-from graftax.train.experiments import work
-from graftax.train.experiments.cells import axis, cells, changed
-from graftax.train.experiments.choose import balanced
-from graftax.train.experiments.ground import Ground
-from graftax.train.experiments.groups import groups
-from graftax.train.experiments.lanes import Stack
-from graftax.train.experiments.results import gathered
-from graftax.train.experiments.sweep import Sweep, dated, execute
+from graftax.train.experiments.sweep.command import scheduler
+from graftax.train.experiments.sweep.trials import axis, cells, changed
+from graftax.train.experiments.sweep.lane_count import balanced
+from graftax.train.experiments.base_cache import Ground
+from graftax.train.experiments.sweep.groups import groups
+from graftax.train.experiments.sweep.lanes import Stack
+from graftax.train.experiments.sweep.results import gathered
+from graftax.train.experiments.sweep.command import Sweep, dated, execute
 from graftax.train.faults import VARIABLE
 from graftax.train.loop import train
 from graftax.train.progress import read_metrics
-from graftax.train.stop import Stopped
+from graftax.train.cluster.signals import Stopped
 from test_faults_input import said
 from tiny import CASES, close, evaluator, make_base, make_batch, shaken
 
@@ -185,7 +185,7 @@ def test_a_signal_in_a_later_chunk(run, monkeypatch):
 
 def test_a_signal_while_lanes_are_evaluated(run, tmp_path, monkeypatch):
     """At once: all lanes are saved, none is evaluated any more; a resumed sweep does that."""
-    real, over = work.losses, ("optim.lr=1e-3,2e-3,4e-3",)
+    real, over = scheduler.losses, ("optim.lr=1e-3,2e-3,4e-3",)
     asked = []
 
     def losses(phase):
@@ -195,7 +195,7 @@ def test_a_signal_while_lanes_are_evaluated(run, tmp_path, monkeypatch):
 
     run = dataclasses.replace(run, save_every=0)
     with monkeypatch.context() as patch:
-        patch.setattr(work, "losses", losses)
+        patch.setattr(scheduler, "losses", losses)
         with pytest.raises(Stopped):
             execute(Sweep(run, over, lanes=2))
     assert len(asked) == 1
@@ -334,7 +334,7 @@ def test_folders_and_flags(run, tmp_path, capsys):
 
 
 def test_a_sweep_keeps_its_date(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("graftax.train.experiments.sweep.today", lambda: "2000-01-01")
+    monkeypatch.setattr("graftax.train.experiments.sweep.command.today", lambda: "2000-01-01")
     plan = Sweep(dataclasses.replace(run, out=str(tmp_path)), ("seed=0,1",))
     assert dated(plan, "sweep.json").run.date == "2000-01-01"
     (tmp_path / "sweep.json").write_text('{"run": {"date": "1999-12-31"}}')

@@ -9,7 +9,7 @@ from .recipes import recipes  # at once: read later, the name would be the modul
 if TYPE_CHECKING:
     from .loop import train
     from .optim import make_optimizer
-    from .runs import load_run
+    from .runs.load import load_run
     from .step import State, init_state, make_train_step
 
 # Read when asked for: graftax.train.bench runs where grain, orbax and rich are not installed.

@@ -15,7 +15,7 @@ from .. import InputError, __version__
 from ..bounds import is_text
 from ..model.pattern import patterns_of
 from .config import MALLOC, Run, close, from_json, method_class
-from .distributed import STOPPED, together
+from .cluster.distributed import STOPPED, together
 from .flags import WORDS, meant, parse, take_json
 
 

@@ -11,12 +11,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from .. import InputError, peft
 from ..bounds import LARGEST, Bounds, Checked, Count, Decay, Positive, Seed, Share
-from ..data.bad import Policy
+from ..data.errors import Policy
 from ..data.columns import Columns
 from ..model import Config, Rope
-from ..model.hf_files import read_json
+from ..model.hf.files import read_json
 from ..peft import Method, Subset
-from .typed import build, close
+from .schema import build, close
 
 # Environment in which glibc keeps freed memory and uses huge pages. XLA on CPU allocates a step's temporaries anew in
 # each step (as PyTorch does); with glibc's defaults their page faults cost 10-20 % of a step.

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from .. import InputError, peft
 from ..bounds import Checked, Count, Seed
-from ..data.tasks import floors
+from ..data.tasks.base import floors
 from ..model import generate
 from ..peft import Method, Subset
 from .config import Data, Optim, Run
@@ -19,8 +19,8 @@ from .inputs import task_of
 from .loop import train
 from .progress import clock, console, read_metrics
 from .recipes import recipes
-from .report import size
-from .runs import load_run
+from .runs.report import size
+from .runs.load import load_run
 
 TASK = "embedded:next_token"
 OPENING = "def read(self, size):\n"

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..data.bad import STRICT, Bad
+from ..data.errors import STRICT, Bad
 from ..data.columns import chat_of
 from ..data.loader import batches
 from ..data.sft import encode_examples, render_prompts

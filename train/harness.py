@@ -21,7 +21,7 @@ from ..bounds import LARGEST
 from ..data.sft import render_prompt
 from ..model import Sampling, generate, room
 from .choices import pair_scores
-from .runs import load_run
+from .runs.load import load_run
 
 CHAT = "<graftax chat>"  # before the messages, as JSON, of a text that is to go through the chat template
 NEW = 256  # tokens at most, where a task does not say

@@ -11,10 +11,10 @@ import numpy as np
 
 from .. import InputError
 from ..model.tree import paths
-from . import distributed
-from .commit import write_whole
+from .cluster import distributed
+from .runs.manifest import write_whole
 from .config import Run
-from .runs import Loaded, load_run
+from .runs.load import Loaded, load_run
 
 
 class Health:

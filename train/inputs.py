@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 
 from .. import InputError
-from ..data.bad import STRICT, Bad
+from ..data.errors import STRICT, Bad
 from ..data.columns import Columns
 from ..data.embedded import code, prose
 from ..data.mixture import Corpus, HeldOut, pretrain_rows
 from ..data.pack import empty_row
 from ..data.sft import Sft, sft_rows
 from ..data.sources import Document, documents, five_domains, is_held_out
-from ..data.tasks import Task, file_task, tasks
-from ..data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from ..data.tasks.base import Task, file_task, tasks
+from ..data.tokenizers.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from ..model import Config
 from .caches import cache_folder
 from .config import Data, close

@@ -15,20 +15,22 @@ import numpy as np
 from .. import InputError
 from ..data.loader import Loader
 from ..model.sharding import batch_rows, make_mesh, put_batch
-from . import distributed, faults, outcome
-from .checkpoint import Checkpoints
+from .cluster import distributed
+from . import faults
+from .runs import record
+from .runs.checkpoint import Checkpoints
 from .config import Run, flat, to_json
 from .health import Health, must_be_finite
-from .lineage import code
-from .lock import Lock
+from .runs.lineage import code
+from .runs.lock import Lock
 from .optim import schedule
-from .outcome import evaluate
-from .phase import Phase, prepare
+from .runs.record import evaluate
+from .setup import Phase, prepare
 from .program import KEYS, check_batch, lower
 from .progress import Log, NoLog, console, step_flops
-from .resume import check_out, dated, find, restore, same_run
-from .stop import Stop, Stopped
-from .stored import sidecars
+from .runs.resume import check_out, dated, find, restore, same_run
+from .cluster.signals import Stop, Stopped
+from .runs.checkpoint_reader import sidecars
 
 
 def train(run: Run) -> Path:
@@ -45,24 +47,24 @@ def train(run: Run) -> Path:
         distributed.share("the checks")  # none finds what process 0 makes now
         guard: Any = lambda: None  # noqa: E731
         if writes:
-            outcome.make(folder)
+            record.make(folder)
             guard = held.enter_context(Lock(folder, "lock" in run.accept.split(","))).check
             check_out(run)  # nobody came before
         checkpoints = held.enter_context(Checkpoints(folder / "checkpoints", run.keep, guard))
         step, later = find(phase.run, checkpoints)
         taken = same_run(phase, checkpoints.manifest(step)) if step is not None else []
-        if step and step == phase.run.steps and outcome.complete(folder, step):
+        if step and step == phase.run.steps and record.complete(folder, step):
             console.print(f"{folder} is complete at step {step}; nothing is left to do", soft_wrap=True)
             return folder
         course = Course(phase, folder, checkpoints, step, taken)  # a resume that is refused has changed no file
         if writes:
-            outcome.begin(phase, folder, checkpoints, step or 0, later)
+            record.begin(phase, folder, checkpoints, step or 0, later)
         distributed.share("the folder of the run")
         if not (folder / "config.json").exists():
             raise InputError(f"--out {folder}: not the folder that process 0 made; all processes must share it")
         summary = _go(phase, folder, course, stop)
         if writes:
-            outcome.finish(run, folder, summary)
+            record.finish(run, folder, summary)
         distributed.share("the end of the run")
     return folder
 
@@ -70,13 +72,13 @@ def train(run: Run) -> Path:
 def _go(phase: Phase, folder: Path, loop: "Course", stop: Stop) -> dict[str, Any]:
     """The loop proper: from the phase's state to the last step. Returns the summary."""
     run, first, left = phase.run, loop.first, False
-    before = outcome.noted(folder, 0)
+    before = record.noted(folder, 0)
     begins = run.phase == "finetune" and not first and not before
     before = evaluate(phase, run.score_base) if begins else before
     faults.at("compile")
     step, cost = compile_step(phase)
-    found = {} if first < run.steps else outcome.noted(folder, first)
-    with outcome.of_saved(run, first):
+    found = {} if first < run.steps else record.noted(folder, first)
+    with record.of_saved(run, first):
         late = {} if first < run.steps or found else evaluate(phase)  # it ended behind the last save
     stop.begin(first)
     with contextlib.closing(_log(phase, folder, first)) as log:
@@ -105,7 +107,7 @@ def _go(phase: Phase, folder: Path, loop: "Course", stop: Stop) -> dict[str, Any
     if left:
         console.print(f"stopped at step {loop.done} of {run.steps}, saved; go on with --resume")
         raise Stopped
-    return outcome.summary(phase, folder, before, found or late, cost) if distributed.index() == 0 else {}
+    return record.summary(phase, folder, before, found or late, cost) if distributed.index() == 0 else {}
 
 
 def _evaluated(loop: "Course", stop: Stop, i: int, last: bool) -> dict[str, Any] | None:
@@ -113,7 +115,7 @@ def _evaluated(loop: "Course", stop: Stop, i: int, last: bool) -> dict[str, Any]
     if a signal ended that. What has been trained is not lost by an evaluation that fails."""
     phase = loop.phase
     try:
-        found = stop.between(lambda: (faults.at("score", i), outcome.losses(phase))[1])
+        found = stop.between(lambda: (faults.at("score", i), record.losses(phase))[1])
     except Exception:
         if distributed.count() == 1:  # the others may not have failed, and would wait
             loop.save()
@@ -122,8 +124,8 @@ def _evaluated(loop: "Course", stop: Stop, i: int, last: bool) -> dict[str, Any]
         return found
     loop.save(found)
     loop.checkpoints.wait()
-    with outcome.of_saved(phase.run, i):
-        scores = stop.between(lambda: outcome.scores(phase))
+    with record.of_saved(phase.run, i):
+        scores = stop.between(lambda: record.scores(phase))
     return None if scores is None else found | scores
 
 

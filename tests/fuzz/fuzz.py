@@ -25,16 +25,16 @@ with atheris.instrument_imports(include=["graftax"]):
     import jax
     import jax.numpy as jnp
     from graftax import InputError
-    from graftax.data import hf_tokenizer  # noqa: F401  (else imported late, and not instrumented)
-    from graftax.data.bad import Bad
+    from graftax.data.tokenizers import huggingface  # noqa: F401  (else imported late, and not instrumented)
+    from graftax.data.errors import Bad
     from graftax.data.sft import sft_rows
     from graftax.data.sources import documents
-    from graftax.data.tasks import file_task
-    from graftax.data.tokenizer import load_tokenizer, train_tokenizer
+    from graftax.data.tasks.base import file_task
+    from graftax.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
     from graftax.model import hf
-    from graftax.model.hf_files import DTYPES, index
+    from graftax.model.hf.files import DTYPES, index
     from graftax.peft import hf as adapters
-    from graftax.train.checkpoint import Checkpoints
+    from graftax.train.runs.checkpoint import Checkpoints
     from graftax.train.config import Data, Optim, Run, from_json, to_json
 
 GOLDEN = Path(__file__).parents[1] / "golden"

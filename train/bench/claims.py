@@ -19,7 +19,7 @@ import numpy as np
 
 from ... import InputError, peft
 from ...peft import Subset
-from ...peft.lora import LoRA
+from ...peft.methods.lora import LoRA
 from ..config import Data, Optim, Run
 from ..recipes import recipes
 from .peer import threads
@@ -72,7 +72,7 @@ def around(rate: float) -> list[float]:
 
 def swept(run: Run, name: str, over: Sequence[str], out: Path, params: Any) -> Line:
     """A sweep, or what it found when it ran."""
-    from ..experiments.sweep import Sweep, execute
+    from ..experiments.sweep.command import Sweep, execute
 
     run = dataclasses.replace(run, out=str(out / name.replace(" ", "_")), resume="auto")
     execute(Sweep(run, tuple(over)))
@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--write", action="store_true", help="put tables and picture beside claims.md")
     args = parser.parse_args(argv)
-    from ..runs import load_run
+    from ..runs.load import load_run
 
     params, out = load_run(args.base).merged, Path(args.out)
     seeds = f"seed=0..{args.seeds - 1}"

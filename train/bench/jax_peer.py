@@ -13,7 +13,7 @@ import optax
 from ... import __version__
 from ...model import Transformer, init
 from ...peft import Subset, partition
-from ...peft.lora import LoRA
+from ...peft.methods.lora import LoRA
 from ..config import Optim, config_from_dict
 from ..optim import make_optimizer
 from ..step import init_state, make_train_step

@@ -14,9 +14,9 @@ import numpy as np
 
 from ...model import Config, Transformer, init, presets
 from ...peft import partition
-from ...peft.lora import LoRA
+from ...peft.methods.lora import LoRA
 from ..config import Data, Optim, Run
-from ..experiments.groups import batch_shapes, lane_step
+from ..experiments.sweep.groups import batch_shapes, lane_step
 from ..optim import make_optimizer
 from ..step import init_state
 from .peer import threads

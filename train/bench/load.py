@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...model import presets
-from ...model.hf import config_to_hf, sources
-from ...model.hf_files import write
+from ...model.hf.checkpoint import config_to_hf, sources
+from ...model.hf.files import write
 
 _READ = r"""
 import json, re, sys, time

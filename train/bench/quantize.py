@@ -14,13 +14,13 @@ import numpy as np
 from ...model import forward, presets, shapes_of
 from ...model.quantize import MATRICES, kinds, quantize
 from ...model.tree import canonical, named
-from ...peft.lora import LoRA
+from ...peft.methods.lora import LoRA
 from ..config import Data, Optim, Run
 from ..evaluate import held_out_losses, mean_loss
 from ..loop import train
 from ..progress import read_metrics
-from ..report import nbytes
-from ..runs import load_run
+from ..runs.report import nbytes
+from ..runs.load import load_run
 
 
 def sizes(shapes: Any) -> list[str]:

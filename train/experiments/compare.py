@@ -17,14 +17,14 @@ from ... import InputError, peft
 from ...bounds import Bounds, Checked, Count
 from ...peft import Method, Subset, masks
 from ..config import Run, close, method_class, to_json
-from ..phase import resolve_method
-from ..stop import Stop
-from .cells import changed, floats, given, words
-from .contest import Contest, Entry
-from .exam import Exam
-from .findings import report
-from .ground import Ground
-from .sweep import Sweep, check_out, dated, opened, plain
+from ..setup import resolve_method
+from ..cluster.signals import Stop
+from .sweep.trials import changed, floats, given, words
+from .comparison import Contest, Entry
+from .task_evaluator import Exam
+from .compare_report import report
+from .base_cache import Ground
+from .sweep.command import Sweep, check_out, dated, opened, plain
 
 FILE = "compare.json"
 MASKS = {"full": "all"}  # what people call a mask of which nothing is frozen

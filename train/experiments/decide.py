@@ -19,16 +19,16 @@ from ... import InputError
 from ...bounds import Bounds, Checked, Count
 from ...peft import Subset
 from ..config import Run, method_to_dict, to_json
-from ..phase import resolve_method
-from ..stop import Stop
-from .advice import report
-from .cells import floats, given, ints
+from ..setup import resolve_method
+from ..cluster.signals import Stop
+from .decision_report import report
+from .sweep.trials import floats, given, ints
 from .compare import Compare, method_of
-from .contest import Contest, Entry
-from .exam import Exam
-from .ground import Ground
+from .comparison import Contest, Entry
+from .task_evaluator import Exam
+from .base_cache import Ground
 from .prompting import Prompting
-from .sweep import check_out, dated, opened
+from .sweep.command import check_out, dated, opened
 
 FILE = "decide.json"
 HELP = """graftax decide --base RUN --task T --target METRIC>=X: the cheapest way to a target, all ways measured

@@ -12,7 +12,7 @@ from ...peft import Subset
 from ..config import Run, close, from_json, method_class
 from ..progress import console
 from ..recipes import recipes
-from ..report import size
+from ..runs.report import size
 from .planner import KINDS, planned
 from .search import search
 from .topology import WANTED, Target, target

@@ -11,17 +11,17 @@ import jax
 import jax.numpy as jnp
 
 from ... import InputError
-from ...data.tokenizer import load_tokenizer
+from ...data.tokenizers.tokenizer import load_tokenizer
 from ...model import Config, Transformer, hf, presets, shapes_of
 from ...model.backend import meant_for
-from ...model.hf_files import nearest_folder, read_json
-from ..checkpoint import Checkpoints
+from ...model.hf.files import nearest_folder, read_json
+from ..runs.checkpoint import Checkpoints
 from ..config import Run, close, from_json
 from ..inputs import check_lengths
-from ..layout import laid as stacked_or_not
+from ..runs.layout import laid as stacked_or_not
 from ..program import KEYS, Layout, base_shapes, check_batch, layout, lower
 from ..progress import step_flops
-from ..runs import check_run, is_hugging_face, numerics
+from ..runs.load import check_run, is_hugging_face, numerics
 from . import hlo, roofline
 from .estimate import links, shard, traced
 from .topology import Target, silent

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from .nodes import PICKS, PRODUCTS, Node, Value, carried, flat, flops, is_array, is_view, written
+from .jaxpr_memory import PICKS, PRODUCTS, Node, Value, carried, flat, flops, is_array, is_view, written
 
 
 @dataclasses.dataclass

@@ -1,0 +1,25 @@
+"""The MLP that makes the rows of a prompt or a prefix while it trains."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import jax
+from jax import Array
+
+from ..targets import uniform
+
+
+def encoder(key: Array, P: int, *widths: int) -> dict[str, Array]:
+    """prompt [P, D] ~ N(0, 1), and w1 [D, h], b1 [h], w2, ... from width to width as torch begins a Linear."""
+    keys, arrays = iter(jax.random.split(key, 2 * len(widths))), {}
+    for i, (D, F) in enumerate(pairwise(widths), 1):
+        arrays |= {f"w{i}": uniform(next(keys), (D, F), D), f"b{i}": uniform(next(keys), (F,), D)}
+    return {"prompt": jax.random.normal(next(keys), (P, widths[0]))} | arrays
+
+
+def encode(arrays: dict[str, Array], act: Callable[[Array], Array]) -> Array:
+    """What the encoder makes of its prompt: act(prompt @ w1 + b1) @ w2 + b2 and so on."""
+    x = arrays["prompt"] @ arrays["w1"] + arrays["b1"]
+    for i in range(2, (len(arrays) + 1) // 2):
+        x = act(x) @ arrays[f"w{i}"] + arrays[f"b{i}"]
+    return x

@@ -1,0 +1,72 @@
+"""LoKr: a Kronecker product as the update (LyCORIS, arXiv:2309.14859)."""
+
+import math
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ...bounds import Bounds, Real, Size
+from ...model import Weight, static
+from ..base import Method
+from ..targets import each_matrix, uniform, wrap
+
+
+class LoKrWeight(Weight):
+    """x @ w + scale x @ kron(k1, k2), which never exists: x as [M, N] goes through k1 and k2 in turn."""
+
+    w: Any  # [D, F] frozen, D = M N, F = P Q
+    k1: Any = None  # [M, P], or
+    a1: Any = None  # [M, R] and
+    b1: Any = None  # [R, P]
+    k2: Any = None  # [N, Q], or
+    a2: Any = None  # [N, R] and
+    b2: Any = None  # [R, Q]
+    scale: float = static(default=1.0)
+
+    def __rmatmul__(self, x: Array) -> Array:
+        k1 = self.a1 @ self.b1 if self.k1 is None else self.k1
+        k2 = self.a2 @ self.b2 if self.k2 is None else self.k2
+        y = x.reshape(*x.shape[:-1], k1.shape[0], k2.shape[0]) @ k2
+        y = jnp.moveaxis(jnp.moveaxis(y, -2, -1) @ k1, -1, -2)
+        return x @ self.w + self.scale * y.reshape(*x.shape[:-1], -1)
+
+
+def split(n: int, factor: int) -> tuple[int, int]:
+    """n as two factors: `factor` and the rest if it divides, else the nearest to each other with one of at most it."""
+    if factor > 0 and n % factor == 0:
+        return factor, n // factor
+    most = n if factor == -1 else factor
+    best = 1, n
+    for m in range(2, math.isqrt(n) + 1):
+        if n % m == 0 and best[0] < best[1] and m <= most and m + n // m <= sum(best):
+            best = m, n // m
+    return min(best), max(best)
+
+
+class LoKr(Method):
+    """W + (alpha / rank) kron(K1, K2), K1 = 0 at first; a large K2 is a product of rank `rank` (arXiv:2309.14859)."""
+
+    demo = False
+
+    rank: Size = 8
+    alpha: Real = 8.0
+    factor: Annotated[int, Bounds(-1)] = -1  # of both sides of W, for K1; -1: about the root
+    where: str = "linear"
+    both: bool = False  # a large K1 is a product too
+
+    def init(self, key: Array, params: Any) -> dict[str, Any]:
+        def one(key: Array, D: int, F: int) -> dict[str, Array]:
+            (M, N), (P, Q), R = split(D, self.factor), split(F, self.factor), self.rank
+            k, k1 = jax.random.split(key, 3), {"k1": jnp.zeros((M, P))}
+            if self.both and max(M, P) / 2 > R:
+                k1 = {"a1": uniform(k[2], (M, R), M), "b1": jnp.zeros((R, P))}
+            if max(N, Q) / 2 <= R:
+                return k1 | {"k2": uniform(k[0], (N, Q), N)}
+            return k1 | {"a2": uniform(k[0], (N, R), N), "b2": uniform(k[1], (R, Q), R)}
+
+        return each_matrix(key, params, self.where, one, "lokr")
+
+    def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
+        return wrap(params, trainable, lambda w, **t: LoKrWeight(w, **t, scale=self.alpha / self.rank))

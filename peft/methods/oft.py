@@ -1,0 +1,82 @@
+"""OFT: an orthogonal turn of every block of the input (arXiv:2306.07280), as a Neumann series (arXiv:2506.19847)."""
+
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ... import InputError
+from ...bounds import Bounds
+from ...model import Weight, static
+from ..base import Method
+from .boft import cayley, turned
+from ..targets import each_matrix, wrap
+
+
+def neumann(q: Array, terms: int) -> Array:
+    """I + 2Q + ... + 2Q^(terms-2) + Q^(terms-1), about (I + Q) (I - Q)^-1; as in HF PEFT 2 are I + 2Q, and 3 are 4."""
+    factors = [1, 2][:terms] if terms < 3 else [1, *[2] * (max(terms, 4) - 2), 1]
+    eye = jnp.broadcast_to(jnp.eye(q.shape[-1]), q.shape)
+    r = factors.pop() * eye
+    while factors:
+        r = jnp.matmul(r, q, precision="highest") + factors.pop() * eye
+    return r
+
+
+class OFTWeight(Weight):
+    """turned(x) @ w, by blocks made of the skew Q with `r` above its diagonal; r = 0 turns nothing."""
+
+    w: Any  # [D, F] frozen
+    r: Array  # [D / b, b(b-1)/2], or [1, b(b-1)/2] for all blocks
+    terms: int = static(default=5)
+    eps: float = static(default=0.0)
+
+    def __rmatmul__(self, x: Array) -> Array:
+        v = self.r.astype(jnp.float32)
+        if self.eps:  # the gradient is that at the projected value
+            norm, most = jnp.sqrt(2 * jnp.square(v).sum(1, keepdims=True)), self.eps / len(v) ** 0.5
+            v = v - jax.lax.stop_gradient(v) + jax.lax.stop_gradient(v * (most / jnp.maximum(norm, most)))
+        b = round((1 + (1 + 8 * v.shape[1]) ** 0.5) / 2)
+        upper = jnp.zeros((len(v), b, b)).at[:, *jnp.triu_indices(b, 1)].set(v)
+        q = upper - upper.swapaxes(1, 2)
+        return turned(x, neumann(q, self.terms) if self.terms else cayley(q)) @ self.w
+
+
+def nearest_divisor(n: int, b: int) -> int:
+    """The divisor of n nearest to b, the lower of two."""
+    b = min(b, n)
+    return next(d for k in range(b) for d in (b - k, b + k) if n % d == 0)
+
+
+class OFT(Method):
+    """W behind a blockwise rotation of x, by I + 2Q + 2Q^2 + ... of skew blocks Q = 0 at first (arXiv:2306.07280).
+
+    No weight decay: Q is an angle, and any rotation keeps the lengths that decay would limit.
+    """
+
+    demo = False
+    decayed = ""
+
+    block: int = 32  # the size of a block, or
+    blocks: int = 0  # how many; of the two the other is 0
+    terms: Annotated[int, Bounds(0, 100)] = 5  # of the Neumann series; 0: Cayley's exact (I - Q) (I + Q)^-1
+    share: bool = False  # one rotation for all blocks of a matrix
+    coft: bool = False  # keep each Q within eps / sqrt(blocks) of 0
+    eps: float = 6e-5
+    where: str = "linear"
+
+    def init(self, key: Array, params: Any) -> dict[str, Any]:
+        if (self.block > 0) == (self.blocks > 0):
+            raise InputError(f"oft: block={self.block}, blocks={self.blocks}; give one of the two, and 0 for the other")
+
+        def one(key: Array, D: int, F: int) -> dict[str, Array]:
+            n = nearest_divisor(D, self.blocks) if self.blocks else D // nearest_divisor(D, self.block)
+            b = D // n
+            return {"r": jnp.zeros((1 if self.share else n, b * (b - 1) // 2))}
+
+        return each_matrix(key, params, self.where, one, "oft")
+
+    def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
+        eps = self.eps if self.coft else 0.0
+        return wrap(params, trainable, lambda w, **t: OFTWeight(w, **t, terms=self.terms, eps=eps))

@@ -1,0 +1,79 @@
+"""RandLoRA: a full-rank update, random products summed with learned weights (arXiv:2502.00987)."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from ... import InputError
+from ...bounds import Drawn, Real, Size
+from ...model import Weight, static
+from ..base import Method
+from ..random_projections import noise, recomputed, widest
+from ..targets import each_matrix, wrap
+
+
+class RandLoRAWeight(Weight):
+    """x @ w + scale x @ a.T @ b.T where D <= F, else scale x @ b @ a: b is random, a is weighted by lam and gamma."""
+
+    w: Any  # [D, F] frozen
+    lam: Array  # [R, n]
+    gamma: Array  # [n, min(D, F)]
+    method: Any = static()
+    least: int = static()  # min(D, F) of the largest D and F of all targets
+
+    def __rmatmul__(self, x: Array) -> Array:
+        y = x @ self.w
+        D, F = x.shape[-1], y.shape[-1]
+
+        def update(x: Array, lam: Array, gamma: Array) -> Array:
+            a, b = (p.astype(x.dtype) for p in projections(self.method, D, F, self.least))
+            # Rows of a go by rank first, columns of b by rank last, as in HF PEFT.
+            a, b = (lam[:, :, None] * a * gamma).reshape(-1, min(D, F)), b.reshape(max(D, F), -1)
+            return x @ a.T @ b.T if D <= F else x @ b @ a
+
+        return y + self.method.alpha / self.method.rank * recomputed(update)(x, self.lam, self.gamma)
+
+
+class RandLoRA(Method):
+    """W + (alpha / rank) sum_j B_j diag(lam_j) A diag(gamma_j), A, B_j random, lam = 0 at first (arXiv:2502.00987).
+
+    No weight decay: lam and gamma are scales of fixed directions, as VeRA's vectors are.
+    """
+
+    demo = False
+    decayed = ""
+
+    rank: Size = 32  # of each of n = ceil(min(D, F) / rank) products
+    alpha: Real = 640.0
+    where: str = "linear"
+    seed: Drawn = None  # of A and B; None: the run's seed, or 0 outside a run
+    sparse: str = ""  # A and B of -1, 0, 1 by turns 1 : 4 : 1, "sparse", or 1 : 2 min(D, F)^1/2 - 2 : 1, "very_sparse"
+    given: Any = None  # a Given of HF's randlora_A as `a` and randlora_B as `b`, in place of the seed's
+
+    def init(self, key: Array, params: Any) -> dict[str, Any]:
+        def one(key: Array, D: int, F: int) -> dict[str, Array]:
+            n = -(-min(D, F) // self.rank)
+            shape = n, min(D, F)
+            return {"lam": jnp.zeros((self.rank, n)), "gamma": jnp.full(shape, 1 / max(shape))}
+
+        return each_matrix(key, params, self.where, one, "randlora")
+
+    def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
+        if self.sparse not in ("", "sparse", "very_sparse"):
+            raise InputError(f"randlora: sparse is {self.sparse!r}, wanted '', 'sparse' or 'very_sparse'")
+        least = min(widest(params, trainable))
+        return wrap(params, trainable, lambda w, **t: RandLoRAWeight(w, **t, method=self, least=least))
+
+
+def projections(method: RandLoRA, D: int, F: int, least: int = 0) -> tuple[Array, Array]:
+    """(randlora_A [R, 1, min], randlora_B [max, n, R]) as HF PEFT has them, of a matrix or the largest: variance 1."""
+    low, high, R = min(D, F), max(D, F), method.rank
+    n = -(-low // R)
+    if method.given is not None:
+        return jnp.asarray(method.given["a"])[..., :low], jnp.asarray(method.given["b"])[:high, :n]
+    a, b = noise(method.seed or 0, "a", (low, R)).T[:, None], noise(method.seed or 0, "b", (high, n, R))
+    if not method.sparse:
+        return 3**0.5 * a, 3**0.5 * b
+    odds = {"sparse": 3.0, "very_sparse": (least or low) ** 0.5}[method.sparse]
+    return tuple(odds**0.5 * jnp.where(jnp.abs(p) > 1 - 1 / odds, jnp.sign(p), 0) for p in (a, b))  # type: ignore
