@@ -6,8 +6,8 @@ import reprlib
 from typing import Any
 
 from .. import InputError
-from .errors import STRICT, Bad
 from .dialogue import Chat, dialogue, json_of, kind_of, near, parsed, variables_of
+from .errors import STRICT, Bad
 from .sources import text_of
 
 _BESIDE = ("system", "tools", "chat_template_kwargs")

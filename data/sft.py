@@ -13,11 +13,11 @@ import grain
 import numpy as np
 
 from .. import InputError
-from .errors import STRICT, Bad
-from .tokenizers.chat import encode_chats, encode_prompts
 from .columns import chat_of
 from .dialogue import Chat, Message, as_chat
+from .errors import STRICT, Bad
 from .pack import Row, empty_row
+from .tokenizers.chat import encode_chats, encode_prompts
 from .tokenizers.tokenizer import Tokenizer
 
 _BINS = 256  # rows kept open while packing

@@ -105,9 +105,9 @@ def text_of(row: dict, field: str, where: str, bad: Bad = STRICT) -> str:
 
 
 def _embedded(spec: str) -> Iterator[Document]:
-    from . import embedded  # it imports Document from here
+    from . import python_library  # it imports Document from here
 
-    makers = {"embedded:code": embedded.code, "embedded:prose": embedded.prose}
+    makers = {"embedded:code": python_library.code, "embedded:prose": python_library.prose}
     if spec not in makers:
         raise InputError(f"{spec}: no such embedded corpus; {' or '.join(makers)} is wanted")
     return makers[spec]()

@@ -1,24 +1,56 @@
-"""Methods: what trains and how it is bound to the base. `methods` finds every Method in this folder by itself."""
-
-import importlib
-import pkgutil
+"""Methods: what trains, as its own pytree, and how `bind` puts it together with the frozen base."""
 
 from ..model import Weight, static
-from . import merging, hf, masks, rows
+from . import hf, masks, merging, rows
 from .base import Chain, Method, apply, chain, count, fold, merge, partition
-from .methods.subset import Subset
-
-methods: dict[str, type[Method]] = {}  # CLI name -> class: every public Method of every file here
-for _info in pkgutil.iter_modules(__path__):
-    _module = importlib.import_module(f"{__name__}.{_info.name}")
-    for _name, _class in list(vars(_module).items()):
-        if isinstance(_class, type) and issubclass(_class, Method) and _class.__module__ == _module.__name__:
-            methods[_name.lower()] = globals()[_name] = _class
-for _name in ("method", "chain"):  # the base, and what only `chain` makes
-    del methods[_name]
+from .methods import (
+    BOFT,
+    C3A,
+    HRA,
+    IA3,
+    OFT,
+    AdaLoRA,
+    BitFit,
+    DoRA,
+    FourierFT,
+    Gradual,
+    Head,
+    HiRA,
+    Houlsby,
+    LLaMAAdapter,
+    LNTuning,
+    LoHa,
+    LoKr,
+    Lookup,
+    LoRA,
+    LoRABias,
+    LoRAFA,
+    LoRAHead,
+    LoRAPlus,
+    MiSS,
+    MiSSBat,
+    OLoRA,
+    Parallel,
+    Pfeiffer,
+    PiSSA,
+    Prefix,
+    PrefixMLP,
+    Prompt,
+    PTuning,
+    RandLoRA,
+    RoAd,
+    RsLoRA,
+    SHiRA,
+    Subset,
+    Tokens,
+    VeRA,
+)  # fmt: skip
+from .methods import by_name as methods
 
 __all__ = [
-    "Chain", "Method", "Subset", "Weight", "apply", "arithmetic", "chain", "count", "fold", "hf", "masks", "merge",
-    "methods", "partition", "rows",
-    "static", *sorted(c.__name__ for c in methods.values() if c is not Subset),
+    "BOFT", "C3A", "HRA", "IA3", "OFT", "AdaLoRA", "BitFit", "Chain", "DoRA", "FourierFT", "Gradual", "Head", "HiRA",
+    "Houlsby", "LLaMAAdapter", "LNTuning", "LoHa", "LoKr", "LoRA", "LoRABias", "LoRAFA", "LoRAHead", "LoRAPlus",
+    "Lookup", "Method", "MiSS", "MiSSBat", "OLoRA", "PTuning", "Parallel", "Pfeiffer", "PiSSA", "Prefix", "PrefixMLP",
+    "Prompt", "RandLoRA", "RoAd", "RsLoRA", "SHiRA", "Subset", "Tokens", "VeRA", "Weight", "apply", "chain", "count",
+    "fold", "hf", "masks", "merge", "merging", "methods", "partition", "rows", "static",
 ]  # fmt: skip

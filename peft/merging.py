@@ -15,8 +15,8 @@ from jax import Array
 from .. import InputError
 from ..model.tree import canonical, cut_key, is_stacked, named, nested, replace
 from .base import Method, fold
-from .methods.lora import LoRA, LoRAWeight
 from .masks import Where
+from .methods.lora import LoRA, LoRAWeight
 from .targets import Target, each_layer, layer_keys, targets, uniform
 
 Delta = dict[str, Array]

@@ -10,10 +10,10 @@ from graftax.data.tokenizers.tokenizer import train_tokenizer
 from graftax.model.sharding import make_mesh
 from graftax.peft import LoRA, Prompt, Subset
 from graftax.train import loop
-from graftax.train.runs.checkpoint import Checkpoints
 from graftax.train.config import Data, Optim, Run, to_json
 from graftax.train.faults import VARIABLE
 from graftax.train.loop import train
+from graftax.train.runs.checkpoint import Checkpoints
 from tiny import CONFIG
 
 STEPS = 40

@@ -22,9 +22,9 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "G
                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # fmt: skip
 
 import numpy as np  # noqa: F401
-from graftax.train import cli, evaluate, loop
-from graftax.train.runs.load import export  # noqa: F401
+from graftax.train import cli
 from graftax.train.config import Data, Optim, Run, to_json
+from graftax.train.runs.load import export  # noqa: F401
 from tiny import CONFIG
 
 

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from graftax import InputError, peft
 from graftax.data.tokenizers.added_tokens import add_tokens
-from graftax.train.runs.load import adapters, export
-from graftax.train.runs.adapters import uniform
 from graftax.train.cli import main
+from graftax.train.runs.adapters import uniform
 from graftax.train.runs.export import write_base
+from graftax.train.runs.load import adapters, export, load_run
 from graftax.train.setup import resolve_method
-from graftax.train.runs.load import load_run
 from safetensors.numpy import load_file
 from test_hf_runs import SMALL, adapter, command, hf_base, refused, rows  # noqa: F401
 from tiny import close, make_base, make_batch, same, shaken

@@ -11,8 +11,8 @@ import pytest
 from graftax import InputError, peft
 from graftax.model.init import restack
 from graftax.model.tree import named
-from graftax.peft import IA3, DoRA, LoRA, LoRAHead, Prompt, RsLoRA, Subset, merging, chain
-from graftax.peft.methods.gradual import Gradual
+from graftax.peft import IA3, DoRA, LoRA, LoRAHead, Prompt, RsLoRA, Subset, chain, merging
+from graftax.peft.methods.subset import Gradual
 from graftax.train.config import Optim
 from graftax.train.optim import labels, make_optimizer
 from graftax.train.step import init_state, make_train_step

@@ -10,10 +10,10 @@ from graftax import InputError, peft
 from graftax.model import shapes_of
 from graftax.model.sharding import make_mesh, shardings
 from graftax.model.tree import named, paths
-from graftax.train.runs.load import digests, layout
+from graftax.train.optim import make_optimizer
 from graftax.train.runs.checkpoint import Checkpoints, fingerprint
 from graftax.train.runs.layout import relaid, sharded
-from graftax.train.optim import make_optimizer
+from graftax.train.runs.load import digests, layout
 from graftax.train.step import init_state
 from tiny import CASES, OPTIM, make_base, same
 

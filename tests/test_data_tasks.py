@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from graftax import InputError
-from graftax.data import embedded
-from graftax.data.tasks.base import embedded
+from graftax.data import python_library
 from graftax.data.columns import Columns, chat_of
-from graftax.data.embedded import normal
+from graftax.data.python_library import normal
+from graftax.data.tasks import python_functions
 from graftax.data.tasks.base import Task, accuracy, drop_leaks, exact_match, file_task, floors, tasks, whole_task
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -19,31 +19,31 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 @pytest.fixture(scope="module")
 def few_modules():
     """A fifth of the standard library, so that the test is quick; at least one module of every package."""
-    embedded._modules.cache_clear()
-    every, kept = embedded._SKIP, {"lib2to3", "distutils", "tkinter", "ctypes", "xmlrpc"}
-    embedded._SKIP = every | kept
-    yield embedded._modules()
-    embedded._SKIP = every
-    embedded._modules.cache_clear()
+    python_library._modules.cache_clear()
+    every, kept = python_library._SKIP, {"lib2to3", "distutils", "tkinter", "ctypes", "xmlrpc"}
+    python_library._SKIP = every | kept
+    yield python_library._modules()
+    python_library._SKIP = every
+    python_library._modules.cache_clear()
 
 
 def test_the_corpus_holds_no_test_function(few_modules):
-    held = [f for f in embedded.functions() if f.part != "train"]
-    assert {f.part for f in embedded.functions()} == {"train", "valid", "test"}
-    code = "\0".join(normal(d.text) for d in embedded.code())
+    held = [f for f in python_library.functions() if f.part != "train"]
+    assert {f.part for f in python_library.functions()} == {"train", "valid", "test"}
+    code = "\0".join(normal(d.text) for d in python_library.code())
     assert [f.id for f in held if normal(f.source) in code] == []
-    whole = "\0".join(normal(d.text) for d in embedded.code(exclude_task_test=False))
+    whole = "\0".join(normal(d.text) for d in python_library.code(exclude_task_test=False))
     assert [f.id for f in held if normal(f.source) not in whole] == []  # so the test above can see a leak
-    kept = {part for d in embedded.prose() for part in d.text.rstrip("\n").split("\n\n")}
+    kept = {part for d in python_library.prose() for part in d.text.rstrip("\n").split("\n\n")}
     long = [f for f in held if len(f.docstring) > 60 and "\n\n" not in f.docstring]
     assert [f.id for f in long if f.docstring in kept] == []
-    every = {part for d in embedded.prose(exclude_task_test=False) for part in d.text.rstrip("\n").split("\n\n")}
+    every = {part for d in python_library.prose(exclude_task_test=False) for part in d.text.rstrip("\n").split("\n\n")}
     assert sum(f.docstring in every for f in long) > len(long) / 2
 
 
 def test_functions_are_what_the_lines_say(few_modules):
-    texts = {d.id: d.text.split("\n") for d in embedded.code(exclude_task_test=False)}
-    for f in embedded.functions()[::50]:
+    texts = {d.id: d.text.split("\n") for d in python_library.code(exclude_task_test=False)}
+    for f in python_library.functions()[::50]:
         lines = texts[f.id.partition(":")[0]][f.first - 1 : f.last]
         assert normal("\n".join(lines)) == normal(f.source)
         assert f.source.startswith(("def ", "async def ", "@"))
@@ -54,7 +54,7 @@ def test_lines_are_the_parsers_lines(tmp_path):
     path.write_text(
         "x = 1\n\f\ndef f():\n    '''Doc.'''\n    return '\u2028'\n\n@d\nclass C:\n    @d\n    def g(self): pass\n"
     )
-    module = embedded._module(path, "p/m.py")
+    module = python_library._module(path, "p/m.py")
     assert [(f.id, f.package, f.source) for f in module.functions] == [
         ("p/m.py:3:f", "p", "def f():\n    '''Doc.'''\n    return '\u2028'\n"),
         ("p/m.py:9:C.g", "p", "@d\ndef g(self): pass\n"),
@@ -62,9 +62,9 @@ def test_lines_are_the_parsers_lines(tmp_path):
 
 
 def test_the_corpus_is_deterministic_and_shares_ids(few_modules):
-    code, prose = list(embedded.code()), list(embedded.prose())
-    assert code == list(embedded.code())
-    assert prose == list(embedded.prose())
+    code, prose = list(python_library.code()), list(python_library.prose())
+    assert code == list(python_library.code())
+    assert prose == list(python_library.prose())
     ids = {d.id for d in code}
     assert len(ids) == len(code)
     assert all(d.id in ids or d.id.startswith("topics/") for d in prose)  # a module is held out of both or neither
@@ -77,23 +77,23 @@ def test_copies_of_a_function_are_in_one_part():
         "def f(self, x):\n    # why\n    y = x + 1\n    print('something long enough', y)\n    return y * self.value\n"
         * 2
     )
-    assert embedded.part(source) == embedded.part(source.replace("    # why\n", "").replace("    ", "\t"))
+    assert python_library.part(source) == python_library.part(source.replace("    # why\n", "").replace("    ", "\t"))
 
 
 @pytest.mark.parametrize("name", ["package", "next_statement", "next_token"])
-def test_embedded_tasks(few_modules, name):
-    task = getattr(embedded, name)()
-    part = {f.id: f.part for f in embedded.functions()}
+def test_python_functions(few_modules, name):
+    task = getattr(python_functions, name)()
+    part = {f.id: f.part for f in python_library.functions()}
     prompts = {p: {normal(r["prompt"]) for r in getattr(task, p)} for p in ("train", "valid", "test")}
     for p in prompts:
         rows = getattr(task, p)
         assert len(prompts[p]) == len(rows) > 50
         assert all(part[row["meta"]["id"]] == p for row in rows)
         assert {row["completion"] for row in rows} <= set(task.choices)
-        assert max(len(row["prompt"]) for row in rows) <= embedded.CHARS
+        assert max(len(row["prompt"]) for row in rows) <= python_functions.CHARS
     assert not prompts["train"] & (prompts["valid"] | prompts["test"])
     assert not prompts["valid"] & prompts["test"]
-    assert task.train == getattr(embedded, name)().train
+    assert task.train == getattr(python_functions, name)().train
     floor = floors(task)
     assert 0 < floor["majority"] <= floor["naive_bayes"] < 0.95
     assert accuracy(task.test, [row["completion"] for row in task.test]) == {"accuracy": 1.0}
@@ -101,9 +101,9 @@ def test_embedded_tasks(few_modules, name):
 
 def test_cuts_are_where_the_label_starts():
     source = "def f(a, b):\n    x = [a, 'b']\n    if a:\n        return self.x\n    selfish = 1\n    for i in x: pass\n"
-    cuts = embedded._statement_cuts(source)
+    cuts = python_functions._statement_cuts(source)
     assert [(source[:at].count("\n"), label) for at, label in cuts] == [(2, "if"), (3, "return"), (5, "for")]
-    cuts = embedded._token_cuts(source)
+    cuts = python_functions._token_cuts(source)
     for at, label in cuts:
         fits = {"name": source[at].isalpha(), "keyword": source[at].isalpha(), "string": source[at] == "'"}
         assert fits.get(label, source[at] == {"newline": "\n"}.get(label, label)), (at, label)

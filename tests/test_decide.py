@@ -12,16 +12,16 @@ import pytest
 from faulty import programs, runs  # noqa: F401
 from graftax.peft import LoRA, Subset
 from graftax.train.cli import main
+from graftax.train.cluster.signals import Stop, Stopped
 from graftax.train.config import Optim, Run
-from graftax.train.experiments import decision_report, step_costs, learning_curve
-from graftax.train.experiments.decide import Decide, decide, execute
+from graftax.train.experiments import decision_report, learning_curve, step_costs
 from graftax.train.experiments.base_cache import Ground
-from graftax.train.experiments.results_log import found, read
-from graftax.train.experiments.prompts import Form
+from graftax.train.experiments.decide import Decide, decide, execute
 from graftax.train.experiments.example_selection import Lot, States, Words
+from graftax.train.experiments.prompts import Form
+from graftax.train.experiments.results_log import found, read
 from graftax.train.inputs import tuning_rows
 from graftax.train.runs.load import load_run
-from graftax.train.cluster.signals import Stop, Stopped
 from test_faults_input import said
 
 WORDS = [f"{a}{b}" for a in "bdk" for b in ("an", "om", "it")]
@@ -258,7 +258,9 @@ def test_a_target_out_of_reach():
     assert "it would take about" in text
     assert "a better base" in text
     assert "no number of examples" in decision_report.decision(results(1.0, few))
-    assert "does not fall with more examples" in decision_report.decision(results(0.8, few | {"lora on all": (0.4, 1e4, 0)}))
+    assert "does not fall with more examples" in decision_report.decision(
+        results(0.8, few | {"lora on all": (0.4, 1e4, 0)})
+    )
     assert "no number of examples" in decision_report.decision(results(0.8, few | {"lora on all": (0.4, 1e4, 0)}))
     assert "falls as" not in decision_report.decision(results(0.9, {"zero-shot": (0.2, 0, 1.0)}))
 

@@ -19,9 +19,9 @@ from graftax import InputError
 from graftax.model.sharding import batch_rows, make_mesh, put_batch
 from graftax.peft import LoRA
 from graftax.train.cluster import coordinator, processes
-from graftax.train.runs.checkpoint import Checkpoints
 from graftax.train.config import Data, Optim, Run, to_json
 from graftax.train.loop import row_sum, train
+from graftax.train.runs.checkpoint import Checkpoints
 from tiny import CONFIG
 
 MODEL = dataclasses.replace(CONFIG, V=400, context=64)

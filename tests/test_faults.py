@@ -20,14 +20,13 @@ from graftax.model.tree import replace
 from graftax.peft import LoRA, Subset
 from graftax.train import cli, faults, health, loop
 from graftax.train.cluster import distributed, signals
-from graftax.train.runs.load import record
-from graftax.train.runs.checkpoint import Checkpoints
+from graftax.train.cluster.signals import Stop, Stopped
 from graftax.train.config import Optim, Run, from_json
 from graftax.train.loop import row_sum, train
 from graftax.train.optim import schedule
 from graftax.train.progress import read_metrics
-from graftax.train.runs.load import load_run
-from graftax.train.cluster.signals import Stop, Stopped
+from graftax.train.runs.checkpoint import Checkpoints
+from graftax.train.runs.load import load_run, record
 from test_faults_input import said
 
 pytestmark = pytest.mark.faults

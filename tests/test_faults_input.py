@@ -26,8 +26,8 @@ from graftax.model import Rope
 from graftax.model.hf.files import nearest_folder
 from graftax.peft.methods.oft import nearest_divisor
 from graftax.train import harness
-from graftax.train.cluster import processes
 from graftax.train.cli import main
+from graftax.train.cluster import processes
 from graftax.train.config import Data, Optim, Run, from_json, method_from_dict, method_to_dict, to_json
 from graftax.train.evaluate import answerable
 from graftax.train.experiments.task_evaluator import Exam

@@ -20,13 +20,12 @@ from faulty import STEPS, copied, good, last, life, programs, runs, whole  # noq
 from graftax import InputError
 from graftax.atomic import left_over, whole_folder, write_whole
 from graftax.peft import LoRA
-from graftax.train.runs.load import lock
-from graftax.train.runs.checkpoint import Checkpoints
 from graftax.train.cli import main
 from graftax.train.config import to_json
-from graftax.train.runs.lock import Lock
 from graftax.train.loop import train
-from graftax.train.runs.load import load_run
+from graftax.train.runs.checkpoint import Checkpoints
+from graftax.train.runs.load import load_run, lock
+from graftax.train.runs.lock import Lock
 from test_faults_input import said
 
 pytestmark = pytest.mark.faults

@@ -19,13 +19,12 @@ from graftax.model.hf import load, save
 from graftax.model.sharding import make_mesh
 from graftax.model.tree import named
 from graftax.peft import LoRA, Subset
-from graftax.train.runs.load import export, resume
 from graftax.train.cli import main
 from graftax.train.config import Run, from_json
 from graftax.train.runs.equivalence import compare
 from graftax.train.runs.export import write_base
+from graftax.train.runs.load import Loaded, export, load_run, resume
 from graftax.train.setup import prepare
-from graftax.train.runs.load import Loaded, load_run
 from tiny import same
 
 TOKENIZER = Path(__file__).parent / "golden" / "tokenizers" / "qwen"

@@ -30,11 +30,11 @@ from graftax.peft import (
 from graftax.peft.methods.lokr import split
 from graftax.peft.methods.lora import LoRAWeight
 from graftax.peft.methods.pissa import principal
-from graftax.train.runs.added_tokens import trained
 from graftax.train.config import Optim, Run
 from graftax.train.optim import decay_mask, make_optimizer
-from graftax.train.setup import resolve_method
 from graftax.train.program import start
+from graftax.train.runs.added_tokens import trained
+from graftax.train.setup import resolve_method
 from graftax.train.step import init_state, make_loss
 from tiny import CONFIG, OPTIM, close, make_base, make_batch, same, shaken, stepper
 

@@ -14,8 +14,7 @@ from graftax import InputError, peft
 from graftax.model import Transformer, hf, presets
 from graftax.model.tree import named
 from graftax.peft import BOFT, HRA, OFT, AdaLoRA, LoKr, LoRA, LoRAFA, MiSS, MiSSBat, OLoRA, PiSSA, RoAd, chain
-from graftax.peft.methods.boft import cayley
-from graftax.peft.methods.oft import nearest_divisor
+from graftax.peft.methods.oft import cayley, nearest_divisor
 from graftax.train.config import Optim
 from safetensors.numpy import load_file
 from tiny import Base, close, make_base, make_batch, same, shaken, stepper

@@ -15,15 +15,14 @@ from graftax.model.quantize import NF4, Quantized, quantize
 from graftax.model.sharding import make_mesh
 from graftax.model.tree import named
 from graftax.peft import LoRA, Subset
-from graftax.train.runs.load import load
-from graftax.train.runs.checkpoint import Checkpoints, fingerprint
 from graftax.train.cli import main
 from graftax.train.config import Run, from_json
-from graftax.train.runs.export import write_base
 from graftax.train.loop import train
 from graftax.train.progress import read_metrics
+from graftax.train.runs.checkpoint import Checkpoints, fingerprint
+from graftax.train.runs.export import write_base
+from graftax.train.runs.load import load, load_run
 from graftax.train.runs.report import nbytes
-from graftax.train.runs.load import load_run
 from test_train import base, examples, kill_at, pretraining, texts, tuning  # noqa: F401
 from tiny import close, same
 

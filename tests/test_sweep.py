@@ -13,21 +13,20 @@ import pytest
 from faulty import programs, runs  # noqa: F401
 from graftax import InputError, peft
 from graftax.peft import LoRA, Subset
-from graftax.train.runs.checkpoint import Checkpoints
 from graftax.train.cli import main
+from graftax.train.cluster.signals import Stopped
 from graftax.train.config import Optim, from_json
-from graftax.train.experiments.sweep.command import scheduler
-from graftax.train.experiments.sweep.trials import axis, cells, changed
-from graftax.train.experiments.sweep.lane_count import balanced
 from graftax.train.experiments.base_cache import Ground
+from graftax.train.experiments.sweep.command import Sweep, dated, execute, scheduler
 from graftax.train.experiments.sweep.groups import groups
+from graftax.train.experiments.sweep.lane_count import balanced
 from graftax.train.experiments.sweep.lanes import Stack
 from graftax.train.experiments.sweep.results import gathered
-from graftax.train.experiments.sweep.command import Sweep, dated, execute
+from graftax.train.experiments.sweep.trials import axis, cells, changed
 from graftax.train.faults import VARIABLE
 from graftax.train.loop import train
 from graftax.train.progress import read_metrics
-from graftax.train.cluster.signals import Stopped
+from graftax.train.runs.checkpoint import Checkpoints
 from test_faults_input import said
 from tiny import CASES, close, evaluator, make_base, make_batch, shaken
 

@@ -15,17 +15,17 @@ from graftax.data.sft import encode_example
 from graftax.model.tree import named
 from graftax.peft import LoRA, Prompt, Subset
 from graftax.train import loop
-from graftax.train.runs.checkpoint import Checkpoints, fingerprint
 from graftax.train.cli import main
 from graftax.train.commands import Eval
-from graftax.train.runs.manifest import sealed_manifest
 from graftax.train.config import Data, Optim, Run, from_json, to_json
 from graftax.train.evaluate import choose, held_out_losses, row_losses, within
 from graftax.train.flags import take_json
 from graftax.train.inputs import task_of
 from graftax.train.loop import train
 from graftax.train.optim import schedule
+from graftax.train.runs.checkpoint import Checkpoints, fingerprint
 from graftax.train.runs.load import load_run
+from graftax.train.runs.manifest import sealed_manifest
 from tiny import CONFIG, close
 
 MODEL = dataclasses.replace(CONFIG, V=400, context=64)

@@ -14,8 +14,8 @@ from typing import Any
 from .. import InputError, __version__
 from ..bounds import is_text
 from ..model.pattern import patterns_of
-from .config import MALLOC, Run, close, from_json, method_class
 from .cluster.distributed import STOPPED, together
+from .config import MALLOC, Run, close, from_json, method_class
 from .flags import WORDS, meant, parse, take_json
 
 

@@ -12,8 +12,8 @@ from rich.text import Text
 
 from .. import InputError, peft
 from ..bounds import Checked, Count, Seed
-from ..data.errors import Bad
 from ..data.columns import Columns
+from ..data.errors import Bad
 from ..data.sft import render_prompt
 from ..data.sources import documents, text_of
 from ..data.tasks.base import Task, same_prompts, tasks, whole_task
@@ -21,13 +21,13 @@ from ..data.tokenizers.tokenizer import train_tokenizer
 from ..model import Sampling, generate, presets, shapes_of
 from ..model.hf.files import nearest_folder
 from ..peft import Subset, masks
-from .runs import report
 from .config import Optim, check_date, close
 from .evaluate import choose, held_out_losses, longest_answer, outputs, scored
-from .runs.export import Verify
 from .inputs import check_file, judged, say, task_of, trained_on
 from .optim import make_optimizer
 from .progress import console
+from .runs import report
+from .runs.export import Verify
 from .runs.load import Loaded, load_run
 
 Arg = Annotated[str, tyro.conf.Positional]

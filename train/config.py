@@ -11,8 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from .. import InputError, peft
 from ..bounds import LARGEST, Bounds, Checked, Count, Decay, Positive, Seed, Share
-from ..data.errors import Policy
 from ..data.columns import Columns
+from ..data.errors import Policy
 from ..model import Config, Rope
 from ..model.hf.files import read_json
 from ..peft import Method, Subset

@@ -19,8 +19,8 @@ from .inputs import task_of
 from .loop import train
 from .progress import clock, console, read_metrics
 from .recipes import recipes
-from .runs.report import size
 from .runs.load import load_run
+from .runs.report import size
 
 TASK = "embedded:next_token"
 OPENING = "def read(self, size):\n"

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..data.errors import STRICT, Bad
 from ..data.columns import chat_of
+from ..data.errors import STRICT, Bad
 from ..data.loader import batches
 from ..data.sft import encode_examples, render_prompts
 from ..model import Config, Context, Sampling, Transformer, check_room, generate, token_losses

@@ -12,9 +12,9 @@ import numpy as np
 from .. import InputError
 from ..model.tree import paths
 from .cluster import distributed
-from .runs.manifest import write_whole
 from .config import Run
 from .runs.load import Loaded, load_run
+from .runs.manifest import write_whole
 
 
 class Health:

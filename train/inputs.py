@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from .. import InputError
-from ..data.errors import STRICT, Bad
 from ..data.columns import Columns
-from ..data.embedded import code, prose
+from ..data.errors import STRICT, Bad
 from ..data.mixture import Corpus, HeldOut, pretrain_rows
 from ..data.pack import empty_row
+from ..data.python_library import code, prose
 from ..data.sft import Sft, sft_rows
 from ..data.sources import Document, documents, five_domains, is_held_out
 from ..data.tasks.base import Task, file_task, tasks

@@ -15,22 +15,22 @@ import numpy as np
 from .. import InputError
 from ..data.loader import Loader
 from ..model.sharding import batch_rows, make_mesh, put_batch
-from .cluster import distributed
 from . import faults
-from .runs import record
-from .runs.checkpoint import Checkpoints
+from .cluster import distributed
+from .cluster.signals import Stop, Stopped
 from .config import Run, flat, to_json
 from .health import Health, must_be_finite
-from .runs.lineage import code
-from .runs.lock import Lock
 from .optim import schedule
-from .runs.record import evaluate
-from .setup import Phase, prepare
 from .program import KEYS, check_batch, lower
 from .progress import Log, NoLog, console, step_flops
-from .runs.resume import check_out, dated, find, restore, same_run
-from .cluster.signals import Stop, Stopped
+from .runs import record
+from .runs.checkpoint import Checkpoints
 from .runs.checkpoint_reader import sidecars
+from .runs.lineage import code
+from .runs.lock import Lock
+from .runs.record import evaluate
+from .runs.resume import check_out, dated, find, restore, same_run
+from .setup import Phase, prepare
 
 
 def train(run: Run) -> Path:

@@ -12,15 +12,15 @@ from ..model import Config, Transformer, init, shapes_of
 from ..model.sharding import shardings
 from ..peft import Chain, Method
 from .cluster import distributed
-from .runs import report
-from .runs.added_tokens import untrained
 from .config import Run
-from .runs.digests import contents
 from .health import load_base
 from .inputs import check_lengths, corpus_and_tokenizer, say_parts, tuning_rows
-from .runs.layout import laid
 from .program import layout
 from .progress import console
+from .runs import report
+from .runs.added_tokens import untrained
+from .runs.digests import contents
+from .runs.layout import laid
 from .runs.load import numerics, place
 from .step import State
 

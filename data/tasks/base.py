@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ... import InputError
-from ..errors import STRICT, Bad
 from ..columns import Columns, chat_of
 from ..dialogue import Chat
+from ..errors import STRICT, Bad
 from ..sources import is_held_out
 from ..sources import rows as source_rows
 

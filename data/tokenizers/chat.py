@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ... import InputError
-from ..errors import STRICT, Bad
 from ..dialogue import Chat, Message, as_chat, strings
+from ..errors import STRICT, Bad
 from .tokenizer import Tokenizer
 
 Chats = Sequence[tuple[str, Chat]]  # (where it comes from, a dialogue)

@@ -17,12 +17,12 @@ import numpy as np
 from ... import InputError
 from ...atomic import whole_folder
 from ..config import Config
-from .config import config_from_hf, config_to_hf, same_model
-from .families import BUFFERS, families
-from .files import CARRIED, DTYPES, Tensor, empty, fetch, index, read_json, write
 from ..init import restack, shapes_of
 from ..sharding import shardings
 from ..tree import is_stacked, named, nested
+from .config import config_from_hf, config_to_hf, same_model
+from .families import BUFFERS, families
+from .files import CARRIED, DTYPES, Tensor, empty, fetch, index, read_json, write
 
 __all__ = ["config_from_hf", "config_to_hf", "fetch", "load", "save"]
 

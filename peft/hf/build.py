@@ -35,7 +35,7 @@ def build(c: dict[str, Any], config: Config, where: str) -> Method:
 
 
 def _class(name: str) -> Any:
-    from .. import methods
+    from ..methods import by_name as methods
 
     return methods[name.lower()]
 

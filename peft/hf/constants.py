@@ -11,14 +11,14 @@ import numpy as np
 from ... import InputError
 from ...model import Config
 from ...model.tree import named
-from . import torch_random
-from ..methods import randlora, shira, vera
 from ..base import Chain, Method
+from ..methods import randlora, shira, vera
 from ..random_projections import sides, widest
+from ..targets import Given
+from . import torch_random
 from .entries import Entry, parts, shapes_like
 from .names import PREFIX, Module, modules
 from .types import kinds
-from ..targets import Given
 
 Tensors = dict[str, np.ndarray]
 ROOT = "base_model."

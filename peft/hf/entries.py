@@ -13,9 +13,9 @@ from ...model import Config, shapes_of
 from ...model.hf.families import families
 from ...model.tree import canonical, cut_key, is_stacked
 from ..base import Chain, Method
+from ..methods.subset import Subset
 from .names import PREFIX, Module, family_of, modules
 from .types import SAME, TURNED, Form, kinds
-from ..methods.subset import Subset
 
 
 class Entry(NamedTuple):

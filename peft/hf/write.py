@@ -12,18 +12,15 @@ from ...model.hf.families import families
 from ...model.hf.files import split_revision
 from ...model.tree import canonical, is_stacked, match
 from ..base import Method
+from ..masks import select
 from ..methods.encoder import encode
+from ..methods.lora import LoRA, LoRAFA
+from ..methods.prefix import Prefix, PrefixMLP
+from ..methods.prompt import Prompt, PTuning
+from ..methods.subset import Subset
 from .entries import is_main, kind_of, parts, shapes_like
 from .names import Module, family_of, modules, spelled
 from .types import Kind, kinds
-from ..methods.lora import LoRA
-from ..methods.lorafa import LoRAFA
-from ..masks import select
-from ..methods.prefix import Prefix
-from ..methods.prefixmlp import PrefixMLP
-from ..methods.prompt import Prompt
-from ..methods.ptuning import PTuning
-from ..methods.subset import Subset
 
 _LINEAR = ("LOHA", "LOKR", "OFT", "BOFT", "HRA", "MISS", "SHIRA", "C3A", "ROAD")
 _ONLY = {"LORA": "lora", "ADALORA": "lora", "FOURIERFT": "fourier"}  # bias: "<this>_only"; of others their own name

@@ -1,18 +1,20 @@
 """AdaLoRA: low-rank updates that share one budget of ranks, left to the matrices that need them (arXiv:2303.10512)."""
 
+import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
+from ... import InputError
 from ...bounds import Count, Decay, Real, Size
-from .allocator import allocate, budget
 from ..base import Method
-from .lora import LoRA
 from ..targets import Target, by_value, each_layer, layer_keys, targets
+from .lora import LoRA
 
 
 class AdaLoRA(LoRA):
@@ -58,3 +60,80 @@ class AdaLoRA(LoRA):
     def transform(self, steps: int) -> optax.GradientTransformation:
         """Ends ranks: see `allocate`."""
         return allocate(budget(self.rank, self.tinit, self.tfinal, steps, self.every), self.b1, self.b2)
+
+
+class Scores(NamedTuple):
+    """Of every number how much the loss feels it, |p g|, on a moving average, and how far from that it tends to be."""
+
+    count: Array
+    mean: Any
+    spread: Any
+
+
+class Budget(NamedTuple):
+    """Ranks go after step `first`, at each `every`-th on a cubic to `rank` a matrix, at `end` for good."""
+
+    rank: int
+    first: int
+    end: int
+    steps: int
+    every: int
+
+    def gone(self, total: int, matrices: int) -> np.ndarray:
+        """How many of `total` ranks are to go after each step; 0 where none is chosen."""
+        target, counts = self.rank * matrices, []
+        for t in range(1, self.steps + 1):
+            ahead = max(1 - (t - self.first) / (self.end - self.first), 0.0)
+            left = int((total - target) * ahead**3 + target)
+            chosen = t >= self.end or (t > self.first and t % self.every == 0)
+            counts.append(max(total - left, 0) if chosen else 0)
+        return np.array(counts)
+
+
+def budget(rank: int, tinit: float, tfinal: float, steps: int, every: int) -> Budget:
+    """The budget of a run, where a time below 1 is a part of its steps. InputError if that leaves none between."""
+    first, last = (int(t if t >= 1 else t * steps) for t in (tinit, tfinal))
+    if first + last >= steps:
+        raise InputError(f"adalora: tinit={tinit} and tfinal={tfinal} leave none of {steps} steps in between")
+    return Budget(rank, first, steps - last, steps, every)
+
+
+def _ranks(trainable: Any) -> tuple[int, int]:
+    """(all ranks, matrices) of AdaLoRA's tree."""
+    shapes = [t["e"].shape for t in trainable.values()]
+    return sum(map(math.prod, shapes)), sum(math.prod(s[:-1]) for s in shapes)
+
+
+def allocate(plan: Budget, b1: float, b2: float) -> optax.GradientTransformationExtraArgs:
+    """Sets `e` of the ranks with the lowest scores to 0 in {target: {"a": [D, R], "e": [R], "b": [R, F]}}.
+
+    The score of a number, as it is after the step, is its mean |p g| times the mean distance from it; that of a rank is
+    e's, and the means of its column of a and its row of b.
+    """
+
+    def begin(trainable: Any) -> Scores:
+        total, matrices = _ranks(trainable)
+        if plan.rank * matrices > total:
+            raise InputError(f"adalora: --method.rank {plan.rank} is above the {total / matrices:g} ranks that each "
+                             "matrix has at first, so none would go; raise --method.init-rank")  # fmt: skip
+        return Scores(jnp.int32(0), *(jax.tree.map(jnp.zeros_like, trainable) for _ in range(2)))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Scores]:
+        """Score the ranks as they are after this step, and end those that are over the budget."""
+        gone = jnp.asarray(plan.gone(*_ranks(params)))
+        size = jax.tree.map(lambda p, u, g: jnp.abs((p + u) * g), params, updates, extra["grads"])
+
+        def averaged(b: float, old: Any, new: Any) -> Any:
+            on = state.count + 1 < plan.end
+            return jax.tree.map(lambda x, y: jnp.where(on, b * x + (1 - b) * y, x), old, new)
+
+        mean = averaged(b1, state.mean, size)
+        spread = averaged(b2, state.spread, jax.tree.map(lambda x, y: jnp.abs(x - y), size, mean))
+        each = jax.tree.map(jnp.multiply, mean, spread)
+        score = {k: s["e"] + s["a"].mean(-2) + s["b"].mean(-1) for k, s in each.items()}
+        ranked = jnp.sort(jnp.concatenate([jnp.full(1, -1.0), *(s.ravel() for s in score.values())]))
+        most = ranked[gone[jnp.minimum(state.count, plan.steps - 1)]]  # the first is below every score
+        e = {k: jnp.where(s <= most, -params[k]["e"], updates[k]["e"]) for k, s in score.items()}
+        return {k: u | {"e": e[k]} for k, u in updates.items()}, Scores(state.count + 1, mean, spread)
+
+    return optax.GradientTransformationExtraArgs(begin, update)  # type: ignore[arg-type]

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from ...model import Weight
-from .lora import LoRA, LoRAWeight
 from ..targets import of_layers
+from .lora import LoRA, LoRAWeight
 
 
 class DoRAWeight(LoRAWeight):

@@ -1,15 +1,18 @@
 """Prefix tuning: P learned keys and values before the text, in every layer (arXiv:2101.00190)."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
-from ...bounds import Size
-from ...model import Context
+from ... import InputError
+from ...bounds import Bounds, Count, Size
+from ...model import Context, Weight, static
 from ...model.tree import named, nested
 from ..base import Method
-from ..targets import Target, each_layer, layer_keys, targets
+from ..targets import Target, each_layer, each_matrix, layer_keys, targets, whole
+from .encoder import encode, encoder
 
 
 class Prefix(Method):
@@ -48,3 +51,69 @@ def past(params: Any) -> list[Target]:
         change = {n: {f: getattr(t, f).replace("qkv", n) for f in ("key", "path", "name")} for n in "kv"}
         parts += [t._replace(**change[n], shape=(t.shape[0], width)) for n in "kv"]
     return parts
+
+
+class PrefixMLP(Method):
+    """attention over [past_k; k], [past_v; v], past = tanh(prompt W1 + b1) W2 + b2 of all layers (arXiv:2101.00190).
+
+    Weight decay shrinks W1 and W2, not the prompt, which is a state.
+    """
+
+    identity = False
+    rate = 10.0
+    decayed = r".*/w\d"
+    demo = False
+
+    tokens: Size = 20
+    hidden: Annotated[int, Bounds(0, 65_536)] = 0  # 0: the width of the keys, K H
+
+    def init(self, key: Array, params: Any) -> dict[str, Any]:
+        found = past(params)
+        width, depth = found[0].shape[1], max(t.layers.stop for t in found if t.layers)
+        return {"prefix/mlp": encoder(key, self.tokens, width, self.hidden or width, depth * 2 * width)}
+
+    def context(self, trainable: Any) -> Context:
+        arrays = trainable["prefix/mlp"]
+        P, width = arrays["prompt"].shape
+        k, v = encode(arrays, jnp.tanh).reshape(P, -1, 2, width).transpose(2, 1, 0, 3)  # [L, P, K*H] each
+        return Context(past={"layers": {"attn": {"k": k, "v": v}}})
+
+
+class GatedPrompt(Weight):
+    """States that a layer's queries attend to apart from the text; added before the output projection or behind it."""
+
+    linear = False
+
+    prompt: Array  # [P, D]
+    gate: Array  # [1]
+    behind: bool = static(default=False)
+
+
+class LLaMAAdapter(Method):
+    """o(attn(x) + gate softmax(q k(prompt)^T) v(prompt)), prompt N(0, 1), gate 0 at init (arXiv:2303.16199).
+
+    No weight decay: the prompt holds states; the gate says how much of them is added.
+    """
+
+    rate = 100.0
+    decayed = ""
+    demo = False
+
+    tokens: Size = 10
+    layers: Count = 30  # the topmost ones, all if there are fewer
+    behind: bool = False  # added behind o, as HF PEFT does in GPT-2
+
+    def init(self, key: Array, params: Any) -> dict[str, Any]:
+        def one(key: Array, width: int, D: int) -> dict[str, Array]:
+            if self.behind and width != D:
+                raise InputError(f"llamaadapter: behind=True wants heads of {D} together, this base's have {width}")
+            return {"prompt": jax.random.normal(key, (self.tokens, D)), "gate": jnp.zeros(1)}
+
+        return each_matrix(key, params, f"layers/[-{self.layers}:]/attn/o", one, "llamaadapter", "prompt")
+
+    def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
+        found, flat = whole(params, trainable), named(params)
+        new = {path[:-1] + "prompt": GatedPrompt(**arrays, behind=self.behind) for path, _, arrays in found}
+        if twice := next((path for path in new if path in flat), ""):
+            raise InputError(f"chain: {twice} has a prompt of an earlier method; keep one of them")
+        return nested(flat | new)

@@ -1,16 +1,17 @@
 """Prompt tuning: P learned token embeddings before the text (arXiv:2104.08691)."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from ... import InputError
-from ...bounds import Size
+from ...bounds import Bounds, Size
 from ...model import Context, Weight
 from ...model.tree import named, replace
 from ..base import Method
+from .encoder import encode, encoder
 
 
 class PromptTable(Weight):
@@ -72,3 +73,30 @@ def in_vocabulary(what: str, ids: tuple[int, ...], V: int) -> tuple[int, ...]:
     if wrong := [i for i in ids if not 0 <= i < V]:
         raise InputError(f"{what}: id {wrong[0]} is no row of embed/table; wanted ids from 0 to {V - 1}")
     return ids
+
+
+class PTuning(Method):
+    """[mlp(prompt); embed(ids)], prompt N(0, 1), mlp D -> hidden -> hidden -> D with ReLU (arXiv:2103.10385).
+
+    Weight decay shrinks the matrices of the mlp, not the prompt, which is a state.
+    """
+
+    identity = False
+    rate = 10.0
+    decayed = r".*/w\d"
+    demo = False
+
+    tokens: Size = 20
+    hidden: Annotated[int, Bounds(0, 65_536)] = 0  # 0: D
+
+    def init(self, key: Array, params: Any) -> dict[str, Any]:
+        D = named(params)["embed/table"].shape[1]
+        h = self.hidden or D
+        return {"embed/table": encoder(key, self.tokens, D, h, h, D)}
+
+    def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
+        rows = encode(trainable["embed/table"], jax.nn.relu)
+        return replace(params, {"embed/table": PromptTable(named(params)["embed/table"], rows)})
+
+    def context(self, trainable: Any) -> Context:
+        return Context(tokens=self.tokens)

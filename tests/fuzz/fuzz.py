@@ -25,17 +25,17 @@ with atheris.instrument_imports(include=["graftax"]):
     import jax
     import jax.numpy as jnp
     from graftax import InputError
-    from graftax.data.tokenizers import huggingface  # noqa: F401  (else imported late, and not instrumented)
     from graftax.data.errors import Bad
     from graftax.data.sft import sft_rows
     from graftax.data.sources import documents
     from graftax.data.tasks.base import file_task
+    from graftax.data.tokenizers import huggingface  # noqa: F401  (else imported late, and not instrumented)
     from graftax.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
     from graftax.model import hf
     from graftax.model.hf.files import DTYPES, index
     from graftax.peft import hf as adapters
-    from graftax.train.runs.checkpoint import Checkpoints
     from graftax.train.config import Data, Optim, Run, from_json, to_json
+    from graftax.train.runs.checkpoint import Checkpoints
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 HERE = Path(tempfile.mkdtemp(prefix="fuzz-"))

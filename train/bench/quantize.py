@@ -19,8 +19,8 @@ from ..config import Data, Optim, Run
 from ..evaluate import held_out_losses, mean_loss
 from ..loop import train
 from ..progress import read_metrics
-from ..runs.report import nbytes
 from ..runs.load import load_run
+from ..runs.report import nbytes
 
 
 def sizes(shapes: Any) -> list[str]:

@@ -24,11 +24,11 @@ import orbax.checkpoint as ocp
 from ...model import Transformer, init, presets
 from ...peft import Subset, partition
 from .. import faults
-from ..runs.checkpoint import Checkpoints
+from ..cluster.signals import Stop
 from ..config import Optim
 from ..optim import make_optimizer, rms
+from ..runs.checkpoint import Checkpoints
 from ..step import State, init_state, make_loss, make_train_step
-from ..cluster.signals import Stop
 
 
 def bare_step(model: Any, method: Any, tx: Any) -> Callable[..., Any]:

@@ -8,9 +8,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from ..progress import console
 from . import distributed
 from .distributed import STOPPED
-from ..progress import console
 
 GRACE = 5.0  # seconds that reading or compiling has to notice a signal; they may be deep in C++
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)

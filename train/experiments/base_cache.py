@@ -13,17 +13,17 @@ from ... import InputError
 from ...data.errors import Bad
 from ...model import Context, Transformer
 from ...model.sharding import make_mesh, put_batch
-from ..runs.added_tokens import untrained
-from ..runs.checkpoint import Checkpoints
 from ..config import Run, to_json
 from ..evaluate import answerable, as_written, evenly, held_out_losses, mean_loss
 from ..health import load_base
 from ..inputs import check_lengths, say, say_parts, tuning_rows
 from ..optim import schedule
+from ..program import start
+from ..runs.added_tokens import untrained
+from ..runs.checkpoint import Checkpoints
+from ..runs.load import Loaded, numerics, place
 from ..runs.record import rows_loss
 from ..setup import Phase, resolve_method
-from ..program import start
-from ..runs.load import Loaded, numerics, place
 from ..step import init_state
 from .sweep.trials import Cell
 

@@ -16,15 +16,15 @@ from typing import Annotated, Any
 from ... import InputError, peft
 from ...bounds import Bounds, Checked, Count
 from ...peft import Method, Subset, masks
+from ..cluster.signals import Stop
 from ..config import Run, close, method_class, to_json
 from ..setup import resolve_method
-from ..cluster.signals import Stop
-from .sweep.trials import changed, floats, given, words
-from .comparison import Contest, Entry
-from .task_evaluator import Exam
-from .compare_report import report
 from .base_cache import Ground
+from .compare_report import report
+from .comparison import Contest, Entry
 from .sweep.command import Sweep, check_out, dated, opened, plain
+from .sweep.trials import changed, floats, given, words
+from .task_evaluator import Exam
 
 FILE = "compare.json"
 MASKS = {"full": "all"}  # what people call a mask of which nothing is frozen

@@ -15,19 +15,19 @@ from ...model.hf.files import read_json
 from ...peft import Method, Subset
 from ..bench.peer import threads
 from ..bench.table import cpu
-from ..runs.checkpoint import Checkpoints, versions
-from ..runs.manifest import write_whole
-from ..config import Run, from_json
-from ..runs.lineage import code, values
-from ..progress import clock, console
 from ..cluster.signals import Stop
-from .sweep.trials import Cell
-from .step_costs import costs
-from .task_evaluator import Exam
+from ..config import Run, from_json
+from ..progress import clock, console
+from ..runs.checkpoint import Checkpoints, versions
+from ..runs.lineage import code, values
+from ..runs.manifest import write_whole
 from .base_cache import Ground
 from .results_log import Ledger, Line, found
-from .sweep.results import diverged, told
+from .step_costs import costs
 from .sweep.command import Sweep, carry_out
+from .sweep.results import diverged, told
+from .sweep.trials import Cell
+from .task_evaluator import Exam
 
 LEAST = 20  # steps that a budget must leave for a training
 SPARE = 0.85  # part of a budget that is planned with

@@ -18,17 +18,17 @@ from typing import Annotated, Any
 from ... import InputError
 from ...bounds import Bounds, Checked, Count
 from ...peft import Subset
+from ..cluster.signals import Stop
 from ..config import Run, method_to_dict, to_json
 from ..setup import resolve_method
-from ..cluster.signals import Stop
-from .decision_report import report
-from .sweep.trials import floats, given, ints
+from .base_cache import Ground
 from .compare import Compare, method_of
 from .comparison import Contest, Entry
-from .task_evaluator import Exam
-from .base_cache import Ground
+from .decision_report import report
 from .prompting import Prompting
 from .sweep.command import check_out, dated, opened
+from .sweep.trials import floats, given, ints
+from .task_evaluator import Exam
 
 FILE = "decide.json"
 HELP = """graftax decide --base RUN --task T --target METRIC>=X: the cheapest way to a target, all ways measured

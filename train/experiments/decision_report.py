@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.table import Table
 
-from ..runs.manifest import write_whole
 from ..progress import clock, console
+from ..runs.manifest import write_whole
 from ..runs.report import size
-from .learning_curve import Outlook, draw, outlook
 from .compare_report import CHOSEN, LOST, Grid, facts, judged, label, number, runs, samples, word
+from .learning_curve import Outlook, draw, outlook
+from .report_page import table
 from .results_log import Line, found, read
 from .stats import Estimate, averaged, verdict
-from .report_page import table
 
 RULE = ("An option reaches the target if its score does, surely if the lower end of its 95 % interval does. Of those "
         "that surely reach it (of those that reach it, if none surely does) the one with the fewest FLOPs is taken: of "

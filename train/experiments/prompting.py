@@ -11,14 +11,14 @@ import numpy as np
 from ... import InputError
 from ...model import Context
 from ..choices import continuation_losses, pair_scores, readings
+from ..cluster.signals import Stop
 from ..evaluate import as_written, evenly, replies
 from ..progress import console
-from ..cluster.signals import Stop
-from .task_evaluator import BATCH, Exam
 from .base_cache import Ground
-from .results_log import Ledger
-from .prompts import KINDS, Form
 from .example_selection import Lot, States, Words, token_flops
+from .prompts import KINDS, Form
+from .results_log import Ledger
+from .task_evaluator import BATCH, Exam
 
 # Of the task's choices: the one with the highest log p(choice | prompt), or with the largest gain over
 # log p(choice | a prompt that says nothing), so that what is likely anyhow has no lead (arXiv:2104.08315).

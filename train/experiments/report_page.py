@@ -8,8 +8,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from ..runs.manifest import write_whole
 from ..progress import read_metrics, save_figure
+from ..runs.manifest import write_whole
 from .compare_report import Finding, Grid, expenses, facts, runs, samples
 from .results_log import Line, found
 

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 
 from ...peft import Subset
+from ..cluster.signals import Stop
 from ..loop import compile_step
 from ..plan.estimate import traced
 from ..program import KEYS, layout
 from ..runs.report import nbytes
-from ..cluster.signals import Stop
 from .base_cache import Ground
 
 TURNS, STEPS = 6, 4  # each method takes STEPS steps in each of TURNS turns; the first of a turn finds its memory again

@@ -15,12 +15,12 @@ from ...data.tokenizers.tokenizer import load_tokenizer
 from ...model import Config, Transformer, hf, presets, shapes_of
 from ...model.backend import meant_for
 from ...model.hf.files import nearest_folder, read_json
-from ..runs.checkpoint import Checkpoints
 from ..config import Run, close, from_json
 from ..inputs import check_lengths
-from ..runs.layout import laid as stacked_or_not
 from ..program import KEYS, Layout, base_shapes, check_batch, layout, lower
 from ..progress import step_flops
+from ..runs.checkpoint import Checkpoints
+from ..runs.layout import laid as stacked_or_not
 from ..runs.load import check_run, is_hugging_face, numerics
 from . import hlo, roofline
 from .estimate import links, shard, traced

@@ -21,7 +21,7 @@ KEPT = "lineage.json"  # beside a model that is no run directory
 @functools.cache
 def code() -> str:
     """The commit of this code, with `+` if files differ from it; "" for an installed package."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return ""
     git = ["git", "-C", str(root)]

@@ -18,15 +18,15 @@ from ....bounds import Checked
 from ....data.tokenizers.chat import today
 from ....model.hf.files import read_json
 from ....peft import Subset
-from ...runs.manifest import write_whole
+from ...cluster.signals import Stop
 from ...config import Run, flat, short, to_json
 from ...runs.lock import NAME, Lock
+from ...runs.manifest import write_whole
 from ...runs.record import make
-from ...cluster.signals import Stop
-from .trials import Cell, cells, given
 from ..base_cache import Ground
 from .results import report
 from .scheduler import FILE, Work
+from .trials import Cell, cells, given
 
 # May change on --resume; a budget counts until it has said how many steps a training has.
 FREELY = ("budget", "run.date", "run.log_every", "run.save_every", "run.keep", "run.tensorboard", "run.verify")

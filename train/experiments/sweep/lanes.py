@@ -12,18 +12,18 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from .... import InputError
+from ...loop import Course
+from ...program import compiler_options, start
+from ...progress import Metrics
 from ...runs import record
 from ...runs.checkpoint import Checkpoints
 from ...runs.manifest import write_whole
-from ...loop import Course
-from ...setup import Phase
-from ...program import compiler_options, start
-from ...progress import Metrics
 from ...runs.resume import same_run
-from .trials import Cell
+from ...setup import Phase
 from ..base_cache import Ground
 from .groups import Group, batch_shapes, lane_step
 from .results import diverged, told
+from .trials import Cell
 
 Tree = Any
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from ...runs.manifest import write_whole
 from ...progress import console, save_figure
+from ...runs.manifest import write_whole
 from .trials import Cell
 
 REPEATS = "seed"  # the axis that is averaged over

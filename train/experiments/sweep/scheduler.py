@@ -13,18 +13,18 @@ import jax
 from .... import InputError
 from ....model.hf.files import read_json
 from ... import faults
-from ...runs.manifest import write_whole
+from ...cluster.signals import Stop, Stopped
 from ...evaluate import longest_answer, outputs
 from ...health import must_be_finite
-from ...runs.record import bound, losses, noted, of_saved, summary
 from ...progress import clock, console
-from ...cluster.signals import Stop, Stopped
-from .trials import Cell
-from .lane_count import at_once, balanced
+from ...runs.manifest import write_whole
+from ...runs.record import bound, losses, noted, of_saved, summary
 from ..base_cache import Ground
 from .groups import Group, groups
+from .lane_count import at_once, balanced
 from .lanes import Lane, Stack, common_step
 from .results import diverged, reached, write
+from .trials import Cell
 
 FILE = "sweep.json"
 

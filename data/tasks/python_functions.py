@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from .. import clean
-from ..embedded import Function, functions, normal
+from ..python_library import Function, functions, normal
 from .base import Row, Task, accuracy, drop_leaks
 
 CHARS = 300  # about 100 tokens

@@ -1,0 +1,1 @@
+"""Several processes and their end: how they meet, barriers, and signals."""
