@@ -7,7 +7,7 @@ from typing import Any
 
 from .. import InputError
 from .dialogue import Chat, dialogue, json_of, kind_of, near, parsed, variables_of
-from .errors import STRICT, Bad
+from .errors import RAISE, RowErrors
 from .sources import text_of
 
 _BESIDE = ("system", "tools", "chat_template_kwargs")
@@ -63,7 +63,7 @@ class Columns:
         return rest | named
 
 
-def chat_of(row: dict[str, Any], where: str, bad: Bad = STRICT, columns: Columns = Columns()) -> Chat:
+def chat_of(row: dict[str, Any], where: str, bad: RowErrors = RAISE, columns: Columns = Columns()) -> Chat:
     """The dialogue of a row of any known shape. InputError names `where`, what is wrong, and what is wanted.
 
     A column that nothing reads is an error, unless it is null or about the row (an id, its source, ...).
@@ -94,7 +94,7 @@ def _given(row: dict[str, Any], name: str) -> bool:
     return row.get(name) not in (None, "", [], {})
 
 
-def _turns(row: dict[str, Any], shape: tuple[str, ...], where: str, bad: Bad) -> Any:
+def _turns(row: dict[str, Any], shape: tuple[str, ...], where: str, bad: RowErrors) -> Any:
     """A row's messages, as they stand there."""
     if len(shape) == 1:
         turns = row[shape[0]]
@@ -112,7 +112,7 @@ def _is_system(turn: dict[str, Any]) -> bool:
     return "system" in (turn.get("role"), turn.get("from"))
 
 
-def _asked(row: dict[str, Any], shape: tuple[str, ...], where: str, bad: Bad) -> list[Any]:
+def _asked(row: dict[str, Any], shape: tuple[str, ...], where: str, bad: RowErrors) -> list[Any]:
     """What stands before the reply: a question, or earlier turns."""
     if shape[0] == "prompt" and isinstance(row["prompt"], list):
         return row["prompt"]
@@ -121,7 +121,7 @@ def _asked(row: dict[str, Any], shape: tuple[str, ...], where: str, bad: Bad) ->
     return [{"role": "user", "content": f"{text}\n\n{more}" if more else text}]
 
 
-def _replied(row: dict[str, Any], shape: tuple[str, ...], where: str, bad: Bad) -> list[Any]:
+def _replied(row: dict[str, Any], shape: tuple[str, ...], where: str, bad: RowErrors) -> list[Any]:
     """The reply: text, maybe with thoughts beside it; or messages."""
     reply = row[shape[1]]
     thoughts = {"reasoning_content": row["reasoning_content"]} if "reasoning_content" in row else {}

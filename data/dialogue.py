@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .. import InputError
-from .errors import STRICT, Bad
+from .errors import RAISE, RowErrors
 from .sources import text_of
 from .tokenizers.tokenizer import ROLES
 
@@ -104,7 +104,9 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(inner)
 
 
-def dialogue(turns: Any, where: str, bad: Bad = STRICT, ignore: Collection[str] = (), name: str = "messages") -> Chat:
+def dialogue(
+    turns: Any, where: str, bad: RowErrors = RAISE, ignore: Collection[str] = (), name: str = "messages"
+) -> Chat:
     """The dialogue of a list of messages. InputError names `where` and the message.
 
     A message is {"role", "content"} or ShareGPT's {"from", "value"}. The assistant's messages are learnt but for those
@@ -134,7 +136,7 @@ def _says_something(turn: Message) -> bool:
     return bool((turn["content"] or "").strip() or turn.get("tool_calls"))
 
 
-def _message(turn: Any, place: str, bad: Bad, ignore: Collection[str]) -> tuple[Message, bool]:
+def _message(turn: Any, place: str, bad: RowErrors, ignore: Collection[str]) -> tuple[Message, bool]:
     """(one message as a template takes it, whether it is learnt if it is the assistant's)."""
     if isinstance(turn, dict):  # in a table, null is what a message does not have
         turn = {k: v for k, v in turn.items() if (v is not None or k == "content") and k not in ignore}
@@ -185,7 +187,7 @@ def _from_sharegpt(turn: Message, place: str) -> Message:
     return {"role": role, "content": text, **turn}
 
 
-def calls_of(value: Any, place: str, bad: Bad) -> list[Message]:
+def calls_of(value: Any, place: str, bad: RowErrors) -> list[Message]:
     """The calls of functions of one message: each {"name", "arguments"}, alone or as OpenAI's {"function": {...}}.
 
     Arguments written as JSON text become an object: templates write them as JSON themselves.
@@ -203,7 +205,7 @@ def calls_of(value: Any, place: str, bad: Bad) -> list[Message]:
     return calls
 
 
-def json_of(value: Any, place: str, bad: Bad, kind: Any) -> Any:
+def json_of(value: Any, place: str, bad: RowErrors, kind: Any) -> Any:
     """A copy of a list or object as JSON has it, which may be written as text; its text is Unicode."""
     return _plain(parsed(value, place, kind), place, bad, 0)
 
@@ -222,7 +224,7 @@ def parsed(value: Any, place: str, kind: Any) -> Any:
     return found
 
 
-def _plain(value: Any, place: str, bad: Bad, depth: int) -> Any:
+def _plain(value: Any, place: str, bad: RowErrors, depth: int) -> Any:
     if depth > _DEPTH:
         raise InputError(f"{place}: nested deeper than {_DEPTH} levels; write it flatter")
     if isinstance(value, str):
@@ -236,7 +238,7 @@ def _plain(value: Any, place: str, bad: Bad, depth: int) -> Any:
     return value
 
 
-def variables_of(value: Any, where: str, bad: Bad, ignore: Collection[str]) -> dict[str, Any]:
+def variables_of(value: Any, where: str, bad: RowErrors, ignore: Collection[str]) -> dict[str, Any]:
     """The variables of a row's `chat_template_kwargs`."""
     found = json_of(value, f"{where}: 'chat_template_kwargs'", bad, dict)
     if taken := next((name for name in _OWN_VARIABLES if name in found), None):

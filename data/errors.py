@@ -9,7 +9,7 @@ Policy = Literal["error", "skip", "replace"]
 _SAID = 5  # places that are told
 
 
-class Bad:
+class RowErrors:
     """What is done, and what was; `with bad:` goes around all that is done with one row, or file of plain text.
 
     `error`: the first bad row is raised. `skip`: it is left out. `replace`: what is no Unicode becomes U+FFFD, a number
@@ -55,4 +55,4 @@ class Bad:
         return [said, *self.first]
 
 
-STRICT = Bad()  # counts nothing that is said: the first bad row ends it
+RAISE = RowErrors()  # counts nothing that is said: the first bad row ends it

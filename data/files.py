@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import InputError
-from .errors import STRICT, Bad
+from .errors import RAISE, RowErrors
 from .unpack import MOST, is_parquet, lines, suffix, whole
 
 _BATCH = 1024  # rows of a parquet file in memory at once
@@ -60,12 +60,12 @@ def _hidden(relative: Path) -> bool:
     return any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
 
 
-def read_text(path: Path, bad: Bad = STRICT) -> str:
+def read_text(path: Path, bad: RowErrors = RAISE) -> str:
     """The unpacked file as strict UTF-8 without a BOM; newlines as they are. InputError names the row and the byte."""
     return _utf8(whole(path), path, bad=bad).removeprefix("\ufeff")
 
 
-def _utf8(raw: bytes, path: Path, row: int = 1, at: int = 0, bad: Bad = STRICT) -> str:
+def _utf8(raw: bytes, path: Path, row: int = 1, at: int = 0, bad: RowErrors = RAISE) -> str:
     """Decode `raw`, which starts at row `row` and byte `at` of `path`."""
     if (nul := raw.find(b"\0")) >= 0:
         where = f"{path}:{row + raw.count(bytes([10]), 0, nul)}"
@@ -116,7 +116,7 @@ def _kind(value: Any) -> str:
     return "null" if value is None else type(value).__name__
 
 
-def jsonl_rows(path: Path, bad: Bad = STRICT) -> Iterator[tuple[str, dict]]:
+def jsonl_rows(path: Path, bad: RowErrors = RAISE) -> Iterator[tuple[str, dict]]:
     """Yield ("path:line", object); blank lines are passed over."""
     empty = True
     for n, at, raw in lines(path):
@@ -140,7 +140,7 @@ def holds_rows(text: str) -> bool:
         return False
 
 
-def json_rows(path: Path, bad: Bad = STRICT) -> Iterator[tuple[str, dict]]:
+def json_rows(path: Path, bad: RowErrors = RAISE) -> Iterator[tuple[str, dict]]:
     """Yield ("path:n", object) of one JSON array; n counts its objects from 1. Several JSON values: as jsonl_rows."""
     text = read_text(path, bad)
     try:
@@ -164,14 +164,14 @@ def json_rows(path: Path, bad: Bad = STRICT) -> Iterator[tuple[str, dict]]:
             yield f"{path}:{n}", row
 
 
-def _text_lines(path: Path, bad: Bad) -> Iterator[str]:
+def _text_lines(path: Path, bad: RowErrors) -> Iterator[str]:
     """Lines with their ends, also those of a lone CR."""
     for n, at, raw in lines(path):
         text = _utf8(raw, path, n, at, bad)
         yield from io.StringIO(text.removeprefix("\ufeff") if n == 1 else text, newline="")
 
 
-def csv_rows(path: Path, bad: Bad = STRICT, delimiter: str = ",") -> Iterator[tuple[str, dict]]:
+def csv_rows(path: Path, bad: RowErrors = RAISE, delimiter: str = ",") -> Iterator[tuple[str, dict]]:
     """Yield ("path:line", row) below a header line. All values are text: "3" is no number, "NA" no hole."""
     table = csv.DictReader(_text_lines(path, bad), delimiter=delimiter, strict=True)
     csv.field_size_limit(MOST)  # the default refuses a document of 128 kB
@@ -199,7 +199,7 @@ def _check_columns(names: list[str], where: str) -> None:
         raise InputError(f"{where}: the column {twice!r} stands twice; rename one")
 
 
-def parquet_rows(path: Path, bad: Bad = STRICT) -> Iterator[tuple[str, dict]]:
+def parquet_rows(path: Path, bad: RowErrors = RAISE) -> Iterator[tuple[str, dict]]:
     """Yield ("path:n", row), a batch in memory at a time; n counts from 1. Nothing of the file is kept in a cache."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
@@ -233,7 +233,7 @@ _READERS = {".jsonl": jsonl_rows, ".ndjson": jsonl_rows, ".json": json_rows, ".c
 TABLES = ", ".join(_READERS)
 
 
-def reader(path: Path) -> Callable[[Path, Bad], Iterator[tuple[str, dict]]] | None:
+def reader(path: Path) -> Callable[[Path, RowErrors], Iterator[tuple[str, dict]]] | None:
     """What reads the rows of a table: by its suffix, in any case and packed or not, parquet by its first bytes too.
     None: it is plain text.
     """

@@ -15,7 +15,7 @@ import numpy as np
 from .. import InputError
 from .columns import chat_of
 from .dialogue import Chat, Message, as_chat
-from .errors import STRICT, Bad
+from .errors import RAISE, RowErrors
 from .pack import Row, empty_row
 from .tokenizers.chat import encode_chats, encode_prompts
 from .tokenizers.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ def encode_example(chat: Chat | list[Message], tokenizer: Tokenizer) -> tuple[li
 
 
 def encode_examples(
-    rows: Sequence[tuple[str, Chat | list[Message]]], tokenizer: Tokenizer, bad: Bad = STRICT
+    rows: Sequence[tuple[str, Chat | list[Message]]], tokenizer: Tokenizer, bad: RowErrors = RAISE
 ) -> Iterator[tuple[list[int], list[int]]]:
     """`encode_example` of many (where, dialogue) at once: a chat template then takes one child process for all.
     ([], []) for a row that it refuses, if `bad` leaves that out."""
@@ -89,7 +89,7 @@ def render_prompt(chat: Chat | list[Message], tokenizer: Tokenizer) -> list[int]
 
 
 def render_prompts(
-    rows: Sequence[tuple[str, Chat | list[Message]]], tokenizer: Tokenizer, bad: Bad = STRICT
+    rows: Sequence[tuple[str, Chat | list[Message]]], tokenizer: Tokenizer, bad: RowErrors = RAISE
 ) -> list[list[int]]:
     """`render_prompt` of many (where, dialogue) at once; [] for a row that `bad` leaves out."""
     asked = [(where, as_chat(chat).prompt) for where, chat in rows]
@@ -99,7 +99,7 @@ def render_prompts(
 
 
 def sft_rows(
-    rows: Iterable[tuple[str, dict]], tokenizer: Tokenizer, T: int, seed: int, pack: bool = True, bad: Bad = STRICT
+    rows: Iterable[tuple[str, dict]], tokenizer: Tokenizer, T: int, seed: int, pack: bool = True, bad: RowErrors = RAISE
 ) -> Sft:
     """Encode (where, row) pairs and put several in a row of T (pack=False: one). Same row format as pretraining.
 
@@ -143,7 +143,7 @@ def sft_rows(
     )
 
 
-def _fitting(pair: tuple[list[int], list[int]], T: int, where: str, bad: Bad) -> tuple[np.ndarray, np.ndarray]:
+def _fitting(pair: tuple[list[int], list[int]], T: int, where: str, bad: RowErrors) -> tuple[np.ndarray, np.ndarray]:
     """(ids, weights) that a row of T holds, and of which something is learnt. InputError for any other."""
     ids, weights = np.array(pair[0], np.int32), np.array(pair[1], np.int32)
     if (n := len(ids) - 1) > T:

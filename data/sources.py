@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from .. import InputError
 from . import clean
-from .errors import STRICT, Bad
+from .errors import RAISE, RowErrors
 from .files import TABLES, expand, holds_rows, read_text, reader
 from .unpack import suffix, unpacked
 
@@ -35,7 +35,7 @@ class Document(NamedTuple):
     text: str
 
 
-def documents(spec: str, field: str = "text", bad: Bad = STRICT) -> Iterator[Document]:
+def documents(spec: str, field: str = "text", bad: RowErrors = RAISE) -> Iterator[Document]:
     """Yield the documents of `spec`; `field` names the text of structured rows. Blank ones are left out.
 
     InputError for an unknown spec, a missing or empty source; `bad` says what becomes of text that is not UTF-8 and of
@@ -59,7 +59,7 @@ def parts(spec: str) -> list[str]:
     return found
 
 
-def _documents(spec: str, field: str, bad: Bad) -> Iterator[Document]:
+def _documents(spec: str, field: str, bad: RowErrors) -> Iterator[Document]:
     """The documents of one source."""
     if spec.startswith("embedded:"):
         return _embedded(spec)
@@ -68,7 +68,7 @@ def _documents(spec: str, field: str, bad: Bad) -> Iterator[Document]:
     return _file_documents(spec, field, bad)
 
 
-def rows(spec: str, bad: Bad = STRICT) -> Iterator[tuple[str, dict]]:
+def rows(spec: str, bad: RowErrors = RAISE) -> Iterator[tuple[str, dict]]:
     """Yield ("path:row", row) of a structured source. InputError for plain text, or what cannot be read."""
     for part in parts(spec):
         if part.startswith("hub:"):
@@ -83,7 +83,7 @@ def rows(spec: str, bad: Bad = STRICT) -> Iterator[tuple[str, dict]]:
                 yield from read(path, bad)
 
 
-def text_of(row: dict, field: str, where: str, bad: Bad = STRICT) -> str:
+def text_of(row: dict, field: str, where: str, bad: RowErrors = RAISE) -> str:
     """The text of a field. InputError: it is not there, no text, or holds a lone surrogate (JSON allows "\\ud800"),
     which no UTF-8 can carry.
     """
@@ -113,7 +113,7 @@ def _embedded(spec: str) -> Iterator[Document]:
     return makers[spec]()
 
 
-def _hub_rows(spec: str, bad: Bad = STRICT) -> Iterator[tuple[str, dict]]:
+def _hub_rows(spec: str, bad: RowErrors = RAISE) -> Iterator[tuple[str, dict]]:
     match = _HUB.fullmatch(spec)
     if match is None:
         raise InputError(f"{spec}: not a hub spec; hub:owner/name[:config][@split] is wanted")
@@ -136,7 +136,7 @@ def _hub_rows(spec: str, bad: Bad = STRICT) -> Iterator[tuple[str, dict]]:
         raise InputError(f"{spec}: no rows; at least one is wanted")
 
 
-def _file_documents(spec: str, field: str, bad: Bad) -> Iterator[Document]:
+def _file_documents(spec: str, field: str, bad: RowErrors) -> Iterator[Document]:
     for name, path in expand(spec):
         if read := reader(path):
             found = ((f"{name}:{where.rpartition(':')[2]}", where, r) for where, r in read(path, bad))
@@ -150,7 +150,7 @@ def _file_documents(spec: str, field: str, bad: Bad) -> Iterator[Document]:
                 yield from _pieces(name, text, suffix(path) not in _WHOLE)
 
 
-def _row_documents(found: Iterable[tuple[str, str, dict]], field: str, bad: Bad) -> Iterator[Document]:
+def _row_documents(found: Iterable[tuple[str, str, dict]], field: str, bad: RowErrors) -> Iterator[Document]:
     """The documents of (id, where, row)."""
     for name, where, row in found:
         with bad:
@@ -181,7 +181,7 @@ def split(docs: Iterable[Document], fraction: float) -> tuple[list[Document], li
     return [document for document in train if document.text not in seen], held
 
 
-def five_domains(root: Path | str, bad: Bad = STRICT) -> dict[str, Callable[[], Iterator[Document]]]:
+def five_domains(root: Path | str, bad: RowErrors = RAISE) -> dict[str, Callable[[], Iterator[Document]]]:
     """web, books, encyclopedia and forum under `root`, and code (embedded). InputError names a missing folder."""
     root = Path(root)
     readers = {"web": _web, "books": _books, "encyclopedia": _encyclopedia, "forum": _forum}
@@ -192,7 +192,7 @@ def five_domains(root: Path | str, bad: Bad = STRICT) -> dict[str, Callable[[], 
     return domains | {"code": lambda: documents("embedded:code")}
 
 
-def _texts(root: Path, folder: Path, pattern: str, bad: Bad) -> Iterator[tuple[str, str]]:
+def _texts(root: Path, folder: Path, pattern: str, bad: RowErrors) -> Iterator[tuple[str, str]]:
     """(id relative to root, text with LF ends) of the files under `folder`; licences and readmes are left out."""
     paths = [p for p in sorted(folder.rglob("*")) if fnmatch.fnmatchcase(unpacked(p.name), pattern) and p.is_file()]
     paths = [p for p in paths if not p.name.startswith(("LICENSE", "README"))]
@@ -204,24 +204,24 @@ def _texts(root: Path, folder: Path, pattern: str, bad: Bad) -> Iterator[tuple[s
             yield path.relative_to(root).as_posix(), clean.lf(read_text(path, bad))
 
 
-def _web(root: Path, folder: Path, bad: Bad) -> Iterator[Document]:
+def _web(root: Path, folder: Path, bad: RowErrors) -> Iterator[Document]:
     for name, text in _texts(root, folder, "*.md", bad):
         yield Document(name, clean.strip_front_matter(text))
 
 
-def _books(root: Path, folder: Path, bad: Bad) -> Iterator[Document]:
+def _books(root: Path, folder: Path, bad: RowErrors) -> Iterator[Document]:
     for name, text in _texts(root, folder, "*.txt", bad):
         yield from _pieces(name, clean.strip_gutenberg(text))
 
 
-def _encyclopedia(root: Path, folder: Path, bad: Bad) -> Iterator[Document]:
+def _encyclopedia(root: Path, folder: Path, bad: RowErrors) -> Iterator[Document]:
     for name, text in _texts(root, folder, "wikitext*.txt", bad):
         for n, (title, article) in enumerate(clean.wikitext_articles(text)):
             yield Document(f"{name}#{n} {title}", article)
     yield from _web(root, folder, bad)
 
 
-def _forum(root: Path, folder: Path, bad: Bad) -> Iterator[Document]:
+def _forum(root: Path, folder: Path, bad: RowErrors) -> Iterator[Document]:
     """One document a day: files of one day overlap, so no finer split is safe."""
     days: dict[str, list[str]] = {}
     for name, text in _texts(root, folder, "*.txt", bad):

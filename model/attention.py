@@ -6,13 +6,13 @@ from jax import Array
 
 from .. import InputError
 from .backend import backend
-from .sharding import KEEP, constrain, stretches
+from .sharding import KEEP, constrain, context_shards
 
 LONG, PART = 2048 * 2048, 256  # queries x keys of a long row; its queries whose scores exist at once
 PAD, VIRTUAL = 0, -1  # segment 0 is padding, segments 1, 2, ... are documents, segment -1 is seen by every query
 
 
-def visible(positions_BT: Array, segments_BT: Array, positions_BS: Array, segments_BS: Array,
+def attention_mask(positions_BT: Array, segments_BT: Array, positions_BS: Array, segments_BS: Array,
             window: int = 0) -> Array:  # fmt: skip
     """Mask [B, T, S]: a query sees keys of its own segment at its own or an earlier position, and virtual keys.
 
@@ -41,7 +41,9 @@ def attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array | None, 
     scale = scale or H**-0.5
     if kernel == "auto":
         half = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
-        fits = mask_BTS is None and not cap and half and H % 8 == 0 and H <= 128 and stretches(q_BTNH.shape[1]) == 1
+        fits = (
+            mask_BTS is None and not cap and half and H % 8 == 0 and H <= 128 and context_shards(q_BTNH.shape[1]) == 1
+        )
         kernel = "cudnn" if fits and backend() == "gpu" else "xla"
     if kernel == "cudnn":
         if cap:
@@ -58,7 +60,7 @@ def causal(T: int, S: int) -> Array:
     return (jnp.arange(T)[:, None] + S - T >= jnp.arange(S))[None]
 
 
-def capped(scores: Array, cap: float) -> Array:
+def soft_capped(scores: Array, cap: float) -> Array:
     """cap tanh(scores / cap), or the scores if cap is 0."""
     return cap * jnp.tanh(scores / cap) if cap else scores
 
@@ -70,7 +72,7 @@ def reference(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array | Non
     S, K = k_BSKH.shape[1:3]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    scores = capped(scores * scale, cap)
+    scores = soft_capped(scores * scale, cap)
     mask_BTS = causal(T, S) if mask_BTS is None else mask_BTS
     weights = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], scores, -1e30), axis=-1).astype(v_BSKH.dtype)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(B, T, N, H)
@@ -84,7 +86,7 @@ def blocked(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array | None,
     Where T is split over Z devices each has the blocks of its own stretch, over all keys, which are gathered.
     """
     B, T, N, H = q_BTNH.shape
-    (S, K), Z = k_BSKH.shape[1:3], stretches(T)
+    (S, K), Z = k_BSKH.shape[1:3], context_shards(T)
     q_BKZGTH = (q_BTNH * scale).reshape(B, Z, T // Z, K, N // K, H).transpose(0, 3, 1, 4, 2, 5)
     k_BSKH, v_BSKH = (constrain(x, KEEP, None, KEEP, KEEP) if Z > 1 else x for x in (k_BSKH, v_BSKH))
     k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
@@ -120,7 +122,7 @@ def _product(q_BKZGCH: Array, k_BKSH: Array, v_BKSH: Array, seen_BZCS: Array, ca
 
 def _softmax_product(q_BKXH: Array, k_BKSH: Array, v_BKSH: Array, seen_BKXS: Array, cap: float) -> Array:
     scores = jnp.einsum("BKXH,BKSH->BKXS", q_BKXH, k_BKSH, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen_BKXS, capped(scores, cap), -1e30)
+    scores = jnp.where(seen_BKXS, soft_capped(scores, cap), -1e30)
     # The softmax does not change with the shift, so the shift needs no gradient.
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1, keepdims=True)

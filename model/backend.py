@@ -15,7 +15,7 @@ def backend() -> str:
 
 
 @contextlib.contextmanager
-def meant_for(platform: str) -> Iterator[None]:
+def target_backend(platform: str) -> Iterator[None]:
     """Trace what is inside for another backend than the one here."""
     token = _target.set({"cuda": "gpu", "rocm": "gpu"}.get(platform, platform))
     try:

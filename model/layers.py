@@ -56,7 +56,7 @@ class Norm(Part):
         return x.astype(dtype)
 
 
-class View(NamedTuple):
+class LayerInputs(NamedTuple):
     """What a layer sees: which keys, and the (sin, cos) that its queries and keys are turned by."""
 
     mask_BTS: Array | None  # None: causal
@@ -67,7 +67,7 @@ class Attention(Part):
     """Grouped-query attention with rotary positions, a read-only past (prefixes) and a key/value cache."""
 
     @nn.compact
-    def __call__(self, x_BTD: Array, view: View, index: Array | None) -> Array:
+    def __call__(self, x_BTD: Array, view: LayerInputs, index: Array | None) -> Array:
         c, (B, T, _) = self.config, x_BTD.shape
         norms = {name: Norm(c, name=f"{name}_norm") for name in "qk"} if c.qk_norm != "none" else {}
         q, k, v = self.projected(x_BTD)

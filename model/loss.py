@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .sharding import replicas, stretches
+from .sharding import batch_shards, context_shards
 from .transformer import Context, Transformer, forward
 
 
@@ -60,7 +60,7 @@ def _at_tokens(
 
 def _width(B: int, T: int, chunk: int) -> int:
     """The longest divisor of T with B x width <= chunk tokens on each device, as many of every stretch of T."""
-    least, chunk = stretches(T), chunk * replicas(B, T)
+    least, chunk = context_shards(T), chunk * batch_shards(B, T)
     if not chunk or chunk >= B * T:
         return T
     return max(c for c in range(least, T + 1, least) if T % c == 0 and (c == least or B * c <= chunk))

@@ -69,7 +69,7 @@ pattern = functools.lru_cache(4096)(Pattern)  # so that all calls of one share i
 
 
 @contextlib.contextmanager
-def patterns_of(file: str | Path) -> Iterator[None]:
+def pattern_source(file: str | Path) -> Iterator[None]:
     """Names the file that patterns come from in the error of a bad one."""
     try:
         yield

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import InputError
-from .sharding import constrain, gathered, shardings
+from .sharding import compute_spec, constrain, shardings
 from .tree import canonical, is_stacked, named, nested
 from .weight import Weight, static
 
@@ -161,7 +161,7 @@ def quantized(path: str, w: Any, kind: str, where: str = MATRICES, mesh: Any = N
         raise InputError(f"{path}: only a plain matrix can be {kind}; narrow the rule {where!r}")
     if kind == "nf4" and w.shape[-2] % 2:
         raise InputError(f"{path} {list(w.shape)}: nf4 packs rows in twos, and {w.shape[-2]} is odd; take int8")
-    one = partial(kinds[kind].of, axes=gathered(path))
+    one = partial(kinds[kind].of, axes=compute_spec(path))
     make = partial(jax.lax.map, one) if stacked else one
     shape = nested({path: jax.eval_shape(make, w)})
     split = None if mesh is None else named(shardings(mesh, shape))[path]

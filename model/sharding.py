@@ -80,13 +80,13 @@ def shardings(mesh: Mesh, params: Any, rules: Rules = rules) -> dict[str, Any]:
     return nested(flat)
 
 
-def gathered(path: str, rules: Rules = rules) -> tuple[Any, ...]:
+def compute_spec(path: str, rules: Rules = rules) -> tuple[Any, ...]:
     """The axes of the mesh that a matrix is split over where it multiplies: fsdp gathers it before."""
     spec = next((spec for rule, spec in rules if re.fullmatch(rule, canonical(path)[0])), P(None, None))
     return tuple(None if axis == "fsdp" else axis for axis in spec)
 
 
-def follow(mesh: Mesh, make: Callable[[Any], Any], base: Any, base_shardings: Any) -> Any:
+def infer_adapter_shardings(mesh: Mesh, make: Callable[[Any], Any], base: Any, base_shardings: Any) -> Any:
     """Shardings for the tree `make(base)`: an axis that is an axis of a base parameter is split as that one is.
 
     Which axis is which shows when every axis of the base has a length of its own: a LoRA `a` [L, D, R] follows the
@@ -150,18 +150,18 @@ def _ours() -> Any:
     return mesh if set(AXES) <= set(mesh.shape) else None
 
 
-def stretches(T: int) -> int:
+def context_shards(T: int) -> int:
     """How many stretches the mesh in use (`jax.set_mesh`) splits T positions into: its context axis, if it divides."""
     mesh = _ours()
     n = mesh.shape["context"] if mesh is not None else 1
     return n if T % n == 0 else 1
 
 
-def replicas(B: int, T: int) -> int:
+def batch_shards(B: int, T: int) -> int:
     """How many parts the mesh in use (`jax.set_mesh`) splits the tokens of a batch [B, T] into."""
     mesh = _ours()
     rows = 1 if mesh is None else _parts(BATCH, mesh)
-    return stretches(T) * (rows if B % rows == 0 else 1)
+    return context_shards(T) * (rows if B % rows == 0 else 1)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

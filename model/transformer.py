@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .attention import PAD, VIRTUAL, capped, causal, visible
+from .attention import PAD, VIRTUAL, attention_mask, causal, soft_capped
 from .config import Config
-from .layers import MLP, Attention, Embed, Head, Norm, View, check_positions
+from .layers import MLP, Attention, Embed, Head, LayerInputs, Norm, check_positions
 from .rope import rope_table
-from .sharding import STATES, constrain, stretches
+from .sharding import STATES, constrain, context_shards
 
 _keep = jax.checkpoint_policies
 POLICIES: dict[str, Any] = {
@@ -55,7 +55,7 @@ class Unrolled(nn.Module):
     block: Any
 
     @nn.compact
-    def __call__(self, x_BTD: Array, views: list[View], index: Array | None) -> tuple[Array, None]:
+    def __call__(self, x_BTD: Array, views: list[LayerInputs], index: Array | None) -> tuple[Array, None]:
         for i, kind in enumerate(kinds(self.config)):
             x_BTD, _ = self.block(self.config, name=str(i))(x_BTD, None, views[kind], index)
         return x_BTD, None
@@ -113,9 +113,9 @@ class Transformer(nn.Module):
     def logits(self, x_BTD: Array) -> Array:
         """The output projection [..., D] -> [..., V]."""
         y = self.embed.logits(x_BTD) if self.config.tied else self.head(x_BTD)
-        return capped(y.astype(self.config.logits_dtype), self.config.logit_cap)
+        return soft_capped(y.astype(self.config.logits_dtype), self.config.logit_cap)
 
-    def views(self, positions_BT: Array, segments_BT: Array | None, index: Array | None) -> list[View]:
+    def views(self, positions_BT: Array, segments_BT: Array | None, index: Array | None) -> list[LayerInputs]:
         """What each kind of layer sees, computed once for all of them."""
         c, past, T = self.config, jax.tree.leaves(self.variables.get("past", {})), positions_BT.shape[1]
         windows = sorted(set(c.layer_windows))
@@ -127,7 +127,7 @@ class Transformer(nn.Module):
             if plain and (not window or window >= T):
                 return None
             P = past[0].shape[-2] if past else 0
-            seen_BTS = visible(positions_BT, segments_BT, at, of, window)
+            seen_BTS = attention_mask(positions_BT, segments_BT, at, of, window)
             return constrain(jnp.pad(seen_BTS, ((0, 0), (0, 0), (P, 0)), constant_values=True), *STATES)
 
         masks = [mask(window) for window in windows]
@@ -136,7 +136,7 @@ class Transformer(nn.Module):
         ropes = [c.rope_local if window and c.rope_local else c.rope for window in windows]
         length_B = positions_BT.max(axis=1) + 1
         turns = [rope_table(positions_BT, r, c.H, length_B) if r else None for r in ropes]
-        return [View(m, turn) for m, turn in zip(masks, turns, strict=True)]
+        return [LayerInputs(m, turn) for m, turn in zip(masks, turns, strict=True)]
 
     def slots(self, index: Array, *keys: Array) -> list[Array]:
         """The positions and segments of all that the cache holds, the new ones written at `index`."""
@@ -185,7 +185,9 @@ def forward(
         check_positions(model.config, ids_BT.shape[1] + P)
     if lead:
         before = jnp.broadcast_to(jnp.arange(P), (ids_BT.shape[0], P))
-        odd = -(P + ids_BT.shape[1]) % stretches(ids_BT.shape[1]) if cache is None else 0  # padding, so that T divides
+        odd = (
+            -(P + ids_BT.shape[1]) % context_shards(ids_BT.shape[1]) if cache is None else 0
+        )  # padding, so that T divides
         if segments_BT is None and (odd or any(model.config.windows)):  # no window hides a virtual token
             segments_BT = jnp.ones_like(ids_BT)
         if segments_BT is not None:

@@ -56,11 +56,11 @@ def replace(tree: Any, new: Mapping[str, Any]) -> dict[str, Any]:
     flat = named(tree)
     unknown = [path for path in new if path not in flat]
     if unknown:
-        raise InputError(f"no parameter at {unknown[0]}{nearest(unknown[0], flat)}")
+        raise InputError(f"no parameter at {unknown[0]}{did_you_mean(unknown[0], flat)}")
     return nested(flat | dict(new))
 
 
-def nearest(text: str, names: Any) -> str:
+def did_you_mean(text: str, names: Any) -> str:
     """`; did you mean a, b?` with the closest names, or nothing."""
     plain = re.sub(r"\\|\.\*|\[.*?\]/?|[()^$]", "", text)
     close = difflib.get_close_matches(plain, list(dict.fromkeys(names)), 3, 0.3)
@@ -86,13 +86,13 @@ def is_stacked(path: str) -> bool:
     return in_layers(path) and not re.search(r"layers/\d+/", path)
 
 
-def cut_key(key: str) -> tuple[str, tuple[int, int] | None]:
+def split_layer_index(key: str) -> tuple[str, tuple[int, int] | None]:
     """A key of a method's tree as (path in the base, layers [start, stop) or None for all)."""
     cut = _CUT.search(key)
     return (key[: cut.start()], (int(cut[1]), int(cut[2]))) if cut else (key, None)
 
 
-def spread(tree: Any) -> Iterator[tuple[str, str, range | None]]:
+def iter_layers(tree: Any) -> Iterator[tuple[str, str, range | None]]:
     """(path, canonical name, layers) of each leaf; layers is None outside `layers`."""
     for path, leaf in named(tree).items():
         name, layers = canonical(path)
@@ -115,7 +115,7 @@ def match(rules: Rules, tree: Any, default: Any = _NONE, what: str = "rule") -> 
 
     Raises InputError for a rule that matches nothing and, without a default, for a leaf that no rule covers.
     """
-    leaves = list(spread(tree))
+    leaves = list(iter_layers(tree))
     depth = max((layers.stop for _, _, layers in leaves if layers), default=0)
     compiled = [(*_compiled(rule, depth, what), value) for rule, value in rules]
     hits, used, values = [0] * len(compiled), [False] * len(compiled), {}
@@ -135,13 +135,13 @@ def match(rules: Rules, tree: Any, default: Any = _NONE, what: str = "rule") -> 
     names = [name for _, name, _ in leaves]
     for (rule, _), count, has_effect in zip(rules, hits, used, strict=True):
         if not count:
-            raise InputError(f"{what} {rule!r} matches no parameter{nearest(rule, names)}")
+            raise InputError(f"{what} {rule!r} matches no parameter{did_you_mean(rule, names)}")
         if not has_effect:
             raise InputError(f"{what} {rule!r} is never reached: rules before it match all that it does; put it first")
         for part in alternatives(rule):
             regex, _ = _compiled(part, depth, what)
             if not any(regex.fullmatch(name) for name in names):
-                raise InputError(f"{what} {rule!r}: its part {part!r} matches no parameter{nearest(part, names)}")
+                raise InputError(f"{what} {rule!r}: its part {part!r} matches no parameter{did_you_mean(part, names)}")
     return values
 
 

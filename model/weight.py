@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .backend import backend
-from .sharding import stretches
+from .sharding import context_shards
 
 
 def static(**kwargs: Any) -> Any:
@@ -54,7 +54,7 @@ class Weight:
 
     def dense(self) -> Array:
         """The matrix [D, F] this weight multiplies by, `I @ w`; override where there is a cheaper way."""
-        rows = getattr(bottom(self), "shape", jax.tree.leaves(self)[0].shape)[0]
+        rows = getattr(base_weight(self), "shape", jax.tree.leaves(self)[0].shape)[0]
         return jnp.eye(rows) @ self
 
 
@@ -66,7 +66,7 @@ def stack(w: Any) -> list[Any]:
     return found
 
 
-def bottom(w: Any) -> Any:
+def base_weight(w: Any) -> Any:
     """The array, or the quantised matrix, that a weight stands on."""
     return stack(w)[-1]
 
@@ -77,7 +77,7 @@ def matmul(x: Array, w: Any) -> Array:
     XLA's CPU backend runs a 2-D product 1.1-1.3 times faster than the same product with batch axes; an accelerator
     does not care, and there flattening could hide a sharded sequence axis.
     """
-    if x.ndim <= 2 or backend() != "cpu" or stretches(x.shape[-2]) > 1:
+    if x.ndim <= 2 or backend() != "cpu" or context_shards(x.shape[-2]) > 1:
         return _product(x, w)
     y = _product(x.reshape(-1, x.shape[-1]), w)
     return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -13,8 +13,8 @@ from jax import Array
 from .. import InputError
 from ..bounds import check
 from ..model import Config, Context, Transformer, Weight, forward, shapes_of
-from ..model.tree import cut_key, is_stacked, named, nested
-from ..model.weight import bottom
+from ..model.tree import is_stacked, named, nested, split_layer_index
+from ..model.weight import base_weight
 
 
 @dataclass_transform(frozen_default=True)
@@ -26,10 +26,12 @@ class Method:
     """
 
     identity: ClassVar[bool] = True  # logits right after init equal the base's
-    rate: ClassVar[float] = 5.0  # the learning rate to begin a search at, over full fine-tuning's
+    lr_multiplier: ClassVar[float] = 5.0  # the learning rate to begin a search at, over full fine-tuning's
     demo: ClassVar[bool] = True  # whether `graftax demo` shows it
-    decayed: ClassVar[str] = ".*"  # rule: the arrays of two or more axes that weight decay shrinks by default
-    replaces: ClassVar[bool] = False  # its arrays stand where the base's were; nothing may have wrapped those before
+    decay_rule: ClassVar[str] = ".*"  # rule: the arrays of two or more axes that weight decay shrinks by default
+    replaces_base: ClassVar[bool] = (
+        False  # its arrays stand where the base's were; nothing may have wrapped those before
+    )
 
     def __init_subclass__(cls) -> None:
         dataclasses.dataclass(frozen=True)(cls)
@@ -50,7 +52,7 @@ class Method:
         """What is put before the text: virtual tokens or a key/value past."""
         return Context()
 
-    def freeze(self, params: Any) -> Any:
+    def frozen_params(self, params: Any) -> Any:
         """The base without what `trainable` now holds: one copy of each parameter.
 
         A method with frozen constants puts them here, in a Weight that its `bind` knows again (PiSSA's residual), or
@@ -58,7 +60,7 @@ class Method:
         """
         return params
 
-    def noisy(self, params: Any, trainable: Any, key: Array) -> dict[str, Any]:
+    def bind_train(self, params: Any, trainable: Any, key: Array) -> dict[str, Any]:
         """`bind` as it is in training, where it may draw (dropout)."""
         return self.bind(params, trainable)
 
@@ -68,17 +70,17 @@ class Method:
         It does where 0 leaves the base as it is (an update, as LoRA's) or is where such arrays are drawn around (a
         matrix). It does not where the size is a coordinate, of a hidden state or an angle.
         """
-        return bool(re.fullmatch(self.decayed, path))
+        return bool(re.fullmatch(self.decay_rule, path))
 
-    def penalty(self, trainable: Any) -> Any:
+    def aux_loss(self, trainable: Any) -> Any:
         """What training adds to the mean loss."""
         return 0.0
 
-    def transform(self, steps: int) -> optax.GradientTransformation:
+    def update_transform(self, steps: int) -> optax.GradientTransformation:
         """What is done to the optimizer's updates: other rates for some leaves, ranks that end. `grads=` is given."""
         return optax.identity()
 
-    def padded(self, largest: Self) -> "Method | None":
+    def pad_to_rank(self, largest: Self) -> "Method | None":
         """The method that computes with arrays as large as `largest` has them, zeros where its own end, what this one
         computes with its own, also in training; `largest` but for its factors. None: there is none.
 
@@ -90,7 +92,7 @@ class Method:
 def partition(method: Method, params: Any, key: Array) -> tuple[Any, dict[str, Any]]:
     """(frozen, trainable): each parameter is in one of the two. Differentiate the second alone."""
     trainable = method.init(key, params)  # first, as it says what is wrong
-    return method.freeze(params), trainable
+    return method.frozen_params(params), trainable
 
 
 def apply(
@@ -121,7 +123,7 @@ def fold(bound: Any, dtype: Any = None) -> dict[str, Any]:
             return w
         if not w.linear:
             raise InputError(f"{path}: {type(w).__name__} is not linear in x, so it cannot be folded into a matrix")
-        base = bottom(w)
+        base = base_weight(w)
         if path == "embed/table":
             if not any(p.startswith("head/") for p in named(bound)) and not getattr(w, "tied", False):
                 raise InputError(f"{path}: the output projection is tied to the base's rows, so no one table does both")
@@ -159,7 +161,7 @@ class Chain(Method):
 
     def check(self, method: Method, trainable: Any, before: dict[str, Any], now: dict[str, Any]) -> None:
         """InputError if a method would replace what an earlier one has changed, which then would train in vain."""
-        for path in {cut_key(key)[0] for key in trainable} if method.replaces else ():
+        for path in {split_layer_index(key)[0] for key in trainable} if method.replaces_base else ():
             if now.get(path) is not before.get(path):
                 raise InputError(f"chain: {type(method).__name__} trains {path}, which an earlier method has taken; "
                                  "put it first, or let only one of them have it")  # fmt: skip
@@ -170,27 +172,27 @@ class Chain(Method):
             raise InputError("chain: two methods put positions before the text; keep one of them")
         return found[0] if found else Context()
 
-    def freeze(self, params: Any) -> Any:
+    def frozen_params(self, params: Any) -> Any:
         for _, method in self.methods:
-            params = method.freeze(params)
+            params = method.frozen_params(params)
         return params
 
-    def noisy(self, params: Any, trainable: Any, key: Array) -> dict[str, Any]:
+    def bind_train(self, params: Any, trainable: Any, key: Array) -> dict[str, Any]:
         before = named(params)
         for i, (name, method) in enumerate(self.methods):
             self.check(method, trainable[name], before, named(params))
-            params = method.noisy(params, trainable[name], jax.random.fold_in(key, i))
+            params = method.bind_train(params, trainable[name], jax.random.fold_in(key, i))
         return params
 
     def decays(self, path: str) -> bool:
         branch, _, rest = path.partition("/")
         return dict(self.methods)[branch].decays(rest)
 
-    def penalty(self, trainable: Any) -> Any:
-        return sum(method.penalty(trainable[name]) for name, method in self.methods)
+    def aux_loss(self, trainable: Any) -> Any:
+        return sum(method.aux_loss(trainable[name]) for name, method in self.methods)
 
-    def transform(self, steps: int) -> optax.GradientTransformation:
-        parts = {n: optax.with_extra_args_support(m.transform(steps)) for n, m in self.methods}
+    def update_transform(self, steps: int) -> optax.GradientTransformation:
+        parts = {n: optax.with_extra_args_support(m.update_transform(steps)) for n, m in self.methods}
 
         def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
             grads = extra["grads"]

@@ -65,7 +65,7 @@ def select(where: Where, params: Any) -> dict[str, list[tuple[int, int]]]:
             raise tree.InputError(f"{what}; did you mean {','.join(dict.fromkeys(ours))}?") from None
         if "/" in where:
             raise
-        close = tree.nearest(where, named)
+        close = tree.did_you_mean(where, named)
         raise tree.InputError(f"{what}{close} (masks by name: {', '.join(named)}, last_K)") from None
     return {path: runs for path, row in values.items() if (runs := tree.runs([bool(v) for v in row]))}
 

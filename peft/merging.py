@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import InputError
-from ..model.tree import canonical, cut_key, is_stacked, named, nested, replace
+from ..model.tree import canonical, is_stacked, named, nested, replace, split_layer_index
 from .base import Method, fold
 from .masks import Where
 from .methods.lora import LoRA, LoRAWeight
-from .targets import Target, each_layer, layer_keys, targets, uniform
+from .targets import Target, each_layer, layer_keys, targets, uniform_fan_in
 
 Delta = dict[str, Array]
 
@@ -136,7 +136,7 @@ def extract_lora(delta: Delta, rank: int, where: Where = "linear") -> tuple[dict
         return _columns(key, u, s, v, rank), 1 - lost
 
     found = targets(where, delta, 2, "extract_lora")
-    done = {t.key: _each(t, one, delta[t.path][slice(*cut_key(t.key)[1] or (None,))]) for t in found}
+    done = {t.key: _each(t, one, delta[t.path][slice(*split_layer_index(t.key)[1] or (None,))]) for t in found}
     return {key: lora for key, (lora, _) in done.items()}, {key: share for key, (_, share) in done.items()}
 
 
@@ -195,7 +195,7 @@ def _target(key: str, array: Array) -> Target:
     """The Target of a key of a delta, or of a method's tree, whose array this is."""
     (name, layers), stacked = canonical(key), is_stacked(key)
     layers = range(len(array)) if stacked and layers is None else layers
-    return Target(key, cut_key(key)[0], name, layers, stacked, array.shape[stacked:])
+    return Target(key, split_layer_index(key)[0], name, layers, stacked, array.shape[stacked:])
 
 
 def _each(t: Target, fn: Callable[..., Any], *arrays: Array) -> Any:
@@ -210,13 +210,16 @@ def _columns(key: Array, u: Array, s: Array, v: Array, rank: int) -> dict[str, A
     (D, k), wide = u.shape, max(rank - len(s), 0)
     root = jnp.pad(jnp.where(s > k * jnp.finfo(s.dtype).eps * s[0], jnp.sqrt(s), 0), (0, wide))[:rank]
     u, v = jnp.pad(u, ((0, 0), (0, wide)))[:, :rank], jnp.pad(v, ((0, wide), (0, 0)))[:rank]
-    return {"a": jnp.where(root > 0, u * root, uniform(key, (D, rank), D)), "b": root[:, None] * v}
+    return {"a": jnp.where(root > 0, u * root, uniform_fan_in(key, (D, rank), D)), "b": root[:, None] * v}
 
 
 def _scaled(method: LoRA, trainable: Any, params: Any) -> dict[str, tuple[Array, Array]]:
     """{key: (A, s B)}, fp32, of a LoRA whose update is just s A B."""
     kind = type(method)
-    if not (issubclass(kind, LoRA) and (kind.bind, kind.freeze, kind.weight) == (LoRA.bind, LoRA.freeze, LoRAWeight)):
+    if not (
+        issubclass(kind, LoRA)
+        and (kind.bind, kind.frozen_params, kind.weight) == (LoRA.bind, LoRA.frozen_params, LoRAWeight)
+    ):
         raise InputError(f"{kind.__name__}: its update is not s A B alone; use to_lora of its delta")
     if method.alphas and params is None:
         raise InputError("alphas are rules over the base: give params= (the base or its shapes)")

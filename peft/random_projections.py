@@ -12,7 +12,7 @@ from jax.extend.random import threefry2x32_p
 
 from .. import InputError
 from ..model import Weight
-from ..model.tree import cut_key, is_stacked, named
+from ..model.tree import is_stacked, named, split_layer_index
 
 # A function whose steps are made again in the backward pass: a matrix that it makes on the way is in no layer's memory
 recomputed: Callable[..., Any] = partial(jax.checkpoint, prevent_cse=False)
@@ -20,7 +20,7 @@ recomputed: Callable[..., Any] = partial(jax.checkpoint, prevent_cse=False)
 
 def sides(params: Any, key: str) -> tuple[int, int]:
     """(D, F) of the matrix, or weight, that a key of a method's tree names."""
-    path, flat = cut_key(key)[0], named(params)
+    path, flat = split_layer_index(key)[0], named(params)
     if path not in flat:
         raise InputError(f"the adapter trains {path}, which this base does not have: it belongs to another base")
     w = flat[path]
@@ -36,7 +36,7 @@ def widest(params: Any, trainable: Any) -> tuple[int, int]:
     return max(D), max(F)
 
 
-def noise(seed: int, name: str, shape: tuple[int, ...]) -> Array:
+def hash_uniform(seed: int, name: str, shape: tuple[int, ...]) -> Array:
     """Uniform numbers in +-1, each by its own place (i, j) or (i, m, j): a smaller array is the corner of a larger."""
     i, *m, j = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(len(shape)))
     words = (jnp.full(shape, word, jnp.uint32) for word in (seed % 2**32, zlib.crc32(name.encode())))
@@ -44,7 +44,7 @@ def noise(seed: int, name: str, shape: tuple[int, ...]) -> Array:
     return jax.lax.bitcast_convert_type(bits >> 9 | 0x40000000, jnp.float32) - 3  # the fraction of a number in [2, 4)
 
 
-def waves(size: int, at: Any) -> tuple[Array, Array]:
+def dft_basis(size: int, at: Any) -> tuple[Array, Array]:
     """cos and sin of 2 pi i at / size, [size, len(at)] each: products with them are a Fourier transform that a mesh can
     split (XLA gathers a whole batch for its own)."""
     i, at, n = jnp.arange(size, dtype=jnp.uint32)[:, None], jnp.asarray(at, jnp.uint32), jnp.uint32(size)

@@ -13,7 +13,7 @@ from jax import Array
 
 from .. import InputError
 from ..model import Weight
-from ..model.tree import Rules, canonical, cut_key, is_stacked, match, named, replace, runs
+from ..model.tree import Rules, canonical, is_stacked, match, named, replace, runs, split_layer_index
 from .masks import Where, select
 
 
@@ -28,7 +28,7 @@ class Target(NamedTuple):
     shape: tuple[int, ...]  # of one layer
 
 
-class Given:
+class FixedArrays:
     """Arrays that a method was given and never trains (an adapter file's projections): constants of the program.
 
     A field of a method, or a static field of a weight; two are equal if their numbers are.
@@ -46,7 +46,7 @@ class Given:
         return name in self.arrays
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Given) and self.digest == other.digest
+        return isinstance(other, FixedArrays) and self.digest == other.digest
 
     def __hash__(self) -> int:
         return hash(self.digest)
@@ -89,12 +89,12 @@ def layer_seeds(key: Array, path: str, weight: Any) -> Array:
     return jax.random.key_data(jax.random.split(key, depth) if is_stacked(path) else key)
 
 
-def uniform(key: Array, shape: tuple[int, ...], fan: int) -> Array:
+def uniform_fan_in(key: Array, shape: tuple[int, ...], fan: int) -> Array:
     """Numbers uniform in +-fan^-1/2: how torch begins the matrices of a Linear, and most methods theirs."""
     return jax.random.uniform(key, shape, minval=-(fan**-0.5), maxval=fan**-0.5)
 
 
-def bottleneck(key: Array, D: int, R: int) -> dict[str, Array]:
+def init_bottleneck(key: Array, D: int, R: int) -> dict[str, Array]:
     """down [D, R] ~ N(0, 1/D), up [R, D] = 0, and their biases 0: an adapter that adds nothing yet."""
     down = D**-0.5 * jax.random.normal(key, (D, R))
     return {"down": down, "down_bias": jnp.zeros(R), "up": jnp.zeros((R, D)), "up_bias": jnp.zeros(D)}
@@ -111,13 +111,13 @@ def each_layer(target: Target, fn: Any, *args: Any) -> Array:
     return jax.vmap(fn)(*args) if target.stacked else fn(*args)
 
 
-def whole(params: Any, trainable: dict[str, Any], **fill: float) -> Iterator[tuple[str, Any, Any]]:
+def iter_full_arrays(params: Any, trainable: dict[str, Any], **fill: float) -> Iterator[tuple[str, Any, Any]]:
     """(path, the base's leaf, the method's arrays over all its layers); layers that do not train are filled with zeros,
     or with what `fill` says for an array by its name.
 
     Raises InputError for a path that the base does not have.
     """
-    flat, pieces = named(params), group(trainable)
+    flat, pieces = named(params), group_by_path(trainable)
     for path, parts in pieces.items():
         if path not in flat:
             raise InputError(f"the adapter trains {path}, which this base does not have: it belongs to another base")
@@ -137,29 +137,29 @@ def whole(params: Any, trainable: dict[str, Any], **fill: float) -> Iterator[tup
         yield path, flat[path], jax.tree_util.tree_map_with_path(one, *parts.values())
 
 
-def wrap(params: Any, trainable: dict[str, Any], make: Callable[..., Weight], **fill: float) -> dict[str, Any]:
+def wrap_weights(params: Any, trainable: dict[str, Any], make: Callable[..., Weight], **fill: float) -> dict[str, Any]:
     """The base with make(w, **arrays) in the place of every matrix w that the method has arrays for."""
-    return replace(params, {path: make(w, **arrays) for path, w, arrays in whole(params, trainable, **fill)})
+    return replace(params, {path: make(w, **arrays) for path, w, arrays in iter_full_arrays(params, trainable, **fill)})
 
 
-def on_bias(params: Any, trainable: dict[str, Any], make: Callable[..., Array], **fill: float) -> dict[str, Any]:
+def replace_biases(params: Any, trainable: dict[str, Any], make: Callable[..., Array], **fill: float) -> dict[str, Any]:
     """The base with make(b, **arrays) in the place of the bias b of every matrix that the method has arrays for."""
     flat = named(params)
-    found = {f"{path}_bias": arrays for path, _, arrays in whole(params, trainable, **fill)}
+    found = {f"{path}_bias": arrays for path, _, arrays in iter_full_arrays(params, trainable, **fill)}
     return replace(params, {path: make(flat[path], **arrays) for path, arrays in found.items() if path in flat})
 
 
-def on(number: Any) -> bool:
+def is_on(number: Any) -> bool:
     """Whether a number that is off at 0 is on; one that a program is given as an array may be."""
     return isinstance(number, Array) or bool(number)
 
 
-def seeded(bound: Any, trainable: dict[str, Any], key: Array, rate: Any) -> dict[str, Any]:
+def with_dropout_seeds(bound: Any, trainable: dict[str, Any], key: Array, rate: Any) -> dict[str, Any]:
     """The bound base with a seed in each weight that the method has arrays for, so that it drops a part of its x; as it
     is where the rate is 0."""
-    if not on(rate):
+    if not is_on(rate):
         return bound
-    flat, touched = named(bound), {cut_key(k)[0] for k in trainable}
+    flat, touched = named(bound), {split_layer_index(k)[0] for k in trainable}
     seeds = {path: layer_seeds(key, path, flat[path]) for path in touched}
     rates = {p: jnp.broadcast_to(jnp.float32(rate), s.shape[:-1]) for p, s in seeds.items()}
     return replace(bound, {p: dataclasses.replace(flat[p], seed=s, dropout=rates[p]) for p, s in seeds.items()})
@@ -178,24 +178,24 @@ def each_matrix(
     return {t.key: each_layer(t, lambda k, t=t: make(k, *t.shape), layer_keys(key, t, leaf)) for t in found}
 
 
-def of_layers(fn: Callable[[Array], Any], params: Any, key: str) -> Any:
+def map_layers(fn: Callable[[Array], Any], params: Any, key: str) -> Any:
     """fn(w [D, F]) of each layer that a key of a method's tree names; of quantised ones one is in memory at a time."""
-    path, layers = cut_key(key)
+    path, layers = split_layer_index(key)
     dense = lambda w: fn(w.dense() if isinstance(w, Weight) else w)  # noqa: E731
     w = jax.tree.map(lambda x: x[slice(*layers) if layers else ...], named(params)[path])
     return jax.lax.map(dense, w) if is_stacked(path) else dense(w)
 
 
-def group(trainable: dict[str, Any]) -> dict[str, dict[Any, Any]]:
+def group_by_path(trainable: dict[str, Any]) -> dict[str, dict[Any, Any]]:
     """{path: {layers [start, stop), or None for all: arrays}} of a method's tree, in the order of the layers."""
     pieces: dict[str, dict[Any, Any]] = {}
     for key, arrays in trainable.items():
-        path, layers = cut_key(key)
+        path, layers = split_layer_index(key)
         pieces.setdefault(path, {})[layers] = arrays
     return {path: dict(sorted(parts.items())) for path, parts in pieces.items()}
 
 
-def by_value(
+def group_by_value(
     rules: Rules, default: Any, found: Iterator[Target], params: Any, what: str
 ) -> Iterator[tuple[Target, Any]]:
     """(target, the value that the rules give it): layers of one stack are apart where their values differ."""
@@ -216,7 +216,7 @@ def layer_values(rules: Rules, default: float, params: Any, key: str, what: str)
     """The value that the rules give the layers of one key of a method's tree: a number, or an array [L, 1, 1]."""
     if not rules:
         return default
-    path, layers = cut_key(key)
+    path, layers = split_layer_index(key)
     row = match(rules, params, default=default, what=what)[path]
     row = row[slice(*layers)] if layers and len(row) > 1 else row
     return row[0] if len(set(row)) == 1 else jnp.array(row)[:, None, None]

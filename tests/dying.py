@@ -6,9 +6,9 @@ import signal
 import sys
 
 from graftax.train import cli, loop
-from graftax.train.runs.checkpoint import Checkpoints
+from graftax.train.runs.checkpoint import CheckpointWriter
 
-die, compile_, save = int(os.environ["DIE"]), loop.compile_step, Checkpoints.save
+die, compile_, save = int(os.environ["DIE"]), loop.compile_step, CheckpointWriter.save
 
 
 def compiled(phase):
@@ -23,5 +23,5 @@ def compiled(phase):
 
 
 loop.compile_step = compiled
-Checkpoints.save = lambda self, *args: (save(self, *args), self.wait())
+CheckpointWriter.save = lambda self, *args: (save(self, *args), self.wait())
 cli.main(sys.argv[1:])

@@ -13,7 +13,7 @@ from graftax.train import loop
 from graftax.train.config import Data, Optim, Run, to_json
 from graftax.train.faults import VARIABLE
 from graftax.train.loop import train
-from graftax.train.runs.checkpoint import Checkpoints
+from graftax.train.runs.checkpoint import CheckpointWriter
 from tiny import CONFIG
 
 STEPS = 40
@@ -72,7 +72,10 @@ def whole(runs):
 
     def folder(case):
         run = runs[case]
-        return train(dataclasses.replace(run, resume="auto")) and Checkpoints(loop.Path(run.out) / "checkpoints").folder
+        return (
+            train(dataclasses.replace(run, resume="auto"))
+            and CheckpointWriter(loop.Path(run.out) / "checkpoints").folder
+        )
 
     return folder
 
@@ -81,13 +84,13 @@ def last(folder, step=STEPS):
     """What the checkpoint of a run's last step holds, by digests."""
     folder = loop.Path(folder)
     folder = folder if folder.name == "checkpoints" else folder / "checkpoints"
-    manifest = Checkpoints(folder).manifest(step)
+    manifest = CheckpointWriter(folder).manifest(step)
     return {key: manifest[key] for key in ("leaves", "rows_digest", "next_row")}
 
 
 def good(folder):
     """The step of the newest checkpoint that loads with equal digests."""
-    checkpoints = Checkpoints(loop.Path(folder) / "checkpoints")
+    checkpoints = CheckpointWriter(loop.Path(folder) / "checkpoints")
     return max((s for s in checkpoints.steps() if not checkpoints.damage(s)), default=None)
 
 

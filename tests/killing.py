@@ -21,13 +21,13 @@ def life(fault, ready):
 
     jax.config.update("jax_platforms", "cpu")
     import numpy as np
-    from graftax.train.runs.checkpoint import Checkpoints
+    from graftax.train.runs.checkpoint import CheckpointWriter
 
     def state(step):
         rng = np.random.default_rng(step)
         return {f"w{i}": jax.numpy.asarray(rng.normal(size=(64, 257))) for i in range(6)}
 
-    checkpoints = Checkpoints(folder)
+    checkpoints = CheckpointWriter(folder)
     steps = checkpoints.steps()
     first = steps[-1] if steps else 0
     if first:

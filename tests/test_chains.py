@@ -13,7 +13,7 @@ from graftax.train.cli import main
 from graftax.train.config import Run, to_json
 from graftax.train.loop import train
 from graftax.train.progress import read_metrics
-from graftax.train.runs.checkpoint import Checkpoints
+from graftax.train.runs.checkpoint import CheckpointWriter
 from graftax.train.runs.export import logits_of
 from graftax.train.runs.lineage import KEPT, kept
 from graftax.train.runs.load import load_run
@@ -38,7 +38,7 @@ def test_a_chain_of_phases(adapter, base, examples, tmp_path, capsys):  # noqa: 
     ]  # fmt: skip
     assert [r["today"] for r in chain] == ["unchanged"] * 4
     assert [r["step"] for r in chain] == [6] * 4
-    manifest = Checkpoints(adapter / "checkpoints").manifest(6)
+    manifest = CheckpointWriter(adapter / "checkpoints").manifest(6)
     assert (chain[1]["base"], chain[1]["data"]) == (manifest["base"], manifest["data"])
     assert chain[3]["base"] == load_run(tmp_path / "merged").fingerprint
     assert len({r["tokenizer"] for r in chain}) == 1
@@ -84,7 +84,7 @@ def written(below, method, out):
     (out / "config.json").write_text(to_json(run))
     meta = {"phase": "finetune", "config": json.loads(to_json(run)), "base": got.fingerprint, "lineage": got.lineage,
             "tokenizer": got.tokenizer.digest}  # fmt: skip
-    with Checkpoints(out / "checkpoints") as checkpoints:
+    with CheckpointWriter(out / "checkpoints") as checkpoints:
         checkpoints.save(1, {"trainable": trainable}, meta)
     return out
 

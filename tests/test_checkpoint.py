@@ -11,8 +11,8 @@ from graftax.model import shapes_of
 from graftax.model.sharding import make_mesh, shardings
 from graftax.model.tree import named, paths
 from graftax.train.optim import make_optimizer
-from graftax.train.runs.checkpoint import Checkpoints, fingerprint
-from graftax.train.runs.layout import relaid, sharded
+from graftax.train.runs.checkpoint import CheckpointWriter, fingerprint
+from graftax.train.runs.layout import convert_layout, sharded
 from graftax.train.runs.load import digests, layout
 from graftax.train.step import init_state
 from tiny import CASES, OPTIM, make_base, same
@@ -45,7 +45,7 @@ def test_a_state_has_the_same_values_in_both_layouts(method):
 def test_a_checkpoint_restores_bit_equal_on_any_mesh_in_any_layout(mesh, tmp_path):
     start = make_mesh((2, 2, 2))
     flat = dict(named(jax.device_put(STACKED.params, shardings(start, STACKED.params))))
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointWriter(tmp_path)
     checkpoints.save(1, {"trainable": flat}, {})
     mesh = make_mesh(mesh)
     for base in (STACKED, UNROLLED):
@@ -60,7 +60,7 @@ def test_a_checkpoint_restores_bit_equal_on_any_mesh_in_any_layout(mesh, tmp_pat
 def test_the_best_has_a_finite_score(monkeypatch):
     """A run that diverged has NaN scores, and min() gives NaN back where it comes first."""
     scores: dict = {1: math.nan, 2: 3.0, 3: 2.0, 4: -math.inf, 5: None, 6: "low"}
-    checkpoints = Checkpoints(Path("nowhere"))
+    checkpoints = CheckpointWriter(Path("nowhere"))
     monkeypatch.setattr(checkpoints, "steps", lambda: list(scores))
     monkeypatch.setattr(checkpoints, "manifest", lambda step: {"score": scores[step]})
     assert checkpoints.best() == 3
@@ -80,16 +80,16 @@ def test_a_digest_is_of_the_value_wherever_it_lies(monkeypatch):
 def test_a_base_changes_its_layout_in_place():
     mesh = make_mesh((2, 2, 2))
     params = jax.device_put(jax.tree.map(np.array, STACKED.params), shardings(mesh, STACKED.params))  # it is used up
-    config, params = relaid(STACKED.config, params, "unrolled", mesh)
+    config, params = convert_layout(STACKED.config, params, "unrolled", mesh)
     assert config == UNROLLED.config
     assert same(params, UNROLLED.params)
-    config, params = relaid(config, params, "stacked", mesh)
+    config, params = convert_layout(config, params, "stacked", mesh)
     assert same(params, STACKED.params)
-    assert relaid(config, params, "", mesh)[1] is params
+    assert convert_layout(config, params, "", mesh)[1] is params
 
 
 def test_another_method_is_still_refused(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointWriter(tmp_path)
     init = lambda base, **kw: peft.LoRA(**kw).init(jax.random.key(0), base.params)  # noqa: E731
     checkpoints.save(1, {"trainable": init(STACKED, rank=2)}, {})
     checkpoints.wait()

@@ -94,15 +94,15 @@ def tables(text):
 def test_no_winner_inside_the_noise(written):
     _, lines = written
     sheets = {name: found(lines, kind="test", task="one", method=name) for name in SCORES}
-    seen = stats.verdict(sheets)
+    seen = stats.compare_scores(sheets)
     assert [name for name, e in seen.methods.items() if e.as_good] == ["full", "lora"]
     assert all(e.low < e.mean < e.high for e in seen.methods.values())
     # Rows are shared: a difference is known better than the scores that it is of.
     _, low, high = seen.pairs["full", "lora"]
     assert high - low < seen.methods["full"].high - seen.methods["full"].low
-    alone = stats.verdict({k: sheets[k] for k in ("full", "ia3")})
+    alone = stats.compare_scores({k: sheets[k] for k in ("full", "ia3")})
     assert [e.as_good for e in alone.methods.values()] == [True, False]
-    assert stats.verdict({"full": sheets["full"][:1], "lora": sheets["lora"][:1]}).spread == 0
+    assert stats.compare_scores({"full": sheets["full"][:1], "lora": sheets["lora"][:1]}).spread == 0
 
 
 def test_the_bootstrap_tells_equals_apart_as_rarely_as_it_says(monkeypatch):
@@ -114,7 +114,7 @@ def test_the_bootstrap_tells_equals_apart_as_rarely_as_it_says(monkeypatch):
         for name in "abcd":
             marks = [(hard + draw.normal(0, 0.2, 120) < 0.6 + draw.normal(0, 0.05)).astype(float) for _ in range(3)]
             sheets[name] = [{"score": float(m.mean()), "marks": m.tolist()} for m in marks]
-        seen = stats.verdict(sheets)
+        seen = stats.compare_scores(sheets)
         wrong += not all(e.as_good for e in seen.methods.values())
         _, low, high = next(iter(seen.pairs.values()))
         covered += low <= 0 <= high
@@ -124,12 +124,12 @@ def test_the_bootstrap_tells_equals_apart_as_rarely_as_it_says(monkeypatch):
 
 def test_edges_of_the_noise():
     sure = [{"score": 1.0, "marks": [1.0] * 8}]
-    assert stats.verdict({"a": sure}).methods["a"].low == pytest.approx(0.676, abs=0.001), "Wilson's, of 8 of 8"
-    assert stats.verdict({}).methods == {}
+    assert stats.compare_scores({"a": sure}).methods["a"].low == pytest.approx(0.676, abs=0.001), "Wilson's, of 8 of 8"
+    assert stats.compare_scores({}).methods == {}
     same = [{"score": 0.5, "marks": [0.0, 1.0] * 9}]
-    assert stats.verdict({"a": same, "b": same}).pairs["a", "b"] == (0, 0, 0), "all are drawn on the same rows"
+    assert stats.compare_scores({"a": same, "b": same}).pairs["a", "b"] == (0, 0, 0), "all are drawn on the same rows"
     drawn = [{"score": 0.3, "draws": [0.3] * stats.FEW}]
-    assert set(stats.verdict({"a": sure, "b": drawn}).methods) == {"a", "b"}, "as many draws as the fewest have"
+    assert set(stats.compare_scores({"a": sure, "b": drawn}).methods) == {"a", "b"}, "as many draws as the fewest have"
     few = lambda rows, answers: {"of_a": 0.5} if any(r["a"] for r in rows) else {}  # noqa: E731
     assert set(stats.by_row(few, "of_a", [{"a": i == 0} for i in range(3)], "xyz")["draws"]) == {0.5}
 
@@ -138,7 +138,7 @@ def test_edges_of_the_noise():
 def test_scores_of_any_sign_have_a_spread(shift):
     """The seeds of what is near the best are pooled, below 0 as above; what is far off has its own deviations."""
     scores = {"a": (2.2, 2.4), "b": (2.1, 2.3), "far": (-90.0, -50.0)}
-    seen = stats.verdict({name: [{"score": x + shift, "marks": [x + shift] * 4} for x in some]
+    seen = stats.compare_scores({name: [{"score": x + shift, "marks": [x + shift] * 4} for x in some]
                           for name, some in scores.items()})  # fmt: skip
     assert seen.spread == pytest.approx(0.02**0.5)
     assert list(seen.methods) == ["a", "b", "far"]
@@ -282,7 +282,7 @@ def test_a_comparison_is_what_it_says(plan, done):
         best = min(tried, key=lambda one: one["valid_loss"])
         assert line["lr"] == best["lr"], "the rate is that with the least validation loss"
         assert line["seed"] or line["folder"] == best["folder"]
-        guess = 4e-3 * method_of(line["method"]).rate
+        guess = 4e-3 * method_of(line["method"]).lr_multiplier
         assert [one["lr"] for one in tried] == pytest.approx([guess * factor for factor in plan.factors])
     line = found(done, kind="test", method="lora:rank=2", seed=1)[0]
     got = load_run(out / line["folder"])
@@ -327,7 +327,7 @@ def test_a_budget_says_how_many_steps(plan, done, tmp_path):
     least = dataclasses.replace(plan, run=short, budget=0.01)
     said(lambda: execute(least), "--budget 0.01: 18 trainings of 20 steps", "minutes; give more")
     shutil.copy(Path(plan.run.out) / "results.jsonl", tmp_path / "out")
-    under_way = comparison.Contest(
+    under_way = comparison.MethodComparison(
         dataclasses.replace(least, budget=50.0), dict.fromkeys(plan.methods), [], None, None, "compare.json"
     )
     under_way.exams = [type("Exam", (), {"name": line["task"]}) for line in found(done, kind="base")]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from graftax import InputError
 from graftax.data.columns import Columns, chat_of
-from graftax.data.errors import Bad
+from graftax.data.errors import RowErrors
 from graftax.data.sft import encode_example, encode_examples, render_prompt, render_prompts, sft_rows
 from graftax.data.tasks.base import row_of
 from graftax.data.tokenizers import chat, chat_worker
@@ -366,22 +366,22 @@ def test_one_refused_chat_costs_no_other(qwen, monkeypatch, words):
     words = "{% if 'x' in messages[0].content %}" + words + "{% endif %}"
     tok, texts = dataclasses.replace(qwen, template=words + qwen.template), ["a", "x", "b", "<|im_end|>", "x", "c"]
     rows = [(f"f:{n}", [{"role": "user", "content": text}, ASK[1]]) for n, text in enumerate(texts)]
-    bad, good = Bad("skip", 1.0), [0, 2, 5]
+    bad, good = RowErrors("skip", 1.0), [0, 2, 5]
     found = list(encode_examples(rows, tok, bad))
     assert [n for n, (ids, _) in enumerate(found) if ids] == good
     assert [found[n] for n in good] == list(encode_examples([rows[n] for n in good], qwen))
     assert {line.split(":")[2] for line in bad.first} == {"1", "3", "4"}
     assert bad.left_out == 3
-    assert [n for n, ids in enumerate(render_prompts(rows, tok, Bad("skip", 1.0))) if ids] == good
+    assert [n for n, ids in enumerate(render_prompts(rows, tok, RowErrors("skip", 1.0))) if ids] == good
     with pytest.raises(InputError, match=r"^f:3: message 0 holds"):
         list(encode_examples(rows, tok))
     if "range" in words:  # a process that is killed takes its seconds: no more of them than the cap allows
-        bad = Bad("skip", 0.001)
+        bad = RowErrors("skip", 0.001)
         bad.rows = 1000
         with pytest.raises(InputError, match=r"2 of 1000 rows left out.*more than --data\.bad-cap"):
             list(encode_examples([*rows[:2], *rows[1:2] * 99], tok, bad))
     with pytest.raises(InputError, match=r"^chat template .*: line 1"):
-        list(encode_examples(rows, dataclasses.replace(qwen, template="{% if %}"), Bad("skip", 1.0)))
+        list(encode_examples(rows, dataclasses.replace(qwen, template="{% if %}"), RowErrors("skip", 1.0)))
 
 
 def test_gemma_has_no_system_role_and_the_row_is_named():

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from graftax import InputError
 from graftax.data import clean, sources, unpack
-from graftax.data.errors import STRICT, Bad
+from graftax.data.errors import RAISE, RowErrors
 from graftax.data.sources import Document, documents, five_domains, is_held_out, rows, split
 
 
@@ -81,7 +81,7 @@ def test_parquet_is_known_by_its_first_bytes_and_read_anew_each_time(tmp_path):
     assert [d.text for d in documents(str(path))] == ["tan"] * 9
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(InputError, match=r"data.txt: not readable as parquet .*; check the file"):
-        list(documents(str(path), bad=Bad("replace", 1)))
+        list(documents(str(path), bad=RowErrors("replace", 1)))
 
 
 def test_plain_text_is_unpacked(tmp_path):
@@ -89,7 +89,7 @@ def test_plain_text_is_unpacked(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(gzip.compress(b"\xef\xbb\xbfhi\r\n"))
     assert [d.text for d in documents(str(tmp_path / "*.*"))] == ["hi\r\n"] * 2
-    assert [d.text for d in sources._web(tmp_path / "five", tmp_path / "five/web", STRICT)] == ["hi\n"]
+    assert [d.text for d in sources._web(tmp_path / "five", tmp_path / "five/web", RAISE)] == ["hi\n"]
 
 
 def test_what_unpacks_to_more_than_memory_is_read_line_by_line_or_refused(tmp_path, monkeypatch):

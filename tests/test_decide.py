@@ -15,9 +15,9 @@ from graftax.train.cli import main
 from graftax.train.cluster.signals import Stop, Stopped
 from graftax.train.config import Optim, Run
 from graftax.train.experiments import decision_report, learning_curve, step_costs
-from graftax.train.experiments.base_cache import Ground
+from graftax.train.experiments.base_cache import BaseCache
 from graftax.train.experiments.decide import Decide, decide, execute
-from graftax.train.experiments.example_selection import Lot, States, Words
+from graftax.train.experiments.example_selection import BM25Examples, EmbeddingExamples, RandomExamples
 from graftax.train.experiments.prompts import Form
 from graftax.train.experiments.results_log import found, read
 from graftax.train.inputs import tuning_rows
@@ -82,7 +82,7 @@ def test_the_trained_ones_are_runs_on_so_many_examples(plan, done):
 
 
 def test_fewer_examples_are_part_of_more(plan):
-    base = Ground().base(plan.run)
+    base = BaseCache().base(plan.run)
     kept = []
     for n in (5, 20, 0):
         data = dataclasses.replace(plan.run.data, task=plan.task, examples=n)
@@ -135,29 +135,29 @@ def test_a_signal_while_costs_are_measured(when, monkeypatch):
 
 
 def test_what_stands_before_a_row_is_near(plan):
-    ground = Ground()
+    ground = BaseCache()
     (model, params), tokenizer = ground.model(plan.run), ground.base(plan.run).tokenizer
     train = [{"prompt": f"say {word} {i}", "completion": word} for i in range(4) for word in WORDS]
     rows = [{"prompt": f"say {word} 9", "completion": word} for word in WORDS]
-    states = States(train, model, params, tokenizer)
-    for shelf in (Words(train), states):
+    states = EmbeddingExamples(train, model, params, tokenizer)
+    for shelf in (BM25Examples(train), states):
         near = shelf.nearest(rows, 3)
         assert near.shape == (len(rows), 3)
         right = [train[some[-1]]["completion"] == row["completion"] for some, row in zip(near, rows, strict=True)]
         assert np.mean(right) > 0.7
-    lot = Lot(train).nearest(rows, 3)
+    lot = RandomExamples(train).nearest(rows, 3)
     assert (lot == lot[0]).all()
     assert (states.nearest(rows[:1], 3) == states.nearest(rows, 3)[:1]).all(), "padding changes nothing"
-    assert states.bytes == Words(train).bytes + 4 * len(train) * model.config.D
+    assert states.bytes == BM25Examples(train).bytes + 4 * len(train) * model.config.D
     assert states.made_flops == pytest.approx(len(train) * states.flops)
     short = [{"prompt": f"{i} + {i}", "completion": str(2 * i)} for i in range(9)]
-    assert Words(short).nearest([{"prompt": "7 + 7"}], 1)[0, 0] == 7, "words of one character are words"
-    assert Words([{"prompt": "?!", "completion": ""}] * 4).nearest([{"prompt": "..."}], 2).shape == (1, 2)
-    assert Words(short).nearest([{"prompt": "unheard"}], 2).shape == (1, 2)
+    assert BM25Examples(short).nearest([{"prompt": "7 + 7"}], 1)[0, 0] == 7, "words of one character are words"
+    assert BM25Examples([{"prompt": "?!", "completion": ""}] * 4).nearest([{"prompt": "..."}], 2).shape == (1, 2)
+    assert BM25Examples(short).nearest([{"prompt": "unheard"}], 2).shape == (1, 2)
 
 
 def test_forms(plan):
-    tokenizer = Ground().base(plan.run).tokenizer
+    tokenizer = BaseCache().base(plan.run).tokenizer
     row, shots = {"prompt": "say it", "completion": "it"}, [{"prompt": "say om", "completion": "om"}] * 3
     lines, pairs, chat = (Form(kind, tokenizer, 40) for kind in ("lines", "pairs", "chat"))
     assert lines.text(row, shots[:1]) == "say om\nom\n\nsay it\n"

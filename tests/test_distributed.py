@@ -21,7 +21,7 @@ from graftax.peft import LoRA
 from graftax.train.cluster import coordinator, processes
 from graftax.train.config import Data, Optim, Run, to_json
 from graftax.train.loop import row_sum, train
-from graftax.train.runs.checkpoint import Checkpoints
+from graftax.train.runs.checkpoint import CheckpointWriter
 from tiny import CONFIG
 
 MODEL = dataclasses.replace(CONFIG, V=400, context=64)
@@ -70,7 +70,7 @@ def losses(folder):
 
 
 def last(folder):
-    return Checkpoints(Path(folder) / "checkpoints").manifest(STEPS)
+    return CheckpointWriter(Path(folder) / "checkpoints").manifest(STEPS)
 
 
 def bit_equal(a, b):
@@ -149,25 +149,25 @@ def test_one_gets_a_signal_and_all_stop_after_the_same_step(work, base):
     assert [int(said[1])] == saved(work / "stops")
     assert "Traceback" not in found[0][2] + found[1][2]
     step = saved(work / "stops")[0]
-    assert Checkpoints(work / "stops/checkpoints").damage(step) == ""
+    assert CheckpointWriter(work / "stops/checkpoints").damage(step) == ""
     found = launch(2, [*go, "--resume", "--steps", str(step + 3)])
     well(found)
     assert saved(work / "stops")[-1] == step + 3
 
 
 def saved(folder):
-    return Checkpoints(folder / "checkpoints").steps()
+    return CheckpointWriter(folder / "checkpoints").steps()
 
 
 def test_another_number_of_processes_goes_on_in_the_same_order(work, base, deaths):
     """2 (killed at 5) -> 4 -> one, whose layers are unrolled."""
     out = work / "four"
-    assert Checkpoints(out / "checkpoints").steps()[-1] == 4
+    assert CheckpointWriter(out / "checkpoints").steps()[-1] == 4
     go = ["pretrain", str(work / "pre.json"), "--out", str(out), "--resume", "--mesh", "2", "2", "2"]
     go += ["--save-every", "1"]
     found = launch(4, go, die=dict.fromkeys(range(4), 5))
     assert [code for code, *_ in found] == [-9] * 4
-    assert Checkpoints(out / "checkpoints").manifest(5)["mesh"] == [2, 2, 2, 1]
+    assert CheckpointWriter(out / "checkpoints").manifest(5)["mesh"] == [2, 2, 2, 1]
     run = dataclasses.replace(_run(work / "pre.json"), out=str(out), resume="auto", layers="unrolled")
     train(run)
     near(base, out)

@@ -25,7 +25,7 @@ from graftax.train.config import Optim, Run, from_json
 from graftax.train.loop import row_sum, train
 from graftax.train.optim import schedule
 from graftax.train.progress import read_metrics
-from graftax.train.runs.checkpoint import Checkpoints
+from graftax.train.runs.checkpoint import CheckpointWriter
 from graftax.train.runs.load import load_run, record
 from test_faults_input import said
 
@@ -38,7 +38,7 @@ def cut(runs, tmp_path_factory):  # noqa: F811
     run = dataclasses.replace(runs["lora"], out=str(tmp_path_factory.mktemp("cut") / "run"))
     with pytest.MonkeyPatch.context() as patch:
         assert isinstance(life(patch, run, "step@21:fail"), RuntimeError)
-    assert Checkpoints(Path(run.out) / "checkpoints").steps() == [12, 18]
+    assert CheckpointWriter(Path(run.out) / "checkpoints").steps() == [12, 18]
     return run
 
 
@@ -172,7 +172,7 @@ def test_a_refused_resume_changes_no_file(change, words, cut, tmp_path):
 def test_what_changed_can_be_accepted(cut, tmp_path, monkeypatch, capsys):
     run = dataclasses.replace(copied(cut, tmp_path), seed=5)
     assert life(monkeypatch, run, accept="data") is None
-    manifest = Checkpoints(Path(run.out) / "checkpoints").manifest(STEPS)
+    manifest = CheckpointWriter(Path(run.out) / "checkpoints").manifest(STEPS)
     assert manifest["accepted"] == ["the data changed since step 18: seed 0 -> 5"]
     assert "accepted: the data changed" in capsys.readouterr().err
     said(lambda: dataclasses.replace(run, accept="dta"), "--accept dta; did you mean data?")
@@ -287,7 +287,7 @@ def test_scoring_that_fails_costs_no_step(cut, whole, tmp_path, monkeypatch):  #
                 f"{run.out}: step 40 is done and saved, but scoring it failed (ValueError: no)"
             )
             assert last(run.out) == last(whole("lora"))
-    assert Checkpoints(Path(run.out) / "checkpoints").best() == 40
+    assert CheckpointWriter(Path(run.out) / "checkpoints").best() == 40
     assert life(monkeypatch, run) is None
     assert json.loads((Path(run.out) / "summary.json").read_text())["after"]["scores"]
     metrics_once(run.out)
@@ -373,7 +373,7 @@ def test_all_processes_stop_after_the_same_step(monkeypatch):
         barrier.wait(5)
         return list(told.values())
 
-    monkeypatch.setattr(distributed, "share", share)
+    monkeypatch.setattr(distributed, "barrier_gather", share)
     for i, one in enumerate(stops):
         one.begin(0)
         assert one.may(4 + i)
@@ -428,7 +428,7 @@ def test_a_base_that_is_not_finite(number, base, monkeypatch):
 
 def test_a_state_that_is_not_finite_is_not_saved(runs, tmp_path, monkeypatch):  # noqa: F811
     run = dataclasses.replace(runs["lora"], out=str(tmp_path / "run"), max_bad=0)
-    real = loop.Course.step
+    real = loop.Runner.step
 
     def step(self, i, program):
         real(self, i, program)
@@ -436,7 +436,7 @@ def test_a_state_that_is_not_finite_is_not_saved(runs, tmp_path, monkeypatch):  
             trainable = jax.tree.map(lambda x: x * np.inf, self.phase.state.trainable)
             self.phase.state = self.phase.state._replace(trainable=trainable)
 
-    monkeypatch.setattr(loop.Course, "step", step)
+    monkeypatch.setattr(loop.Runner, "step", step)
     ended = life(monkeypatch, run)
     for word in (run.out, "at step 12 layers/attn/k/a is not finite", "nothing was saved of it", "--optim.lr"):
         assert word in str(ended)

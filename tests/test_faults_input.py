@@ -16,7 +16,7 @@ import pyarrow
 import pytest
 from graftax import InputError, peft
 from graftax.bounds import Checked, bounds_of
-from graftax.data.errors import Bad
+from graftax.data.errors import RowErrors
 from graftax.data.pack import tokenize
 from graftax.data.sft import sft_rows
 from graftax.data.sources import Document, documents, is_held_out, rows
@@ -30,7 +30,7 @@ from graftax.train.cli import main
 from graftax.train.cluster import processes
 from graftax.train.config import Data, Optim, Run, from_json, method_from_dict, method_to_dict, to_json
 from graftax.train.evaluate import answerable
-from graftax.train.experiments.task_evaluator import Exam
+from graftax.train.experiments.task_evaluator import TaskEvaluator
 from graftax.train.inputs import check_tokenizer, corpus_and_tokenizer, task_of, tuning_rows
 from graftax.train.optim import make_optimizer, schedule
 from tiny import CONFIG, OPTIM, make_base, make_batch, same, train_step
@@ -144,16 +144,16 @@ def test_more_than_the_cap_is_an_error(tok, tmp_path):
 
 def test_repairs_are_what_they_say(tok, tmp_path):
     lines = [BAD[name][0] for name in ("latin-1", "lone surrogate", "number")]
-    found = [row for _, row in rows(str(write(tmp_path / "a.jsonl", lines)), Bad("replace"))]
+    found = [row for _, row in rows(str(write(tmp_path / "a.jsonl", lines)), RowErrors("replace"))]
     assert found[0]["prompt"] == "caf\ufffd"
-    task = file_task(write(tmp_path / "b.jsonl", [*good(), *lines[1:]]), 0.2, 0, Bad("replace", 1))
+    task = file_task(write(tmp_path / "b.jsonl", [*good(), *lines[1:]]), 0.2, 0, RowErrors("replace", 1))
     replies = {row["completion"] for row in task.train + task.valid + task.test}
     assert {"b \ufffd", "4"} <= replies
-    long = sft_rows([("f:1", {"prompt": "a", "completion": "b " * 99})], tok, 32, 0, bad=Bad("replace", 1))
+    long = sft_rows([("f:1", {"prompt": "a", "completion": "b " * 99})], tok, 32, 0, bad=RowErrors("replace", 1))
     assert long.tokens == 32
     prompt = [("f:1", {"prompt": "a " * 99, "completion": "b"}), ("f:2", {"prompt": "a", "completion": "b"})]
-    assert sft_rows(prompt, tok, 32, 0, bad=Bad("skip", 1)).examples == 1
-    bad = Bad("replace", 1)
+    assert sft_rows(prompt, tok, 32, 0, bad=RowErrors("skip", 1)).examples == 1
+    bad = RowErrors("replace", 1)
     assert sft_rows(prompt, tok, 32, 0, bad=bad).examples == 1  # cut, nothing of it would be learnt
     assert "no target tokens in the first 32 tokens" in bad.first[1]
 
@@ -198,7 +198,7 @@ def test_a_row_of_the_rest_is_refused_for_the_longest_answer(tok, tmp_path):
     assert answerable(rows, tok, CONFIG) == rows
     rows[1]["prompt"] = "b " * 27
     said(lambda: answerable(rows, tok, CONFIG), "row 2: a prompt of ", "exceed the model's context of 64")
-    assert answerable(rows, tok, CONFIG, bad=Bad("skip")) == rows[:1]
+    assert answerable(rows, tok, CONFIG, bad=RowErrors("skip")) == rows[:1]
     assert answerable(rows[1:], tok, CONFIG) == rows[1:]
     learned = dataclasses.replace(CONFIG, rope=None, learned_positions=True)
     said(lambda: answerable(rows[1:], tok, learned, 9), "context of 55 (9 virtual tokens taken off)")
@@ -326,7 +326,7 @@ def test_tuning_reads_what_pretraining_reads(tok, tmp_path, monkeypatch):
     ],
 )
 def test_a_metric_behind_a_task(text, name, metric):
-    assert Exam.parted(text) == (name, metric)
+    assert TaskEvaluator.parted(text) == (name, metric)
 
 
 def corpus(folder, work, **changes):
@@ -635,7 +635,7 @@ def test_what_does_not_fit_the_steps(base):
     tx = make_optimizer(Optim(), begun, 20, method)
     said(lambda: tx.init(begun), "--method.rank 13 is above the 12 ranks", "raise --method.init-rank")
     begun = {"x": {"e": jnp.zeros((2, 12))}}  # two layers
-    peft.AdaLoRA(rank=12).transform(20).init(begun)
+    peft.AdaLoRA(rank=12).update_transform(20).init(begun)
 
 
 def test_numbers_of_the_harness_and_of_a_rope():

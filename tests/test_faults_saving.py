@@ -23,7 +23,7 @@ from graftax.peft import LoRA
 from graftax.train.cli import main
 from graftax.train.config import to_json
 from graftax.train.loop import train
-from graftax.train.runs.checkpoint import Checkpoints
+from graftax.train.runs.checkpoint import CheckpointWriter
 from graftax.train.runs.load import load_run, lock
 from graftax.train.runs.lock import Lock
 from test_faults_input import said
@@ -45,10 +45,10 @@ def cut(runs, tmp_path_factory):  # noqa: F811
 @pytest.fixture
 def two(tmp_path):
     """Checkpoints of steps 1 and 2."""
-    with Checkpoints(tmp_path / "two") as checkpoints:
+    with CheckpointWriter(tmp_path / "two") as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, {"trainable": TREE}, {"next_row": step})
-    return Checkpoints(tmp_path / "two")
+    return CheckpointWriter(tmp_path / "two")
 
 
 # --- kills ---
@@ -134,7 +134,7 @@ def test_a_broken_manifest(two, text):
     said(lambda: two.restore(2, "trainable", TREE), str(path), "go on from another step, or delete this one")
     assert two.best() is None
     assert two.damage(1) == ""
-    with Checkpoints(two.folder, keep=1) as checkpoints:
+    with CheckpointWriter(two.folder, keep=1) as checkpoints:
         checkpoints.save(3, {"trainable": TREE}, {})
     assert checkpoints.damage(3) == ""
 
@@ -192,7 +192,7 @@ def test_sidecars(name, damage, runs, tmp_path, monkeypatch, capsys):  # noqa: F
 
 def limited(patch, size, step):
     """Files may have `size` bytes at most while this step is saved."""
-    save, limits = Checkpoints.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+    save, limits = CheckpointWriter.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def saved(self, i, *args):
         if i == step:
@@ -203,7 +203,7 @@ def limited(patch, size, step):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    patch.setattr(Checkpoints, "save", saved)
+    patch.setattr(CheckpointWriter, "save", saved)
 
 
 @pytest.mark.parametrize("step", [6, 40])
@@ -252,7 +252,7 @@ def test_older_ones_stay_until_the_new_one_is_there(two, monkeypatch):
         return moved
 
     monkeypatch.setattr(Path, "rename", losing)
-    with Checkpoints(two.folder, keep=1) as checkpoints:
+    with CheckpointWriter(two.folder, keep=1) as checkpoints:
         checkpoints.save(3, {"trainable": TREE}, {})
         said(checkpoints.wait, "is missing; no older one was deleted")
     assert two.damage(1) == two.damage(2) == ""
@@ -319,7 +319,7 @@ def test_a_run_stops_where_another_writes(cut, tmp_path, monkeypatch, capsys):
         assert ended.value.code == 2
         assert f"graftax: {run.out}: process {os.getpid()} on" in capsys.readouterr().err
         assert (Path(run.out) / "lock").exists()
-    real = Checkpoints.save
+    real = CheckpointWriter.save
 
     def save(self, step, *args):
         if step == 30:  # another host thought this one was dead
@@ -327,7 +327,7 @@ def test_a_run_stops_where_another_writes(cut, tmp_path, monkeypatch, capsys):
             (Path(run.out) / "lock").write_text(json.dumps({"pid": 5, "host": "node-7", "key": "y"}))
         real(self, step, *args)
 
-    monkeypatch.setattr(Checkpoints, "save", save)
+    monkeypatch.setattr(CheckpointWriter, "save", save)
     ended = life(monkeypatch, run)
     assert "now written by process 5 on node-7" in str(ended)
     assert good(run.out) == 24

@@ -119,7 +119,7 @@ def test_2_training_computes_what_evaluation_does(base, method):
     """As long as nothing is drawn, and no default of a method draws: `noisy` is `bind`."""
     frozen, state, step = stepper(base, method)
     trainable, weights = moved(base, method), BATCH["weights"]
-    expected = (outputs(base, method, trainable)[1] * weights).sum() / weights.sum() + method.penalty(trainable)
+    expected = (outputs(base, method, trainable)[1] * weights).sum() / weights.sum() + method.aux_loss(trainable)
     close(step(state._replace(trainable=trainable), frozen, BATCH)[1]["loss"], expected)
 
 

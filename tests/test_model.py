@@ -20,7 +20,7 @@ from graftax.model import (
     shapes_of,
     token_losses,
 )
-from graftax.model.attention import VIRTUAL, attend, causal, visible
+from graftax.model.attention import VIRTUAL, attend, attention_mask, causal
 from graftax.model.generate import sample
 from graftax.model.tree import named
 from tiny import CONFIG, close, make_base, make_batch, same
@@ -43,7 +43,9 @@ def test_blocked_attention_is_the_definition(T, P, long, monkeypatch):
     q, k, v = qkv(T=T, S=T + P)
     positions = jnp.tile(jnp.arange(T) % 80, (2, 1))
     segments = jnp.tile(jnp.arange(T) // 80 + 1, (2, 1)).at[0, -3:].set(0)
-    packed = jnp.pad(visible(positions, segments, positions, segments), ((0, 0), (0, 0), (P, 0)), constant_values=True)
+    packed = jnp.pad(
+        attention_mask(positions, segments, positions, segments), ((0, 0), (0, 0), (P, 0)), constant_values=True
+    )
     masks = [packed] if P else [packed, None]
     for mask in masks:
 
@@ -62,7 +64,7 @@ def test_attention_agrees_with_jax_nn():
 def test_visible():
     """Causal inside a document, virtual keys for all, nothing across documents, no empty row."""
     positions, segments = jnp.array([[0, 1, 2, 3, 2, 3, 2]]), jnp.array([[-1, -1, 1, 1, 2, 2, 0]])
-    mask = np.asarray(visible(positions, segments, positions, segments))[0]
+    mask = np.asarray(attention_mask(positions, segments, positions, segments))[0]
     expected = np.zeros((7, 7), bool)
     expected[:, :2] = True
     expected[0, 1] = False

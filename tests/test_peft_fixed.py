@@ -15,8 +15,8 @@ from graftax.model.weight import matmul
 from graftax.peft import C3A, FourierFT, LoRA, RandLoRA, SHiRA, Subset, VeRA, chain
 from graftax.peft.methods import fourierft, randlora, shira, vera
 from graftax.peft.methods.c3a import correlate
-from graftax.peft.random_projections import noise, waves
-from graftax.peft.targets import Given
+from graftax.peft.random_projections import dft_basis, hash_uniform
+from graftax.peft.targets import FixedArrays
 from graftax.train.step import make_loss
 from safetensors.numpy import load_file
 from tiny import CONFIG, close, make_base, make_batch, same, shaken
@@ -97,11 +97,11 @@ def test_golden_adapters_of_hf(kind, case):
     A, B = (np.float64(tensors.get(f"base_model.vera_{n}", 0)) for n in "AB")
     one = next(iter(files.values()))[0]
     method = {
-        "vera": lambda: VeRA(rank=c["r"], given=Given(a=A, b=B)),
+        "vera": lambda: VeRA(rank=c["r"], given=FixedArrays(a=A, b=B)),
         "randlora": lambda: RandLoRA(rank=c["r"], alpha=c["randlora_alpha"],
-                                     given=Given(a=one["randlora_A"], b=one["randlora_B"])),
+                                     given=FixedArrays(a=one["randlora_A"], b=one["randlora_B"])),
         "fourierft": lambda: FourierFT(scale=c["scaling"], seed=c["random_loc_seed"]),
-        "shira": lambda: SHiRA(given=Given(**{path: np.stack([t["shira_indices"].T for t in ts])
+        "shira": lambda: SHiRA(given=FixedArrays(**{path: np.stack([t["shira_indices"].T for t in ts])
                                               for path, ts in files.items()})),
         "c3a": C3A,
     }[kind]()  # fmt: skip
@@ -143,7 +143,7 @@ def test_vera_makes_its_projections_from_the_seed(base):
         assert abs(p).max() <= (6 / fan) ** 0.5
         assert abs(p.std() / (2 / fan) ** 0.5 - 1) < 0.05
     assert not same(A, vera.projections(VeRA(rank=7), 48, 48)[0])
-    exported = dataclasses.replace(method, given=Given(a=A, b=B))
+    exported = dataclasses.replace(method, given=FixedArrays(a=A, b=B))
     close(deltas(base, exported, trainable), deltas(base, method, trainable))
 
 
@@ -163,7 +163,7 @@ def test_randlora_makes_its_projections_from_the_seed(base, sparse):
     if sparse:
         odds = {"sparse": 3, "very_sparse": 48**0.5}[sparse]
         np.testing.assert_allclose(np.unique(B), [-(odds**0.5), 0, odds**0.5], rtol=1e-6)
-    exported = dataclasses.replace(method, given=Given(a=A, b=B))
+    exported = dataclasses.replace(method, given=FixedArrays(a=A, b=B))
     close(deltas(base, exported, trainable), deltas(base, method, trainable), 2e-5)
     with pytest.raises(InputError, match="wanted '', 'sparse' or 'very_sparse'"):
         dataclasses.replace(method, sparse="spare").bind(base.params, trainable)
@@ -172,15 +172,15 @@ def test_randlora_makes_its_projections_from_the_seed(base, sparse):
 def test_numbers_from_a_seed_are_by_place():
     """These are the numbers of every VeRA and RandLoRA that was trained without files: a change breaks them all."""
     expected = [0.58303022, 0.81237078, 0.01355243]
-    np.testing.assert_allclose(noise(0, "a", (2, 3))[1], expected, rtol=1e-6)
-    assert same(noise(0, "a", (9, 8))[:2, :3], noise(0, "a", (2, 3)))
-    assert same(noise(0, "b", (9, 4, 8))[:2, :3], noise(0, "b", (2, 3, 8)))
+    np.testing.assert_allclose(hash_uniform(0, "a", (2, 3))[1], expected, rtol=1e-6)
+    assert same(hash_uniform(0, "a", (9, 8))[:2, :3], hash_uniform(0, "a", (2, 3)))
+    assert same(hash_uniform(0, "b", (9, 4, 8))[:2, :3], hash_uniform(0, "b", (2, 3, 8)))
 
 
 def test_waves_are_exact_for_large_sizes():
     at, i = np.array([1, 77_777, 128_255]), np.arange(128_256)
     angle = 2 * np.pi * (i[:, None] * at % len(i)) / len(i)
-    np.testing.assert_allclose(waves(len(i), at), (np.cos(angle), np.sin(angle)), atol=4e-7)
+    np.testing.assert_allclose(dft_basis(len(i), at), (np.cos(angle), np.sin(angle)), atol=4e-7)
 
 
 def test_fourierft_by_rules(base):
@@ -218,10 +218,10 @@ def test_shira_places(base):
     last = dataclasses.replace(method, where="layers/[1:]/mlp/up")
     part = last.init(jax.random.key(0), base.params)
     assert same(shira.places(last, base.params, part)["layers/mlp/up[1:2]"], found["layers/mlp/up"][1:])
-    given = SHiRA(given=Given(**{k: np.swapaxes(p, 1, 2) for k, p in found.items()}))
+    given = SHiRA(given=FixedArrays(**{k: np.swapaxes(p, 1, 2) for k, p in found.items()}))
     assert same(deltas(base, given, trainable), deltas(base, method, trainable))
     with pytest.raises(InputError, match="the given places have none of layers/mlp/up"):
-        last.__class__(given=Given(x=np.zeros(1))).bind(base.params, part)
+        last.__class__(given=FixedArrays(x=np.zeros(1))).bind(base.params, part)
 
 
 def test_c3a_blocks(base):

@@ -270,7 +270,7 @@ def test_ranks_end_as_in_the_card(base, times):
     moves, grads = [fake() for _ in range(steps)], [fake() for _ in range(steps)]
     plain = dataclasses.replace(method, tfinal=3 if method.tfinal else 0)
     wanted = simulated(plain, steps, trainable, moves, grads)
-    tx, p, gone = method.transform(steps), trainable, []
+    tx, p, gone = method.update_transform(steps), trainable, []
     state, update = tx.init(p), jax.jit(tx.update)
     for move, grad, masks in zip(moves, grads, wanted, strict=True):
         updates, state = update(move, state, p, grads=grad)
@@ -280,7 +280,7 @@ def test_ranks_end_as_in_the_card(base, times):
     assert gone[-1] == 8 * (5 - 2)
     assert len(set(gone)) > 2
     with pytest.raises(InputError, match="leave none of 4 steps"):
-        AdaLoRA(tinit=3, tfinal=0.25).transform(4)
+        AdaLoRA(tinit=3, tfinal=0.25).update_transform(4)
 
 
 def test_adalora_ends_with_its_budget(base):
@@ -314,8 +314,8 @@ def test_the_penalty_of_adalora(base):
     found = [x for t in trainable.values() for x in (*t["a"], *(b.T for b in t["b"]))]
     lengths = [np.linalg.norm(x.T @ x - np.eye(x.shape[1])) for x in found]
     assert len(lengths) == 8
-    np.testing.assert_allclose(method.penalty(trainable), 0.4 * np.mean(lengths), rtol=1e-5)
-    gradients = jax.grad(method.penalty)(trainable)
+    np.testing.assert_allclose(method.aux_loss(trainable), 0.4 * np.mean(lengths), rtol=1e-5)
+    gradients = jax.grad(method.aux_loss)(trainable)
     assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradients))
     assert not gradients["layers/mlp/down"]["a"].any()
 

@@ -13,7 +13,7 @@ import test_laws as laws
 from graftax import InputError, peft
 from graftax.model import Transformer, forward, generate, presets
 from graftax.model.init import restack
-from graftax.model.layers import MLP, Attention, View
+from graftax.model.layers import MLP, Attention, LayerInputs
 from graftax.model.rope import rope_table
 from graftax.model.tree import named
 from graftax.peft import (
@@ -159,7 +159,9 @@ def test_a_prompt_s_keys_are_normed_and_do_not_turn():
     x = jax.random.normal(jax.random.key(2), (2, 5, c.D))
     turn = rope_table(jnp.arange(5)[None].repeat(2, 0), c.rope, c.H, jnp.array([5, 5]))
     layer = lambda tree: jax.tree.map(lambda x: x[0], tree)  # noqa: E731
-    run = lambda params: Attention(c).apply({"params": layer(params["layers"]["attn"])}, x, View(None, turn), None)  # noqa: E731
+    run = lambda params: Attention(c).apply(
+        {"params": layer(params["layers"]["attn"])}, x, LayerInputs(None, turn), None
+    )
     rms = lambda y, s: y / np.sqrt((y**2).mean(-1, keepdims=True) + c.norm_eps) * (1 + s)  # noqa: E731
     k = rms((t["prompt"] @ p["k"]).reshape(3, c.K, c.H), p["k_norm/scale"])
     v = (t["prompt"] @ p["v"]).reshape(3, c.K, c.H)

@@ -12,7 +12,7 @@ import test_laws as laws
 from graftax import InputError, peft
 from graftax.model import presets, shapes_of
 from graftax.model.quantize import LEVELS, Int8, Quantized, quantize
-from graftax.model.sharding import follow, make_mesh, put_batch, shardings
+from graftax.model.sharding import infer_adapter_shardings, make_mesh, put_batch, shardings
 from graftax.model.tree import canonical, named, nested
 from graftax.model.weight import matmul
 from graftax.train.optim import make_optimizer
@@ -178,7 +178,7 @@ def test_fold_gives_the_dense_matrices_in_their_dtype():
 def residuals(base, method):
     """Shapes of all floating arrays that the backward pass keeps, the base's and the method's own among them."""
     trainable = jax.eval_shape(method.init, jax.random.key(0), base.params)
-    frozen = jax.eval_shape(method.freeze, base.params)
+    frozen = jax.eval_shape(method.frozen_params, base.params)
     loss, batch = make_loss(base.model, method), make_batch(B=1, T=8)
     kept = jax.eval_shape(lambda f, t: jax.vjp(lambda t: loss(t, f, batch)[0], t)[1], frozen, trainable)
     return [x.size for x in jax.tree.leaves(kept) if jnp.issubdtype(x.dtype, jnp.floating) and x.ndim > 1]
@@ -192,7 +192,7 @@ def test_every_method_binds_and_keeps_no_dense_matrix_or_refuses(method):
     nf4 = Base(base.config, base.model, jax.eval_shape(partial(quantize, kind="nf4"), base.params))
     if method in [CASES[name] for name in ("subset", "gradual", "layer_range", "pissa", "olora")]:
         key, params = jax.random.key(0), nf4.params
-        refusing = (partial(residuals, nf4, method), partial(method.freeze, params), partial(method.init, key, params),
+        refusing = (partial(residuals, nf4, method), partial(method.frozen_params, params), partial(method.init, key, params),
                     partial(peft.partition, method, params, key))  # fmt: skip
         for refused in refusing:
             with pytest.raises(InputError, match=r"^\w+: layers/(attn|mlp)/\w+ is NF4"):
@@ -273,10 +273,12 @@ def test_6_one_device_and_eight_give_the_same_losses(base):
             frozen, trainable = peft.partition(LORA, params, jax.random.key(1))
             return frozen, init_state(trainable, tx)
 
-        where = follow(mesh, begin, jax.eval_shape(lambda: params), split)
+        where = infer_adapter_shardings(mesh, begin, jax.eval_shape(lambda: params), split)
         held = [[w for w in named(t).values() if isinstance(w, Quantized)] for t in (where[0], split)]
         assert jax.tree.leaves(held[0]) == jax.tree.leaves(held[1])
-        assert where[1] == follow(mesh, begin, before, shardings(mesh, before))[1], "adapters lie as over a plain base"
+        assert where[1] == infer_adapter_shardings(mesh, begin, before, shardings(mesh, before))[1], (
+            "adapters lie as over a plain base"
+        )
         first = jax.tree.leaves(where[0]["layers"]["mlp"]["up"])[0]
         assert tuple(first.spec) == (None, "fsdp", "tensor")
         frozen, state = jax.jit(begin, out_shardings=where)(params)

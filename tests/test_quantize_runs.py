@@ -19,7 +19,7 @@ from graftax.train.cli import main
 from graftax.train.config import Run, from_json
 from graftax.train.loop import train
 from graftax.train.progress import read_metrics
-from graftax.train.runs.checkpoint import Checkpoints, fingerprint
+from graftax.train.runs.checkpoint import CheckpointWriter, fingerprint
 from graftax.train.runs.export import write_base
 from graftax.train.runs.load import load, load_run
 from graftax.train.runs.report import nbytes
@@ -90,7 +90,7 @@ def test_one_parameter_at_a_time_is_whole(which, base, hf_base, monkeypatch, tmp
 
 def test_a_run_over_nf4(base, tuned, examples):  # noqa: F811
     """What it wrote down, and that evaluating it again gives the last loss of training."""
-    run, manifest = from_json(tuned / "config.json"), Checkpoints(tuned / "checkpoints").manifest(6)
+    run, manifest = from_json(tuned / "config.json"), CheckpointWriter(tuned / "checkpoints").manifest(6)
     assert run.quantize == "nf4"
     assert manifest["base"] == fingerprint(load_run(base).merged)
     summary = json.loads((tuned / "summary.json").read_text())
@@ -118,7 +118,7 @@ def test_9_killed_and_resumed_equals_unbroken(base, examples, tuned, tmp_path, m
         with contextlib.suppress(KeyboardInterrupt):
             train(run)
     train(dataclasses.replace(run, resume="auto"))
-    a, b = (Checkpoints(folder / "checkpoints").manifest(6) for folder in (tuned, tmp_path / "cut"))
+    a, b = (CheckpointWriter(folder / "checkpoints").manifest(6) for folder in (tuned, tmp_path / "cut"))
     assert a["leaves"] == b["leaves"]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from graftax import InputError, peft
 from graftax.model import init, shapes_of
-from graftax.model.sharding import follow, make_mesh, put_batch, shardings
+from graftax.model.sharding import infer_adapter_shardings, make_mesh, put_batch, shardings
 from graftax.model.tree import named
 from tiny import CASES, CONFIG, STEADY, make_base, make_batch, on_mesh, stepper
 
@@ -61,7 +61,7 @@ def test_a_lora_follows_its_matrix():
     mesh = make_mesh((2, 2, 2))
     shapes = shapes_of(BASE.config)
     make = lambda params: peft.LoRA(rank=32).init(jax.random.key(0), params)  # noqa: E731  # rank = D: lengths mislead
-    split = follow(mesh, make, shapes, shardings(mesh, shapes))["layers/mlp/up"]
+    split = infer_adapter_shardings(mesh, make, shapes, shardings(mesh, shapes))["layers/mlp/up"]
     assert tuple(split["a"].spec) == (None, "fsdp", None)
     assert tuple(split["b"].spec) == (None, None, "tensor")
 
@@ -72,7 +72,7 @@ def test_a_lora_follows_its_matrix_beside_a_method_of_lengths_that_divide(other)
     method = peft.chain(peft.LoRA(), peft.methods[other](where="layers/attn/[qkvo]"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        split = follow(mesh, partial(method.init, jax.random.key(0)), shapes, shardings(mesh, shapes))
+        split = infer_adapter_shardings(mesh, partial(method.init, jax.random.key(0)), shapes, shardings(mesh, shapes))
     assert tuple(split["lora"]["layers/mlp/up"]["a"].spec) == (None, "fsdp", None)
     assert tuple(split["lora"]["layers/mlp/up"]["b"].spec) == (None, None, "tensor")
 
@@ -85,7 +85,7 @@ def test_what_cannot_be_split_is_said():
 
     mesh, shapes = make_mesh((2, 2, 2)), shapes_of(BASE.config)
     with pytest.warns(UserWarning, match="whole on every device, not split: wanted 48"):
-        assert not any(follow(mesh, make, shapes, shardings(mesh, shapes))["new"]["a"].spec)
+        assert not any(infer_adapter_shardings(mesh, make, shapes, shardings(mesh, shapes))["new"]["a"].spec)
 
 
 def test_mesh_errors():

@@ -16,17 +16,17 @@ from graftax.peft import LoRA, Subset
 from graftax.train.cli import main
 from graftax.train.cluster.signals import Stopped
 from graftax.train.config import Optim, from_json
-from graftax.train.experiments.base_cache import Ground
+from graftax.train.experiments.base_cache import BaseCache
 from graftax.train.experiments.sweep.command import Sweep, dated, execute, scheduler
 from graftax.train.experiments.sweep.groups import groups
 from graftax.train.experiments.sweep.lane_count import balanced
 from graftax.train.experiments.sweep.lanes import Stack
 from graftax.train.experiments.sweep.results import gathered
-from graftax.train.experiments.sweep.trials import axis, cells, changed
+from graftax.train.experiments.sweep.trials import axis, changed, trials_of
 from graftax.train.faults import VARIABLE
 from graftax.train.loop import train
 from graftax.train.progress import read_metrics
-from graftax.train.runs.checkpoint import Checkpoints
+from graftax.train.runs.checkpoint import CheckpointWriter
 from test_faults_input import said
 from tiny import CASES, close, evaluator, make_base, make_batch, shaken
 
@@ -43,7 +43,7 @@ def run(runs, tmp_path):  # noqa: F811
 
 def leaves(folder, step):
     """The digests of a checkpoint's arrays."""
-    return Checkpoints(Path(folder) / "checkpoints").manifest(step)["leaves"]
+    return CheckpointWriter(Path(folder) / "checkpoints").manifest(step)["leaves"]
 
 
 def curve(folder):
@@ -100,8 +100,8 @@ def test_a_lane_that_diverges_stops_alone(run, tmp_path, capsys):
     rows = [json.loads(line) for line in (tmp_path / "ill/results.jsonl").read_text().splitlines()]
     assert [row["status"] for row in rows] == ["done", "diverged", "done"]
     assert (tmp_path / "ill/cells/001/bad_rows.json").exists()
-    assert not Checkpoints(tmp_path / "ill/cells/001/checkpoints").steps() or max(
-        Checkpoints(tmp_path / "ill/cells/001/checkpoints").steps()) < 12  # fmt: skip
+    assert not CheckpointWriter(tmp_path / "ill/cells/001/checkpoints").steps() or max(
+        CheckpointWriter(tmp_path / "ill/cells/001/checkpoints").steps()) < 12  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", ["save.manifest@8:fail", "step@7:term"])
@@ -179,7 +179,7 @@ def test_a_signal_in_a_later_chunk(run, monkeypatch):
     with pytest.raises(Stopped):
         execute(Sweep(dataclasses.replace(run, save_every=0), ("optim.lr=1e-3,2e-3,3e-3",), lanes=1))
     assert len(seen) == 15
-    assert Checkpoints(Path(run.out) / "cells/001/checkpoints").steps() == [3]
+    assert CheckpointWriter(Path(run.out) / "cells/001/checkpoints").steps() == [3]
 
 
 def test_a_signal_while_lanes_are_evaluated(run, tmp_path, monkeypatch):
@@ -199,7 +199,7 @@ def test_a_signal_while_lanes_are_evaluated(run, tmp_path, monkeypatch):
             execute(Sweep(run, over, lanes=2))
     assert len(asked) == 1
     cell = [Path(run.out) / "cells" / name for name in ("000", "001", "002")]
-    assert [Checkpoints(folder / "checkpoints").steps() for folder in cell] == [[12], [12], []]
+    assert [CheckpointWriter(folder / "checkpoints").steps() for folder in cell] == [[12], [12], []]
     assert not (cell[0] / "summary.json").exists()
     assert execute(Sweep(dataclasses.replace(run, resume="auto"), over, lanes=2))["done"] == 3
     assert all("after" in json.loads((folder / "summary.json").read_text()) for folder in cell)
@@ -208,8 +208,8 @@ def test_a_signal_while_lanes_are_evaluated(run, tmp_path, monkeypatch):
 def test_which_cells_are_one_program(run, tmp_path):
     def parts(*over, method="lora"):
         start = dataclasses.replace(run, method=peft.methods[method]())
-        ground = Ground()
-        found, apart = groups(ground.settled(cells(start, over, tmp_path)), ground.model)
+        ground = BaseCache()
+        found, apart = groups(ground.settled(trials_of(start, over, tmp_path)), ground.model)
         return [[cell.number for cell in g.cells] for g in found], apart, found
 
     numbers = ("optim.lr=1e-3,2e-3", "optim.weight_decay=0,0.1", "optim.clip=0,1", "method.dropout=0,0.1")
@@ -237,7 +237,7 @@ def test_a_padded_rank_computes_what_its_own_does(method):
     """Logits; and gradients, which are zero where it is filled up, so that no optimizer of it moves."""
     small = dataclasses.replace(method, rank=2, ranks=(), alphas=())
     big = dataclasses.replace(small, rank=5)
-    if (padded := small.padded(big)) is None:
+    if (padded := small.pad_to_rank(big)) is None:
         return
     base, batch = make_base(), make_batch()
     own = shaken(small.init(jax.random.key(1), base.params))

@@ -23,7 +23,7 @@ from graftax.train.flags import take_json
 from graftax.train.inputs import task_of
 from graftax.train.loop import train
 from graftax.train.optim import schedule
-from graftax.train.runs.checkpoint import Checkpoints, fingerprint
+from graftax.train.runs.checkpoint import CheckpointWriter, fingerprint
 from graftax.train.runs.load import load_run
 from graftax.train.runs.manifest import sealed_manifest
 from tiny import CONFIG, close
@@ -90,17 +90,17 @@ def test_a_run_directory_holds_what_is_promised(base):
     assert json.loads(to_json(run)) == json.loads((base / "config.json").read_text())
     losses = [json.loads(line) for line in (base / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in losses if "loss" in row] == [2, 4, 6]
-    manifest = Checkpoints(base / "checkpoints").manifest(6)
+    manifest = CheckpointWriter(base / "checkpoints").manifest(6)
     assert set(manifest) >= {"leaves", "tokenizer", "data", "base", "versions", "next_row", "rows_digest"}
     assert manifest["next_row"] == 48
     assert manifest["score"] > 0
-    assert Checkpoints(base / "checkpoints").manifest(4)["score"] is None, "step 4 was not evaluated"
+    assert CheckpointWriter(base / "checkpoints").manifest(4)["score"] is None, "step 4 was not evaluated"
 
 
 def kill_at(monkeypatch, step):
     """Let the run die at the beginning of a step, with the save before it complete."""
-    real, save = loop.compile_step, Checkpoints.save
-    monkeypatch.setattr(Checkpoints, "save", lambda self, *args: (save(self, *args), self.wait()))
+    real, save = loop.compile_step, CheckpointWriter.save
+    monkeypatch.setattr(CheckpointWriter, "save", lambda self, *args: (save(self, *args), self.wait()))
 
     def compiled(phase):
         go, cost = real(phase)
@@ -129,9 +129,9 @@ def test_9_killed_and_resumed_equals_unbroken(method, pretraining, base, example
         kill_at(patch, 5)
         with contextlib.suppress(KeyboardInterrupt):
             train(run)
-    assert Checkpoints(tmp_path / "cut/checkpoints").steps()[-1] == 4
+    assert CheckpointWriter(tmp_path / "cut/checkpoints").steps()[-1] == 4
     train(dataclasses.replace(run, resume="auto"))
-    a, b = (Checkpoints(folder / "checkpoints").manifest(6) for folder in (whole, tmp_path / "cut"))
+    a, b = (CheckpointWriter(folder / "checkpoints").manifest(6) for folder in (whole, tmp_path / "cut"))
     assert a["leaves"] == b["leaves"]
     assert (a["rows_digest"], a["next_row"]) == (b["rows_digest"], b["next_row"])
 
@@ -149,7 +149,7 @@ def test_resume_of_a_complete_run_changes_nothing(pretraining, base):
 
 
 def test_checkpoints_keep_the_newest_and_the_best(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints = CheckpointWriter(tmp_path, keep=1)
     for step, score in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 5.0)):
         checkpoints.save(step, {"trainable": {"w": jax.numpy.ones(2) * step}}, {}, score)
     checkpoints.close()
@@ -158,7 +158,7 @@ def test_checkpoints_keep_the_newest_and_the_best(tmp_path):
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
+    checkpoints = CheckpointWriter(tmp_path)
     tree = {"layers/mlp/up": jax.numpy.arange(64.0)}
     checkpoints.save(1, {"trainable": tree}, {})
     checkpoints.wait()
@@ -179,7 +179,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
 
 
 def test_a_fine_tune_stores_its_trainable_tree_alone(adapter, base):
-    leaves = Checkpoints(adapter / "checkpoints").manifest(6)["leaves"]["trainable"]
+    leaves = CheckpointWriter(adapter / "checkpoints").manifest(6)["leaves"]["trainable"]
     assert all(path.endswith(("/a", "/b")) for path in leaves)
     got = load_run(adapter)
     assert fingerprint(got.params) == fingerprint(load_run(base).params) == got.manifest["base"]
@@ -244,7 +244,7 @@ def test_a_run_on_all_rows(base, examples, tmp_path, capsys):
     assert (
         capsys.readouterr().err.count("60 rows: 60 train, 0 choose (validation), 0 judge (test); nothing chooses") == 1
     )
-    assert Checkpoints(tmp_path / "all/checkpoints").best() is None
+    assert CheckpointWriter(tmp_path / "all/checkpoints").best() is None
     main(["eval", run.out, "--json"])
     said = capsys.readouterr()
     assert set(json.loads(said.out)) == {"held_out"}

@@ -7,7 +7,7 @@ import jax
 import pytest
 from graftax import InputError
 from graftax.model import pattern
-from graftax.model.tree import canonical, cut_key, match, named, nearest, nested, runs
+from graftax.model.tree import canonical, did_you_mean, match, named, nested, runs, split_layer_index
 from graftax.peft import masks
 from tiny import make_base, same
 
@@ -25,7 +25,7 @@ def test_canonical_names():
     assert canonical("layers/mlp/up[4:8]") == ("layers/mlp/up", range(4, 8))
     assert canonical("lora/layers/attn/q[1:2]/a") == ("lora/layers/attn/q/a", range(1, 2))
     assert canonical("embed/table") == ("embed/table", None)
-    assert cut_key("layers/mlp/up[4:8]") == ("layers/mlp/up", (4, 8))
+    assert split_layer_index("layers/mlp/up[4:8]") == ("layers/mlp/up", (4, 8))
 
 
 def test_rules_pick_layers_alike_stacked_and_unrolled():
@@ -46,7 +46,7 @@ def test_a_rule_that_would_take_for_ever(base, tmp_path, monkeypatch):
     monkeypatch.setattr(pattern, "SECONDS", 0.05)
     began = time.process_time()
     for file in ("runs/x/config.json", tmp_path / "other.json"):  # a second look at it takes no more time
-        with pytest.raises(InputError) as caught, pattern.patterns_of(file):
+        with pytest.raises(InputError) as caught, pattern.pattern_source(file):
             picked("(.|..|...|....)+[!?]", base)
         assert str(caught.value).startswith(f"{file}: rule '(.|..|...|....)+[!?]' takes more than 0.05 s")
     assert time.process_time() - began < 10
@@ -105,4 +105,4 @@ def test_unknown_mask_names_the_known(base):
 def test_runs_and_nearest():
     assert runs([True, True, False, True]) == [(0, 2), (3, 4)]
     assert runs([]) == []
-    assert "layers/attn/q" in nearest("layers/att/q", ["layers/attn/q", "embed/table"])
+    assert "layers/attn/q" in did_you_mean("layers/att/q", ["layers/attn/q", "embed/table"])

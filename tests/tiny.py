@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from graftax import peft
 from graftax.model import Config, Transformer, init, token_losses
-from graftax.model.sharding import follow, make_mesh, shardings
+from graftax.model.sharding import infer_adapter_shardings, make_mesh, shardings
 from graftax.peft import Method, Subset, chain
 from graftax.train.config import Optim
 from graftax.train.optim import make_optimizer
@@ -105,7 +105,7 @@ def on_mesh(base: Base, method: Method, shape: tuple[int, ...], **kwargs: Any) -
         return frozen, init_state(trainable, tx)
 
     split = shardings(mesh, base.params)
-    where = follow(mesh, begin, base.params, split)
+    where = infer_adapter_shardings(mesh, begin, base.params, split)
     step = jax.jit(make_train_step(base.model, method, tx, **kwargs), out_shardings=(where[1], None))
     return mesh, lambda: jax.jit(begin, out_shardings=where)(jax.device_put(base.params, split)), step
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from .. import InputError, __version__
 from ..bounds import is_text
-from ..model.pattern import patterns_of
-from .cluster.distributed import STOPPED, together
-from .config import MALLOC, Run, close, from_json, method_class
-from .flags import WORDS, meant, parse, take_json
+from ..model.pattern import pattern_source
+from .cluster.distributed import STOPPED, run_processes
+from .config import MALLOC, Run, did_you_mean, from_json, method_class
+from .flags import WORDS, parse, suggestion, take_json
 
 
 def take(args: list[str], flag: str) -> tuple[str | None, list[str]]:
@@ -52,7 +52,7 @@ def run_of(phase: str, args: list[str], also: Sequence[str] = ()) -> Run:
     elif name in mine:
         run = mine[name]()
     elif name:
-        hint = f"; it is one of graftax {recipes[name]().phase}" if name in recipes else close(name, mine)
+        hint = f"; it is one of graftax {recipes[name]().phase}" if name in recipes else did_you_mean(name, mine)
         hint = f"; did you mean {phase} sft --method {name}?" if name in peft.methods else hint
         raise InputError(f"no {phase} recipe {name!r}{hint}; there are {', '.join(mine)}")
     else:
@@ -74,7 +74,7 @@ def _train(phase: str) -> Callable[[list[str]], Any]:
         run = run_of(phase, args)
         from .loop import train
 
-        with patterns_of(args[0]) if args[0].endswith(".json") else contextlib.nullcontext():
+        with pattern_source(args[0]) if args[0].endswith(".json") else contextlib.nullcontext():
             folder = train(run)
         return json.loads((folder / "summary.json").read_text("utf-8")) | {"out": str(folder)}
 
@@ -187,15 +187,15 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(f"the argument {odd!a} is not UTF-8; give Unicode text (or rename the file)")
         processes, rest = take(rest, "--processes")
         if name not in COMMANDS:
-            words = meant(name, WORDS, COMMANDS)
-            hint = f"; did you mean {' or '.join(words)}?" if words else close(name, COMMANDS)
+            words = suggestion(name, WORDS, COMMANDS)
+            hint = f"; did you mean {' or '.join(words)}?" if words else did_you_mean(name, COMMANDS)
             raise InputError(f"no command {name!r}{hint}; there are {', '.join(COMMANDS)}")
         if argv is None:
             keep_memory()
             if name not in READING:
                 keep_compilations()
         if name in ("pretrain", "finetune"):
-            result = together(processes, lambda: COMMANDS[name][1](rest))
+            result = run_processes(processes, lambda: COMMANDS[name][1](rest))
         elif processes:
             raise InputError(f"--processes: only pretrain and finetune run in several processes, not {name}")
         else:

@@ -13,7 +13,7 @@ from rich.text import Text
 from .. import InputError, peft
 from ..bounds import Checked, Count, Seed
 from ..data.columns import Columns
-from ..data.errors import Bad
+from ..data.errors import RowErrors
 from ..data.sft import render_prompt
 from ..data.sources import documents, text_of
 from ..data.tasks.base import Task, same_prompts, tasks, whole_task
@@ -21,7 +21,7 @@ from ..data.tokenizers.tokenizer import train_tokenizer
 from ..model import Sampling, generate, presets, shapes_of
 from ..model.hf.files import nearest_folder
 from ..peft import Subset, masks
-from .config import Optim, check_date, close
+from .config import Optim, check_date, did_you_mean
 from .evaluate import choose, held_out_losses, longest_answer, outputs, scored
 from .inputs import check_file, judged, say, task_of, trained_on
 from .optim import make_optimizer
@@ -67,7 +67,7 @@ class Eval(Checked):
             columns=self.columns or (() if self.task in tasks else got.run.data.columns),
             ignore=self.ignore or (() if self.task in tasks else got.run.data.ignore),
         )  # fmt: skip
-        bad, file = Bad(data.bad, data.bad_cap), self.task or data.test
+        bad, file = RowErrors(data.bad, data.bad_cap), self.task or data.test
         if not file or file in tasks:
             named = dataclasses.replace(data, task=file, valid="", test="") if file else data
             task = task_of(named, bad)
@@ -142,7 +142,7 @@ def shapes_and_config(base: str) -> Any:
     if base in presets:
         return shapes_of(presets[base])
     if not Path(base).exists():
-        near = close(base, presets) or nearest_folder(base)
+        near = did_you_mean(base, presets) or nearest_folder(base)
         raise InputError(f"{base!r} is no preset and no run directory{near}; presets: {', '.join(presets)}")
     return load_run(base).merged
 

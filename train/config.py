@@ -16,7 +16,7 @@ from ..data.errors import Policy
 from ..model import Config, Rope
 from ..model.hf.files import read_json
 from ..peft import Method, Subset
-from .schema import build, close
+from .schema import build, did_you_mean
 
 # Environment in which glibc keeps freed memory and uses huge pages. XLA on CPU allocates a step's temporaries anew in
 # each step (as PyTorch does); with glibc's defaults their page faults cost 10-20 % of a step.
@@ -26,7 +26,9 @@ MALLOC = {
     "MALLOC_TOP_PAD_": str(1 << 28),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
-HOW = {f"model.{k}" for k in ("scan", "remat", "dtype", "logits_dtype", "attention", "family")}  # computed, not what
+RUNTIME_FIELDS = {
+    f"model.{k}" for k in ("scan", "remat", "dtype", "logits_dtype", "attention", "family")
+}  # computed, not what
 ACCEPT = ("data", "tokenizer", "base", "method", "model", "lock")  # what --accept takes
 
 
@@ -138,7 +140,9 @@ class Run(Checked):
             raise InputError(f"--resume {self.resume}: wanted auto, never, or the step of a checkpoint")
         for word in filter(None, self.accept.split(",")):
             if word not in ACCEPT:
-                raise InputError(f"--accept {word}{close(word, ACCEPT)}: wanted {', '.join(ACCEPT)}, commas between")
+                raise InputError(
+                    f"--accept {word}{did_you_mean(word, ACCEPT)}: wanted {', '.join(ACCEPT)}, commas between"
+                )
         if self.quantize and self.phase == "pretrain":
             raise InputError(f"--quantize {self.quantize}: of a frozen base; pretraining has none")
         if self.data.batch % self.accumulate:
@@ -161,20 +165,20 @@ def to_json(run: Run) -> str:
     return json.dumps(tree, indent=1) + "\n"
 
 
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """{dotted name: value} of nested dicts, as in config.json."""
     if isinstance(tree, list):
         tree = dict(enumerate(tree))
     if not isinstance(tree, dict):
         return {prefix: tree}
-    pairs = [flat(v, f"{prefix}.{k}" if prefix else k) for k, v in tree.items()]
+    pairs = [flatten(v, f"{prefix}.{k}" if prefix else k) for k, v in tree.items()]
     return {k: v for pair in pairs for k, v in pair.items()}
 
 
-def held_still(run: Run, manifest: dict[str, Any], where: Path) -> None:
+def check_config_unchanged(run: Run, manifest: dict[str, Any], where: Path) -> None:
     """InputError if config.json no longer says of the model and the method what it said when a checkpoint was saved."""
-    then, now = flat(manifest.get("config", {})), flat(json.loads(to_json(run)))
-    for key in sorted(set(then) & set(now) - HOW):
+    then, now = flatten(manifest.get("config", {})), flatten(json.loads(to_json(run)))
+    for key in sorted(set(then) & set(now) - RUNTIME_FIELDS):
         if key.startswith(("model.", "method.", "quantize", "phase")) and then[key] != now[key]:
             raise InputError(
                 f"{where / 'config.json'}: {key} is {short(now[key])}, but step {manifest['step']} was saved with "
@@ -215,7 +219,7 @@ def method_class(name: str) -> type[Method]:
     """The class of a method's CLI name."""
     if name not in peft.methods:
         raise InputError(
-            f"unknown method {name!r}{close(name, peft.methods)}; there are {', '.join(sorted(peft.methods))}"
+            f"unknown method {name!r}{did_you_mean(name, peft.methods)}; there are {', '.join(sorted(peft.methods))}"
         )
     return peft.methods[name]
 

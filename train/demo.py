@@ -42,7 +42,9 @@ class Demo(Checked):
 def tunings() -> dict[str, tuple[Method, float]]:
     """{name: (method, learning rate over full fine-tuning's)}: full, a mask, and every method in peft/."""
     found: dict[str, tuple[Method, float]] = {"full": (Subset("all"), 1.0), "norms": (Subset("norms"), 30.0)}
-    return found | {name: (cls(), cls.rate) for name, cls in peft.methods.items() if cls.demo and cls is not Subset}
+    return found | {
+        name: (cls(), cls.lr_multiplier) for name, cls in peft.methods.items() if cls.demo and cls is not Subset
+    }
 
 
 def demo(config: Demo) -> dict[str, Any]:

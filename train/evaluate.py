@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..data.columns import chat_of
-from ..data.errors import STRICT, Bad
+from ..data.errors import RAISE, RowErrors
 from ..data.loader import batches
 from ..data.sft import encode_examples, render_prompts
 from ..model import Config, Context, Sampling, Transformer, check_room, generate, token_losses
@@ -131,7 +131,7 @@ def as_written(rows: Sequence[dict[str, Any]], tokenizer: Any) -> list[dict[str,
 
 
 def answerable(
-    rows: Sequence[dict[str, Any]], tokenizer: Any, config: Config, virtual: int = 0, bad: Bad = STRICT
+    rows: Sequence[dict[str, Any]], tokenizer: Any, config: Config, virtual: int = 0, bad: RowErrors = RAISE
 ) -> list[dict[str, Any]]:
     """The rows that `outputs` can answer: the template takes them, and the prompt with the longest answer of all fits
     into the context. `bad` says what becomes of any other; InputError, which names it, if that is an error."""

@@ -129,7 +129,7 @@ def _one_line(box: str) -> str:
     return re.sub(r"\s+", " ", "; ".join(line for line in lines if line)) or "bad command line"
 
 
-def meant(word: str, theirs: Mapping[str, str], ours: Iterable[str]) -> list[str]:
+def suggestion(word: str, theirs: Mapping[str, str], ours: Iterable[str]) -> list[str]:
     """What another library's word is here, as far as it is one of `ours`."""
     known, word = set(ours), plain(word)
     return [text for text, words in theirs.items() if word in words.split() and text.split()[0] in known]
@@ -141,7 +141,7 @@ def nearest_flag(flag: str, flags: Iterable[str]) -> str:
     First the same name with another prefix, then the word of another library, then what is spelt like it.
     """
     names, tail = list(dict.fromkeys(flags)), plain(flag)
-    found = [name for name in names if plain(name) == tail] or meant(tail, FOREIGN, names)[:1]
+    found = [name for name in names if plain(name) == tail] or suggestion(tail, FOREIGN, names)[:1]
     if not found:
         found = difflib.get_close_matches(flag, names, 1, 0.75)
     if not found:

@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import InputError
 from ..data.columns import Columns
-from ..data.errors import STRICT, Bad
+from ..data.errors import RAISE, RowErrors
 from ..data.mixture import Corpus, HeldOut, pretrain_rows
 from ..data.pack import empty_row
 from ..data.python_library import code, prose
@@ -23,14 +23,14 @@ from ..data.tasks.base import Task, file_task, tasks
 from ..data.tokenizers.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from ..model import Config
 from .caches import cache_folder
-from .config import Data, close
+from .config import Data, did_you_mean
 from .evaluate import answerable
 from .progress import console
 
 FEW = 30  # rows: of fewer, each is more than 3 % of a score
 
 
-def domain_documents(data: Data, bad: Bad = STRICT) -> dict[str, Any]:
+def domain_documents(data: Data, bad: RowErrors = RAISE) -> dict[str, Any]:
     """{domain: iterable of documents} of a run's domains. `five:web` reads below --data.root."""
     if not data.domains:
         raise InputError("no domains to pretrain on: give --data.domains NAME SOURCE WEIGHT, or take another recipe")
@@ -43,16 +43,16 @@ def domain_documents(data: Data, bad: Bad = STRICT) -> dict[str, Any]:
                 raise InputError(f"domain {name!r} is read from five_domains: say where it is with --data.root FOLDER")
             key = source[5:]
             if key not in five:
-                raise InputError(f"domain {name!r}: five_domains has no {key!r}{close(key, five)}")
-            found[name] = _Again(five[key])
+                raise InputError(f"domain {name!r}: five_domains has no {key!r}{did_you_mean(key, five)}")
+            found[name] = Reiterable(five[key])
         elif source in ("embedded:code", "embedded:prose"):
-            found[name] = _Again(code if source.endswith("code") else prose)
+            found[name] = Reiterable(code if source.endswith("code") else prose)
         else:
-            found[name] = _Again(lambda source=source: documents(source, bad=bad))
+            found[name] = Reiterable(lambda source=source: documents(source, bad=bad))
     return found
 
 
-class _Again:
+class Reiterable:
     """An iterable that reads its source anew each time, so that no domain's text need stay in memory."""
 
     def __init__(self, read: Any):
@@ -64,12 +64,14 @@ class _Again:
 
 def corpus_and_tokenizer(data: Data, seed: int, work: Path) -> tuple[Corpus, Tokenizer]:
     """A pretraining run's rows and tokenizer; without --data.tokenizer one is trained on the training documents."""
-    bad = Bad(data.bad, data.bad_cap)
+    bad = RowErrors(data.bad, data.bad_cap)
     domains = domain_documents(data, bad)
     if data.tokenizer:
         tokenizer = load_tokenizer(data.tokenizer)
     else:
-        first = domain_documents(data, Bad(data.bad, data.bad_cap))  # what is left out is counted when it is read again
+        first = domain_documents(
+            data, RowErrors(data.bad, data.bad_cap)
+        )  # what is left out is counted when it is read again
         texts = (d.text for docs in first.values() for d in docs if not is_held_out(d.id, data.held_out))
         tokenizer = train_tokenizer(texts, work / "tokenizer.model", data.vocab)
     weights = {name: weight for name, _, weight in data.domains}
@@ -88,7 +90,7 @@ def tuning_rows(
     InputError: a row that is bad, or does not fit, wherever it is; unless --data.bad says otherwise.
     """
     check_rows(tokenizer, V)
-    bad = Bad(data.bad, data.bad_cap)
+    bad = RowErrors(data.bad, data.bad_cap)
     task = task_of(data, bad)
     pairs = training_pairs(task, data, seed)
     bad.rows = max(bad.rows, len(pairs) + len(task.valid) + len(task.test))  # tasks that no reader has counted
@@ -121,12 +123,14 @@ def training_pairs(task: Task, data: Data, seed: int) -> list[tuple[str, dict[st
 def trained_on(data: Data, seed: int) -> list[dict[str, Any]] | None:
     """The training rows of a run, [] for one that has none; None where they cannot be read."""
     try:
-        return [row for _, row in training_pairs(task_of(data, Bad(data.bad, 1.0)), data, seed)] if data.task else []
+        return (
+            [row for _, row in training_pairs(task_of(data, RowErrors(data.bad, 1.0)), data, seed)] if data.task else []
+        )
     except InputError:
         return None
 
 
-def judged(task: Task, tokenizer: Tokenizer, config: Config, virtual: int, bad: Bad) -> Task:
+def judged(task: Task, tokenizer: Tokenizer, config: Config, virtual: int, bad: RowErrors) -> Task:
     """The task, with those of the rows that judge it which are `answerable`. InputError if there were some and none is
     left."""
     rows = task.test or task.valid
@@ -149,7 +153,7 @@ def say_parts(task: Task) -> None:
     console.print(f"{task.name}: {said}", soft_wrap=True)
 
 
-def say(bad: Bad, dropped: int = 0) -> None:
+def say(bad: RowErrors, dropped: int = 0) -> None:
     """Say what was left out. InputError if it is more than the cap."""
     for line in bad.settle():
         console.print(line, soft_wrap=True)
@@ -178,11 +182,11 @@ def check_tokenizer(tokenizer: Tokenizer, digest: str, where: Path) -> None:
 def check_file(name: str) -> str:
     """The name of a file of examples. InputError for what is neither that nor a task."""
     if re.fullmatch(r"(?!hub:)[\w:-]+", name) and not os.path.exists(name):
-        raise InputError(f"no task and no file {name!r}{close(name, tasks)}; tasks: {', '.join(tasks)}")
+        raise InputError(f"no task and no file {name!r}{did_you_mean(name, tasks)}; tasks: {', '.join(tasks)}")
     return name
 
 
-def task_of(data: Data, bad: Bad | None = None) -> Task:
+def task_of(data: Data, bad: RowErrors | None = None) -> Task:
     """The task of a fine-tuning run: a known name below --data.root, or a file of examples, which is cut into parts in
     the same way whatever the run's seed: no seed trains on what another is judged by."""
     if not data.task:
@@ -197,7 +201,7 @@ def task_of(data: Data, bad: Bad | None = None) -> Task:
             raise InputError(f"--data.columns and --data.ignore are of a file; the rows of {data.task!r} are known, "
                              f"drop {' '.join(given)}")  # fmt: skip
         return tasks[data.task](Path(data.root or "."))
-    bad, columns = bad or Bad(data.bad, data.bad_cap), Columns(data.columns, data.ignore)
+    bad, columns = bad or RowErrors(data.bad, data.bad_cap), Columns(data.columns, data.ignore)
     return file_task(check_file(data.task), data.held_out, 0, bad, data.valid, data.test, columns)
 
 

@@ -18,58 +18,58 @@ from ..model.sharding import batch_rows, make_mesh, put_batch
 from . import faults
 from .cluster import distributed
 from .cluster.signals import Stop, Stopped
-from .config import Run, flat, to_json
+from .config import Run, flatten, to_json
 from .health import Health, must_be_finite
 from .optim import schedule
 from .program import KEYS, check_batch, lower
 from .progress import Log, NoLog, console, step_flops
 from .runs import record
-from .runs.checkpoint import Checkpoints
+from .runs.checkpoint import CheckpointWriter
 from .runs.checkpoint_reader import sidecars
 from .runs.lineage import code
 from .runs.lock import Lock
 from .runs.record import evaluate
 from .runs.resume import check_out, dated, find, restore, same_run
-from .setup import Phase, prepare
+from .setup import TrainSetup, prepare
 
 
 def train(run: Run) -> Path:
     """Run a phase to its end and return its directory. Raises InputError, before anything is written, for bad input,
     and Stopped (exit code 75) when a signal ended it and all is saved."""
     folder, writes = Path(run.out), distributed.index() == 0
-    distributed.agree("the command", flat(json.loads(to_json(run))))
+    distributed.check_agreement("the command", flatten(json.loads(to_json(run))))
     check_out(run)
     run, mesh = dated(run), make_mesh(run.mesh)
     check_batch(run, mesh)
     with contextlib.ExitStack() as held, tempfile.TemporaryDirectory() as work, jax.set_mesh(mesh):
         stop = held.enter_context(Stop())
         phase = prepare(run, mesh, Path(work))
-        distributed.share("the checks")  # none finds what process 0 makes now
+        distributed.barrier_gather("the checks")  # none finds what process 0 makes now
         guard: Any = lambda: None  # noqa: E731
         if writes:
             record.make(folder)
             guard = held.enter_context(Lock(folder, "lock" in run.accept.split(","))).check
             check_out(run)  # nobody came before
-        checkpoints = held.enter_context(Checkpoints(folder / "checkpoints", run.keep, guard))
+        checkpoints = held.enter_context(CheckpointWriter(folder / "checkpoints", run.keep, guard))
         step, later = find(phase.run, checkpoints)
         taken = same_run(phase, checkpoints.manifest(step)) if step is not None else []
         if step and step == phase.run.steps and record.complete(folder, step):
             console.print(f"{folder} is complete at step {step}; nothing is left to do", soft_wrap=True)
             return folder
-        course = Course(phase, folder, checkpoints, step, taken)  # a resume that is refused has changed no file
+        course = Runner(phase, folder, checkpoints, step, taken)  # a resume that is refused has changed no file
         if writes:
             record.begin(phase, folder, checkpoints, step or 0, later)
-        distributed.share("the folder of the run")
+        distributed.barrier_gather("the folder of the run")
         if not (folder / "config.json").exists():
             raise InputError(f"--out {folder}: not the folder that process 0 made; all processes must share it")
         summary = _go(phase, folder, course, stop)
         if writes:
             record.finish(run, folder, summary)
-        distributed.share("the end of the run")
+        distributed.barrier_gather("the end of the run")
     return folder
 
 
-def _go(phase: Phase, folder: Path, loop: "Course", stop: Stop) -> dict[str, Any]:
+def _go(phase: TrainSetup, folder: Path, loop: "Runner", stop: Stop) -> dict[str, Any]:
     """The loop proper: from the phase's state to the last step. Returns the summary."""
     run, first, left = phase.run, loop.first, False
     before = record.noted(folder, 0)
@@ -110,7 +110,7 @@ def _go(phase: Phase, folder: Path, loop: "Course", stop: Stop) -> dict[str, Any
     return record.summary(phase, folder, before, found or late, cost) if distributed.index() == 0 else {}
 
 
-def _evaluated(loop: "Course", stop: Stop, i: int, last: bool) -> dict[str, Any] | None:
+def _evaluated(loop: "Runner", stop: Stop, i: int, last: bool) -> dict[str, Any] | None:
     """The losses at a step and, at the last one, the scores, which only begin when its checkpoint is on the disk; None
     if a signal ended that. What has been trained is not lost by an evaluation that fails."""
     phase = loop.phase
@@ -129,10 +129,12 @@ def _evaluated(loop: "Course", stop: Stop, i: int, last: bool) -> dict[str, Any]
     return None if scores is None else found | scores
 
 
-class Course:
+class Runner:
     """Where a run is in its rows, and what of it is neither logged nor saved yet."""
 
-    def __init__(self, phase: Phase, folder: Path, checkpoints: Checkpoints, at: int | None, taken: list[str]):
+    def __init__(
+        self, phase: TrainSetup, folder: Path, checkpoints: CheckpointWriter, at: int | None, taken: list[str]
+    ):
         run = phase.run
         self.phase, self.folder, self.checkpoints = phase, folder, checkpoints
         start, self.seen = restore(phase, checkpoints, at) if at is not None else (0, 0)
@@ -142,7 +144,7 @@ class Course:
         self.saved, self.pending = at or 0, []
         self.held, self.counted = batch_rows(phase.mesh, run.data.batch)
         self.loader = Loader(phase.rows, run.data.batch, start=start, held=self.held)
-        self.put, self.rate = put_batch(phase.mesh, run.data.batch), schedule(run.optim, run.steps)
+        self.put, self.schedule = put_batch(phase.mesh, run.data.batch), schedule(run.optim, run.steps)
         self.health = Health(run, phase.rows, start, self.first)
         told = checkpoints.manifest(at).get("accepted", []) if at is not None else []
         self.accepted = [*told, *taken]
@@ -178,7 +180,7 @@ class Course:
         if rows:
             data = self.phase.run.data
             self.updates += sum(bool(row["ok"]) for row in rows)
-            lr = float(self.rate(max(self.updates - 1, 0)))  # of the last update: a skipped step uses none
+            lr = float(self.schedule(max(self.updates - 1, 0)))  # of the last update: a skipped step uses none
             log.step(self.done, _means(rows) | {"lr": lr}, len(rows) * data.batch * data.T)
             self.health.see(self.done, rows)
 
@@ -195,7 +197,7 @@ class Course:
         self.checkpoints.save(self.done, items, meta, score)
 
 
-def _log(phase: Phase, folder: Path, first: int) -> Any:
+def _log(phase: TrainSetup, folder: Path, first: int) -> Any:
     run, tokens = phase.run, phase.run.data.batch * phase.run.data.T
     flops = step_flops(phase.model.config, phase.totals["base"], phase.totals["trainable"], tokens, run.data.T)
     make = NoLog if distributed.index() else Log
@@ -208,7 +210,7 @@ def row_sum(places: np.ndarray, rows: np.ndarray) -> int:
     return sum(int.from_bytes(hashlib.sha256(pair.tobytes()).digest(), "big") for pair in pairs)
 
 
-def compile_step(phase: Phase) -> tuple[Any, dict[str, Any]]:
+def compile_step(phase: TrainSetup) -> tuple[Any, dict[str, Any]]:
     """The compiled step, and what the compiler says of its time and memory."""
     began = time.perf_counter()
     lowered, options = lower(phase)
@@ -228,9 +230,9 @@ def _means(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {"loss": loss, "targets": targets, **mean, "skipped": len(rows) - sum(bool(r["ok"]) for r in rows)}
 
 
-def _meta(phase: Phase, loader: Loader, seen: int) -> dict[str, Any]:
+def _meta(phase: TrainSetup, loader: Loader, seen: int) -> dict[str, Any]:
     """What a checkpoint says besides its arrays."""
-    rows = sum(int(part) for part in distributed.share("the rows of a checkpoint", str(seen)))
+    rows = sum(int(part) for part in distributed.barrier_gather("the rows of a checkpoint", str(seen)))
     return {
         "phase": phase.run.phase,
         "config": json.loads(to_json(phase.run)),

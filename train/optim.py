@@ -12,7 +12,7 @@ from jax import Array
 from .. import InputError
 from ..model.tree import Rules, is_stacked, match, paths, uniform
 from ..peft import Method
-from ..peft.targets import on
+from ..peft.targets import is_on
 from .config import Optim
 
 
@@ -59,12 +59,12 @@ def make_optimizer(
         scaled = adam
     decay = decay_mask(optim, trainable, method)
     return optax.chain(
-        optax.clip_by_global_norm(optim.clip) if on(optim.clip) else optax.identity(),
+        optax.clip_by_global_norm(optim.clip) if is_on(optim.clip) else optax.identity(),
         scaled,
-        _add_decay(optim.weight_decay, decay) if on(optim.weight_decay) else optax.identity(),
+        _add_decay(optim.weight_decay, decay) if is_on(optim.weight_decay) else optax.identity(),
         _times(_groups(optim, trainable)) if optim.groups else optax.identity(),
         optax.scale_by_learning_rate(schedule(optim, steps)),
-        method.transform(steps) if method else optax.identity(),
+        method.update_transform(steps) if method else optax.identity(),
     )
 
 

@@ -9,9 +9,9 @@ from jax.sharding import AbstractMesh
 
 from .. import InputError
 from ..model import Config, Transformer, shapes_of
-from ..model.backend import backend, meant_for
+from ..model.backend import backend, target_backend
 from ..model.quantize import quantize
-from ..model.sharding import batch_sharding, follow, shardings
+from ..model.sharding import batch_sharding, infer_adapter_shardings, shardings
 from ..peft import partition
 from .config import Run
 from .optim import make_optimizer
@@ -61,7 +61,7 @@ def start(run: Run, shapes: Any) -> Start:
 def layout(run: Run, mesh: Any, shapes: Any) -> Layout:
     """The layout of a run on a mesh from the shapes of its base. Raises InputError for what does not divide."""
     split, first = shardings(mesh, shapes), start(run, shapes)
-    frozen, state = follow(mesh, first.begin, shapes, split)
+    frozen, state = infer_adapter_shardings(mesh, first.begin, shapes, split)
     if run.offload:
         state = state._replace(opt_state=on_host(first.made[1].opt_state, state.opt_state, mesh))
     return Layout(*first, (frozen, state))
@@ -93,7 +93,7 @@ def lower(phase: Any) -> tuple[Any, Any]:
     shape, split = (run.data.batch, run.data.T), batch_sharding(phase.mesh)
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, dtype in KEYS.items()}
     where = jax.tree.map(lambda x: x.sharding, phase.state)
-    with meant_for(platform):
+    with target_backend(platform):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, None))
         lowered = jitted.lower(phase.state, phase.frozen, batch)
         return lowered, compiler_options(phase.frozen, phase.model)

@@ -19,21 +19,21 @@ def build(cls: Any, tree: Any, where: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in tree:
         if key not in fields:
-            raise InputError(f"{where}: unknown key {reprlib.repr(key)}{close(key, fields) or '; remove it'}")
+            raise InputError(f"{where}: unknown key {reprlib.repr(key)}{did_you_mean(key, fields) or '; remove it'}")
     for name, f in fields.items():
         if name not in tree and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise InputError(f"{where}: has no {name!r}; {said(get_type_hints(cls)[name])} is wanted")
+            raise InputError(f"{where}: has no {name!r}; {type_name(get_type_hints(cls)[name])} is wanted")
     hints, values = get_type_hints(cls), {key: _tuples(value) for key, value in tree.items()}
     for key, value in values.items():
-        if not fits(value, hints[key]):
-            raise InputError(f"{where}: {key!r} is {reprlib.repr(tree[key])}; {said(hints[key])} is wanted")
+        if not matches_type(value, hints[key]):
+            raise InputError(f"{where}: {key!r} is {reprlib.repr(tree[key])}; {type_name(hints[key])} is wanted")
     try:
         return cls(**values)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
 
 
-def fits(value: Any, hint: Any) -> bool:
+def matches_type(value: Any, hint: Any) -> bool:
     """Whether a value has a field's type; 1 is a float, but true is no number, and NaN none that is wanted."""
     kind, args = get_origin(hint), get_args(hint)
     if hint is Any:
@@ -41,10 +41,10 @@ def fits(value: Any, hint: Any) -> bool:
     if kind is Literal:
         return any(type(value) is type(one) and value == one for one in args)
     if kind in (Union, UnionType):
-        return any(fits(value, one) for one in args)
+        return any(matches_type(value, one) for one in args)
     if kind is tuple:
         args = args[:1] * len(value) if isinstance(value, tuple) and args[-1] is Ellipsis else args
-        return isinstance(value, tuple) and len(value) == len(args) and all(map(fits, value, args))
+        return isinstance(value, tuple) and len(value) == len(args) and all(map(matches_type, value, args))
     if hint is float and type(value) is float:
         return math.isfinite(value)
     if hint in (int, float):
@@ -52,19 +52,23 @@ def fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def said(hint: Any) -> str:
+def type_name(hint: Any) -> str:
     """A type in words."""
     kind, args = get_origin(hint), get_args(hint)
     if kind is Literal:
         return "one of " + ", ".join(repr(one) for one in args)
     if kind in (Union, UnionType):
-        return " or ".join(map(said, args))
+        return " or ".join(map(type_name, args))
     if kind is tuple:
-        return f"a list of {said(args[0])} each" if args[-1] is Ellipsis else f"a list [{', '.join(map(said, args))}]"
+        return (
+            f"a list of {type_name(args[0])} each"
+            if args[-1] is Ellipsis
+            else f"a list [{', '.join(map(type_name, args))}]"
+        )
     return _NAMES.get(hint) or f"a {hint.__name__} as an object"
 
 
-def close(name: Any, names: Any) -> str:
+def did_you_mean(name: Any, names: Any) -> str:
     """`; did you mean x?` or nothing, whatever the case, dashes and underscores."""
     plain = {str(one).lower().replace("-", "_"): one for one in names}
     found = difflib.get_close_matches(str(name).lower().replace("-", "_"), list(plain), 1)

@@ -20,13 +20,13 @@ from .progress import console
 from .runs import report
 from .runs.added_tokens import untrained
 from .runs.digests import contents
-from .runs.layout import laid
-from .runs.load import numerics, place
+from .runs.layout import set_layout
+from .runs.load import resolve_path, with_compute_dtype
 from .step import State
 
 
 @dataclasses.dataclass
-class Phase:
+class TrainSetup:
     """All that a run needs in memory before its first step."""
 
     run: Run
@@ -49,12 +49,12 @@ class Phase:
     added: dict[str, int] = dataclasses.field(default_factory=dict)  # added tokens whose rows stay untrained, and ids
 
 
-def prepare(run: Run, mesh: Any, work: Path) -> Phase:
+def prepare(run: Run, mesh: Any, work: Path) -> TrainSetup:
     """Read and check everything, say what trains, and lay it out on the mesh. Writes nothing outside `work`."""
     return (_pretraining if run.phase == "pretrain" else _tuning)(run, mesh, work)
 
 
-def _pretraining(run: Run, mesh: Any, work: Path) -> Phase:
+def _pretraining(run: Run, mesh: Any, work: Path) -> TrainSetup:
     if run.model is None:
         raise InputError("pretraining needs an architecture: take a recipe that has one, or set --model")
     if run.data.valid or run.data.test:
@@ -63,9 +63,9 @@ def _pretraining(run: Run, mesh: Any, work: Path) -> Phase:
         raise InputError(f"--steps {run.steps}: pretraining wants 1 or more")
     check_lengths(run.data, run.model.context)
     corpus, tokenizer = corpus_and_tokenizer(run.data, run.seed, work)
-    config = laid(dataclasses.replace(run.model, V=tokenizer.vocab_size), run.layers)
+    config = set_layout(dataclasses.replace(run.model, V=tokenizer.vocab_size), run.layers)
     run = dataclasses.replace(run, model=config)
-    _few(sum(corpus.rows.values()), run)
+    _warn_few_rows(sum(corpus.rows.values()), run)
     console.print("tokens a domain: " + " · ".join(f"{k} {v:,}" for k, v in corpus.tokens.items()))
     split = shardings(mesh, shapes_of(config))
     params = jax.jit(init, static_argnums=0, out_shardings=split)(config, jax.random.key(run.seed))
@@ -74,19 +74,19 @@ def _pretraining(run: Run, mesh: Any, work: Path) -> Phase:
     return phase
 
 
-def _tuning(run: Run, mesh: Any, work: Path) -> Phase:
+def _tuning(run: Run, mesh: Any, work: Path) -> TrainSetup:
     if not run.base:
         raise InputError("fine-tuning starts from a base: give --base RUN, a Hugging Face folder, or a hub id")
-    distributed.agree("the base", {"base": contents(Path(run.base))})
+    distributed.check_agreement("the base", {"base": contents(Path(run.base))})
     base = load_base(run, mesh)
-    config = numerics(base.config, run.dtype, run.remat)
+    config = with_compute_dtype(base.config, run.dtype, run.remat)
     method = resolve_method(run.method, base.tokenizer, run.seed)
     virtual = virtual_tokens(method, base.base)
     check_lengths(run.data, config.context, virtual if config.learned_positions else 0)
     task, sft = tuning_rows(run.data, run.seed, base.tokenizer, config.V, config, virtual)
     steps = run.steps or max(round(run.epochs * len(sft.rows) / run.data.batch), 1)
-    run = dataclasses.replace(run, steps=steps, base=place(run.base), method=method)
-    _few(len(sft.rows), run)
+    run = dataclasses.replace(run, steps=steps, base=resolve_path(run.base), method=method)
+    _warn_few_rows(len(sft.rows), run)
     share = sft.tokens / (len(sft.rows) * run.data.T)
     rows = f"{sft.examples:,} examples in {len(sft.rows):,} rows of {run.data.T} ({share:.0%} filled)"
     say_parts(task)
@@ -97,11 +97,11 @@ def _tuning(run: Run, mesh: Any, work: Path) -> Phase:
     phase.task, phase.base, phase.lineage, phase.added = task, mark, base.lineage, added
     phase.valid = sft.valid
     phase.facts = {"examples": sft.examples, "target tokens": sft.target_tokens}
-    distributed.agree("the base", {"base": mark})
+    distributed.check_agreement("the base", {"base": mark})
     return phase
 
 
-def _few(rows: int, run: Run) -> None:
+def _warn_few_rows(rows: int, run: Run) -> None:
     if rows < (batch := run.data.batch):
         said = f"{rows} rows are fewer than the {batch} of a batch: rows stand in a step more than once"
         console.print(said, soft_wrap=True)
@@ -125,10 +125,10 @@ def resolve_method(method: Any, tokenizer: Any, seed: int | None = None) -> Any:
 
 def _assemble(
     run: Run, mesh: Any, config: Config, params: Any, rows: Any, digest: str, tokenizer: Any, held_out: Any
-) -> Phase:
+) -> TrainSetup:
     """Split the base by the method, lay everything out on the mesh, and say what trains. `params` is used up."""
     method, shapes = run.method, jax.eval_shape(lambda: params)
-    distributed.agree("the data", {"data": digest, "tokenizer": tokenizer.digest})
+    distributed.check_agreement("the data", {"data": digest, "tokenizer": tokenizer.digest})
     begin, tx, trainable, _, where = layout(run, mesh, shapes)
     name = type(method).__name__.lower()
     title = f"{run.phase} {run.recipe} · {name} · {run.optim.name} lr {run.optim.lr:g} · {run.steps} steps"
@@ -137,6 +137,6 @@ def _assemble(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Some donated buffers were not usable")
         frozen, state = jax.jit(begin, out_shardings=where, donate_argnums=0)(params)
-    return Phase(
+    return TrainSetup(
         run, mesh, Transformer(config), method, frozen, state, tx, rows, digest, tokenizer, held_out, totals=totals
     )

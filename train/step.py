@@ -48,12 +48,12 @@ def make_loss(
     """
 
     def loss(trainable: Any, frozen: Any, batch: Batch, key: Array | None = None) -> tuple[Array, Array]:
-        bound = method.bind(frozen, trainable) if key is None else method.noisy(frozen, trainable, key)
+        bound = method.bind(frozen, trainable) if key is None else method.bind_train(frozen, trainable, key)
         nll_BT = token_losses(model, bound, batch, method.context(trainable), chunk)
         # where, not times: what an unwanted position computed, NaN included, must not count.
         total = jnp.sum(jnp.where(batch["weights"] > 0, nll_BT * batch["weights"], 0.0))
         targets = jnp.sum(batch["weights"])
-        return total if key is None else total + targets * method.penalty(trainable), targets
+        return total if key is None else total + targets * method.aux_loss(trainable), targets
 
     return loss
 

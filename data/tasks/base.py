@@ -12,7 +12,7 @@ from typing import Any
 from ... import InputError
 from ..columns import Columns, chat_of
 from ..dialogue import Chat
-from ..errors import STRICT, Bad
+from ..errors import RAISE, RowErrors
 from ..sources import is_held_out
 from ..sources import rows as source_rows
 
@@ -99,7 +99,7 @@ def row_of(chat: Chat, where: str) -> Row:
     return {"prompt": prompt, "completion": last["content"] or "", "where": where, "chat": chat}
 
 
-def file_rows(path: Path | str, bad: Bad = STRICT, columns: Columns = Columns()) -> list[Row]:  # noqa: B008
+def file_rows(path: Path | str, bad: RowErrors = RAISE, columns: Columns = Columns()) -> list[Row]:  # noqa: B008
     """All rows of a file of examples, checked. InputError: a bad row, unless `bad` says otherwise, or none left."""
     rows: list[Row] = []
     for where, row in source_rows(str(path), bad):
@@ -112,7 +112,7 @@ def file_rows(path: Path | str, bad: Bad = STRICT, columns: Columns = Columns())
 
 
 def file_task(
-    path: Path | str, fraction: float, seed: int = 0, bad: Bad = STRICT, valid: str = "", test: str = "",
+    path: Path | str, fraction: float, seed: int = 0, bad: RowErrors = RAISE, valid: str = "", test: str = "",
     columns: Columns = Columns(),  # noqa: B008
 ) -> Task:  # fmt: skip
     """The rows of a file to train on, and rows to choose by (valid) and to judge on (test). Score: exact match.
@@ -151,7 +151,7 @@ def file_task(
 
 
 def whole_task(
-    path: Path | str, bad: Bad = STRICT, train: Sequence[Row] = (), columns: Columns = Columns()  # noqa: B008
+    path: Path | str, bad: RowErrors = RAISE, train: Sequence[Row] = (), columns: Columns = Columns()  # noqa: B008
 ) -> Task:  # fmt: skip
     """All rows of a file to judge on, by exact match. Its choices are those of `train` if they are this file's too."""
     rows = file_rows(path, bad, columns)

@@ -20,7 +20,7 @@ import numpy as np
 
 from ... import InputError
 from ..dialogue import Chat, Message, as_chat, strings
-from ..errors import STRICT, Bad
+from ..errors import RAISE, RowErrors
 from .tokenizer import Tokenizer
 
 Chats = Sequence[tuple[str, Chat]]  # (where it comes from, a dialogue)
@@ -46,7 +46,7 @@ def render(
     chats: Sequence[tuple[str, Chat | list[Message]]],
     *,
     add_generation_prompt: bool = False,
-    bad: Bad = STRICT,
+    bad: RowErrors = RAISE,
 ) -> list[Rendered]:
     """What the template makes of `chats`, all in one child process; a generation prompt has no spans.
 
@@ -65,7 +65,7 @@ def today() -> str:
     return datetime.date.today().isoformat()
 
 
-def _render(tokenizer: Tokenizer, chats: Chats, prompt: bool, spans: bool, bad: Bad = STRICT) -> list[Rendered]:
+def _render(tokenizer: Tokenizer, chats: Chats, prompt: bool, spans: bool, bad: RowErrors = RAISE) -> list[Rendered]:
     rendered, left, special = [LEFT_OUT] * len(chats), [], re.compile(_special(tokenizer))
     for i, (where, chat) in enumerate(chats):
         with bad:
@@ -189,7 +189,7 @@ def _replies(out: bytes) -> list[dict]:
     return [json.loads(line) for line in out.split(b"\n")[:-1]]
 
 
-def encode_chats(tokenizer: Tokenizer, chats: Chats, bad: Bad = STRICT) -> Iterator[tuple[list[int], list[int]]]:
+def encode_chats(tokenizer: Tokenizer, chats: Chats, bad: RowErrors = RAISE) -> Iterator[tuple[list[int], list[int]]]:
     """(ids, weights) of each chat: weight 1 on the assistant's tokens, 0 elsewhere; ([], []) if it is left out."""
     rendered = render(tokenizer, chats, bad=bad)
     for n, (encoding, one) in enumerate(zip(_encodings(tokenizer, rendered), rendered, strict=True)):
@@ -202,7 +202,7 @@ def encode_chats(tokenizer: Tokenizer, chats: Chats, bad: Bad = STRICT) -> Itera
         yield ids, weights
 
 
-def encode_prompts(tokenizer: Tokenizer, chats: Chats, bad: Bad = STRICT) -> list[list[int]]:
+def encode_prompts(tokenizer: Tokenizer, chats: Chats, bad: RowErrors = RAISE) -> list[list[int]]:
     """The ids that a reply to each chat is generated from; [] for one that is left out."""
     rendered = render(tokenizer, chats, add_generation_prompt=True, bad=bad)
     return [encoding.ids for encoding in _encodings(tokenizer, rendered)]

@@ -12,7 +12,7 @@ import numpy as np
 from ... import InputError
 from ...model import Config
 from ...model.hf.files import empty, header, read_json
-from ...model.pattern import patterns_of
+from ...model.pattern import pattern_source
 from ..base import Method
 from .build import build
 from .constants import ask, constants, held, joined, parted, remember
@@ -32,7 +32,7 @@ def method_from_config(adapter_config: Mapping[str, Any], config: Config) -> Met
     (VeRA's projections, SHiRA's places) is drawn from a seed here; `load` takes the file's.
     """
     c = complete(adapter_config, CONFIG)
-    with patterns_of(CONFIG):
+    with pattern_source(CONFIG):
         return build(c, config, CONFIG)
 
 
@@ -47,7 +47,7 @@ def load(folder: str | Path, config: Config, params: Any) -> tuple[Method, Any]:
         raise InputError(f"{folder}: has no {CONFIG}; give the folder that save_pretrained wrote")
     c = complete(read_json(folder / CONFIG), str(folder / CONFIG))
     tensors = read(folder)
-    with patterns_of(folder / CONFIG):
+    with pattern_source(folder / CONFIG):
         method = build(ask(c, tensors), config, str(folder / CONFIG))
     structure = jax.eval_shape(method.init, jax.random.key(0), params)
     tensors = parted(c, tensors, structure, folder)

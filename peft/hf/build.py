@@ -7,7 +7,7 @@ from typing import Any
 from ... import InputError
 from ...model import Config, shapes_of
 from ...model.pattern import pattern
-from ...model.tree import named, nearest
+from ...model.tree import did_you_mean, named
 from ..base import Method, chain
 from .names import Module, family_of, modules, resolve, rules_of, where_of
 from .types import Kind, kinds
@@ -155,7 +155,7 @@ def _beside(
         if config.tied and found.pop("lm_head", None):
             first.append(_class("Head")())
         elif not found:
-            raise InputError(f"{where}: modules_to_save {name!r} is no module of this base{nearest(name, every)}")
+            raise InputError(f"{where}: modules_to_save {name!r} is no module of this base{did_you_mean(name, every)}")
         if config.tied and any(at.path == "embed/table" for at in found.values()):
             first.append(_class("Lookup")())  # HF PEFT trains a copy for the lookup alone
         else:

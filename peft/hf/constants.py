@@ -14,7 +14,7 @@ from ...model.tree import named
 from ..base import Chain, Method
 from ..methods import randlora, shira, vera
 from ..random_projections import sides, widest
-from ..targets import Given
+from ..targets import FixedArrays
 from . import torch_random
 from .entries import Entry, parts, shapes_like
 from .names import PREFIX, Module, modules
@@ -117,7 +117,7 @@ def _projections(part: Any, c: Mapping[str, Any], tensors: Tensors, tree: Any, p
         if x is None or x.shape != shape:
             raise InputError(f"{where}: {name} {'is missing' if x is None else list(x.shape)}, wanted {list(shape)}")
     pair = {"a": np.float32(pair[0]), "b": np.float32(pair[1])}
-    return dataclasses.replace(part, given=Given(**pair, **({"drawn": np.True_} if drawn else {})))
+    return dataclasses.replace(part, given=FixedArrays(**pair, **({"drawn": np.True_} if drawn else {})))
 
 
 def _places(part: Any, tensors: Tensors, found: list[Entry], tree: Any, params: Any, where: Path) -> Any:
@@ -135,7 +135,7 @@ def _places(part: Any, tensors: Tensors, found: list[Entry], tree: Any, params: 
         rows.setdefault(e.key, []).append(at.T)
     stacked = {e.key for e in found if e.layer is not None}
     found_at = {key: np.stack(x) if key in stacked else x[0] for key, x in rows.items()}
-    return dataclasses.replace(part, given=Given(**found_at))
+    return dataclasses.replace(part, given=FixedArrays(**found_at))
 
 
 def _tables(tensors: Tensors, found: list[Entry], params: Any, where: Path) -> Tensors:

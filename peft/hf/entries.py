@@ -11,11 +11,11 @@ import numpy as np
 from ... import InputError
 from ...model import Config, shapes_of
 from ...model.hf.families import families
-from ...model.tree import canonical, cut_key, is_stacked
+from ...model.tree import canonical, is_stacked, split_layer_index
 from ..base import Chain, Method
 from ..methods.subset import Subset
 from .names import PREFIX, Module, family_of, modules
-from .types import SAME, TURNED, Form, kinds
+from .types import IDENTITY, TRANSPOSED, Form, kinds
 
 
 class Entry(NamedTuple):
@@ -81,7 +81,7 @@ def entries(method: Method, structure: Any, config: Config) -> list[Entry]:
 def _layers(key: str, arrays: Any) -> Iterator[tuple[int | None, tuple[str, int | None]]]:
     """(index into the array, (path, layer of the model)) of each layer that a key holds."""
     (path, layers), depth = canonical(key), jax.tree.leaves(arrays)[0].shape[0] if jax.tree.leaves(arrays) else 0
-    if not is_stacked(cut_key(key)[0]):
+    if not is_stacked(split_layer_index(key)[0]):
         yield None, (path, layers[0] if layers else None)
         return
     for i, layer in enumerate(layers or range(depth)):
@@ -98,21 +98,21 @@ def _names(
         yield from _absolute(place, mods, config, beside, touched)
         return
     if type(part).__name__ == "Head":
-        yield "head", f"{PREFIX}lm_head.weight", TURNED
+        yield "head", f"{PREFIX}lm_head.weight", TRANSPOSED
         return
     if type(part).__name__ == "Lookup":
-        yield "table", f"{PREFIX}{next(m for m, at in mods.items() if at.path == path)}.weight", SAME
+        yield "table", f"{PREFIX}{next(m for m, at in mods.items() if at.path == path)}.weight", IDENTITY
         return
     if kind == "PREFIX_TUNING":  # joined in the file
-        yield "", f"prompt_embeddings.{layer}.{path[-1]}", SAME
+        yield "", f"prompt_embeddings.{layer}.{path[-1]}", IDENTITY
         return
     module = next((m for m, at in mods.items() if (at.path, at.layer) == (path, layer)), None)
     if not kind or module is None:
         raise InputError(f"{type(part).__name__} of {key}: HF PEFT has no file for it; merge it: --format hf")
     if kind == "TRAINABLE_TOKENS":
-        yield "rows", f"{PREFIX}{module}.{'token_adapter.' if beside else ''}trainable_tokens_delta", SAME
+        yield "rows", f"{PREFIX}{module}.{'token_adapter.' if beside else ''}trainable_tokens_delta", IDENTITY
         if config.tied and not beside:
-            yield "rows", f"{PREFIX}lm_head.trainable_tokens_delta", SAME
+            yield "rows", f"{PREFIX}lm_head.trainable_tokens_delta", IDENTITY
         return
     if kind == "ADAPTION_PROMPT":
         module = module.rsplit(".", 1)[0]
@@ -148,7 +148,7 @@ def _absolute(
             middle = "ln_tuning_layers."
         turned = at.kind == "matrix" and what == "weight"
         turned &= not families[family_of(config)].conv1d or at.path == "head/matrix"
-        yield "", f"{PREFIX}{module}.{middle}{what}", TURNED if turned else SAME
+        yield "", f"{PREFIX}{module}.{middle}{what}", TRANSPOSED if turned else IDENTITY
         return
     raise InputError(f"{place[0]}: transformers has no module of that name")
 

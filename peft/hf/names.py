@@ -9,7 +9,7 @@ from ...model import Config, shapes_of
 from ...model.hf.config import config_to_hf
 from ...model.hf.families import families
 from ...model.pattern import pattern
-from ...model.tree import is_stacked, named, nearest, runs
+from ...model.tree import did_you_mean, is_stacked, named, runs
 
 PREFIX = "base_model.model."
 _QV, _C = ("q_proj", "v_proj"), ("c_attn",)
@@ -86,7 +86,7 @@ def resolve(c: Mapping[str, Any], config: Config, where: str) -> dict[str, Modul
     if not picked:
         names = {m.split(".")[-1] for m in found}
         wanted = wanted if isinstance(wanted, str) else ", ".join(sorted(wanted))
-        raise InputError(f"{where}: target_modules {wanted} match no module of this base{nearest(wanted, names)}")
+        raise InputError(f"{where}: target_modules {wanted} match no module of this base{did_you_mean(wanted, names)}")
     return {m: found[m] for m in picked}
 
 

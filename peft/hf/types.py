@@ -21,8 +21,8 @@ class Form(NamedTuple):
     slope: Callable[[Any], Any] | None = None
 
 
-SAME = Form(lambda x: x, lambda x: x)
-TURNED = Form(lambda x: x.T, lambda x: x.T)
+IDENTITY = Form(lambda x: x, lambda x: x)
+TRANSPOSED = Form(lambda x: x.T, lambda x: x.T)
 COLUMN = Form(lambda x: x[:, 0], lambda x: x[:, None])
 ROW = Form(lambda x: x[0], lambda x: x[None])
 _NOTHING = lambda c, module: {}  # noqa: E731
@@ -106,9 +106,9 @@ kinds: dict[str, Kind] = {
     "LORA": Kind(
         ("LoRA", "RsLoRA", "DoRA", "LoRABias", "PiSSA", "OLoRA", "LoRAPlus", "LoRAFA", "LoRAHead"),
         {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}, {**_COMMON, **_LORA},
-        {"a": ("lora_A.weight", TURNED), "b": ("lora_B.weight", TURNED), "c": ("lora_B.bias", SAME),
-         "m": ("lora_magnitude_vector", SAME)},
-        {"a": ("lora_embedding_A", TURNED), "b": ("lora_embedding_B", TURNED), "m": ("lora_magnitude_vector", SAME)},
+        {"a": ("lora_A.weight", TRANSPOSED), "b": ("lora_B.weight", TRANSPOSED), "c": ("lora_B.bias", IDENTITY),
+         "m": ("lora_magnitude_vector", IDENTITY)},
+        {"a": ("lora_embedding_A", TRANSPOSED), "b": ("lora_embedding_B", TRANSPOSED), "m": ("lora_magnitude_vector", IDENTITY)},
         _BOTH, {"rank": "ranks", "alpha": "alphas"}, _lora, _write_lora),
     "ADALORA": Kind(
         ("AdaLoRA",),
@@ -117,81 +117,81 @@ kinds: dict[str, Kind] = {
         {**_COMMON, "init_r": 12, "target_r": 8, "lora_alpha": 8, "tinit": 0, "tfinal": 0, "deltaT": 1, "beta1": 0.85,
          "beta2": 0.85, "orth_reg_weight": 0.5, "rank_pattern": None, "r": 8, "total_step": None,
          "init_lora_weights": True},
-        {"a": ("lora_A", TURNED), "e": ("lora_E", COLUMN), "b": ("lora_B", TURNED)}, varies={"kept": "ranks"},
+        {"a": ("lora_A", TRANSPOSED), "e": ("lora_E", COLUMN), "b": ("lora_B", TRANSPOSED)}, varies={"kept": "ranks"},
         read=_adalora),
     "VERA": Kind(
         ("VeRA",), {"r": "rank", "d_initial": "d_initial", "projection_prng_key": "seed"},
         {**_COMMON, "r": 256, "d_initial": 0.1, "projection_prng_key": 0, "save_projection": True},
-        {"b": ("vera_lambda_b", SAME), "d": ("vera_lambda_d", SAME)}, write=_projections),
+        {"b": ("vera_lambda_b", IDENTITY), "d": ("vera_lambda_d", IDENTITY)}, write=_projections),
     "RANDLORA": Kind(
         ("RandLoRA",), {"r": "rank", "randlora_alpha": "alpha", "projection_prng_key": "seed"},
         {**_COMMON, "r": 32, "randlora_alpha": 640, "projection_prng_key": 0, "save_projection": True, "sparse": False,
          "very_sparse": False},
-        {"lam": ("randlora_lambda", SAME), "gamma": ("randlora_gamma", SAME)}, read=_randlora,
+        {"lam": ("randlora_lambda", IDENTITY), "gamma": ("randlora_gamma", IDENTITY)}, read=_randlora,
         write=lambda m: {"sparse": m.sparse == "sparse", "very_sparse": m.sparse == "very_sparse"} | _projections(m)),
     "LOHA": Kind(
         ("LoHa",), {"r": "rank", "alpha": "alpha"},
         {**_COMMON, "r": 8, "alpha": 8, "rank_pattern": {}, "alpha_pattern": {}},
-        {"b1": ("hada_w1_a", TURNED), "a1": ("hada_w1_b", TURNED), "b2": ("hada_w2_a", TURNED),
-         "a2": ("hada_w2_b", TURNED)}, patterns=_BOTH),
+        {"b1": ("hada_w1_a", TRANSPOSED), "a1": ("hada_w1_b", TRANSPOSED), "b2": ("hada_w2_a", TRANSPOSED),
+         "a2": ("hada_w2_b", TRANSPOSED)}, patterns=_BOTH),
     "LOKR": Kind(
         ("LoKr",), {"r": "rank", "alpha": "alpha", "decompose_factor": "factor", "decompose_both": "both"},
         {**_COMMON, "r": 8, "alpha": 8, "rank_pattern": {}, "alpha_pattern": {}, "decompose_factor": -1,
          "decompose_both": False},
-        {"k1": ("lokr_w1", TURNED), "b1": ("lokr_w1_a", TURNED), "a1": ("lokr_w1_b", TURNED),
-         "k2": ("lokr_w2", TURNED), "b2": ("lokr_w2_a", TURNED), "a2": ("lokr_w2_b", TURNED)}, patterns=_BOTH),
+        {"k1": ("lokr_w1", TRANSPOSED), "b1": ("lokr_w1_a", TRANSPOSED), "a1": ("lokr_w1_b", TRANSPOSED),
+         "k2": ("lokr_w2", TRANSPOSED), "b2": ("lokr_w2_a", TRANSPOSED), "a2": ("lokr_w2_b", TRANSPOSED)}, patterns=_BOTH),
     "OFT": Kind(
         ("OFT",), {"r": "blocks", "oft_block_size": "block", "coft": "coft", "eps": "eps", "block_share": "share"},
         {**_COMMON, "r": 0, "oft_block_size": 32, "coft": False, "eps": 6e-5, "block_share": False,
          "use_cayley_neumann": True, "num_cayley_neumann_terms": 5},
-        {"r": ("oft_R.weight", SAME)}, read=_oft,
+        {"r": ("oft_R.weight", IDENTITY)}, read=_oft,
         write=lambda m: {"use_cayley_neumann": m.terms > 0, "num_cayley_neumann_terms": m.terms or 5}),
     "BOFT": Kind(
         ("BOFT",), {"boft_block_size": "block", "boft_n_butterfly_factor": "factors"},
         {**_COMMON, "boft_block_size": 4, "boft_block_num": 0, "boft_n_butterfly_factor": 1},
-        {"r": ("boft_R", SAME), "s": ("boft_s", COLUMN)}),
+        {"r": ("boft_R", IDENTITY), "s": ("boft_s", COLUMN)}),
     "HRA": Kind(
         ("HRA",), {"r": "rank", "apply_GS": "gram_schmidt"}, {**_COMMON, "r": 8, "apply_GS": False},
-        {"u": ("hra_u", SAME)}),
+        {"u": ("hra_u", IDENTITY)}),
     "IA3": Kind(
         ("IA3",), {}, {**_MODULES, "modules_to_save": None, "feedforward_modules": None, "init_ia3_weights": True},
         {"after": ("ia3_l", COLUMN), "before": ("ia3_l", ROW)}),
     "MISS": Kind(
         ("MiSS", "MiSSBat"), {"r": "rank"}, {**_COMMON, "r": 64, "mini_r": 1, "init_weights": True},
-        {"s": ("miss_block", SAME)}, read=_miss, write=_write_miss),
+        {"s": ("miss_block", IDENTITY)}, read=_miss, write=_write_miss),
     "FOURIERFT": Kind(
         ("FourierFT",), {"n_frequency": "n", "scaling": "scale", "random_loc_seed": "seed"},
         {**_COMMON, "n_frequency": 1000, "scaling": 150.0, "random_loc_seed": 777, "n_frequency_pattern": {}},
-        {"spectrum": ("fourierft_spectrum", SAME)}, patterns={"n": ("n_frequency_pattern", by_suffix)},
+        {"spectrum": ("fourierft_spectrum", IDENTITY)}, patterns={"n": ("n_frequency_pattern", by_suffix)},
         varies={"n": "ns"}),
     "SHIRA": Kind(
         ("SHiRA",), {"r": "rank"}, {**_COMMON, "r": 32, "random_seed": None, "mask_type": "random"},
-        {"values": ("shira_weight", SAME)}),
+        {"values": ("shira_weight", IDENTITY)}),
     "C3A": Kind(
         ("C3A",), {"block_size": "block"}, {**_COMMON, "block_size": 256, "block_size_pattern": {}},
-        {"kernel": ("c3a_kernel", SAME)}, patterns={"block": ("block_size_pattern", by_suffix)},
+        {"kernel": ("c3a_kernel", IDENTITY)}, patterns={"block": ("block_size_pattern", by_suffix)},
         varies={"block": "blocks"}),
     "HIRA": Kind(
         ("HiRA",), {"r": "rank", "hira_dropout": "dropout"},
         {**_COMMON, "r": 32, "hira_dropout": 0.0, "rank_pattern": {}},
-        {"a": ("hira_A", TURNED), "b": ("hira_B", TURNED)},
-        {"a": ("hira_embedding_A", TURNED), "b": ("hira_embedding_B", TURNED)},
+        {"a": ("hira_A", TRANSPOSED), "b": ("hira_B", TRANSPOSED)},
+        {"a": ("hira_embedding_A", TRANSPOSED), "b": ("hira_embedding_B", TRANSPOSED)},
         {"rank": ("rank_pattern", by_pattern)}, {"rank": "ranks"}),
     "ROAD": Kind(
         ("RoAd",), {"group_size": "group"}, {**_COMMON, "variant": "road_1", "group_size": 64},
-        {"theta": ("road_theta", SAME), "alpha": ("road_alpha", SAME)},
+        {"theta": ("road_theta", IDENTITY), "alpha": ("road_alpha", IDENTITY)},
         read=lambda c, m: {"variant": int(str(c["variant"])[-1])},
         write=lambda m: {"variant": f"road_{m.variant}"}),
     "LN_TUNING": Kind(
         ("LNTuning", "Subset"), {}, {**_MODULES, "modules_to_save": None},
-        {"scale": ("ln_tuning_layers.weight", SAME), "bias": ("ln_tuning_layers.bias", SAME)}),
+        {"scale": ("ln_tuning_layers.weight", IDENTITY), "bias": ("ln_tuning_layers.bias", IDENTITY)}),
     "TRAINABLE_TOKENS": Kind(
         ("Tokens",), {"token_indices": "ids"}, {"target_modules": None, "token_indices": ()}, {},
-        {"rows": ("trainable_tokens_delta", SAME)}, read=lambda c, m: {"ids": tuple(c["token_indices"])}),
+        {"rows": ("trainable_tokens_delta", IDENTITY)}, read=lambda c, m: {"ids": tuple(c["token_indices"])}),
     "PROMPT_TUNING": Kind(
         ("Prompt",), {"num_virtual_tokens": "tokens"},
         {"num_virtual_tokens": 20, "prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None}, {},
-        {"prompt": ("prompt_embeddings", SAME)}),
+        {"prompt": ("prompt_embeddings", IDENTITY)}),
     "P_TUNING": Kind(
         ("PTuning",), {"num_virtual_tokens": "tokens", "encoder_hidden_size": "hidden"},
         {"num_virtual_tokens": 20, "encoder_reparameterization_type": "MLP", "encoder_hidden_size": 0,
@@ -205,7 +205,7 @@ kinds: dict[str, Kind] = {
     "ADAPTION_PROMPT": Kind(
         ("LLaMAAdapter",), {"adapter_len": "tokens", "adapter_layers": "layers"},
         {"target_modules": None, "adapter_len": 10, "adapter_layers": 30},
-        {"prompt": ("adaption_prompt", ROW), "gate": ("adaption_gate", SAME)}),
+        {"prompt": ("adaption_prompt", ROW), "gate": ("adaption_gate", IDENTITY)}),
 }  # fmt: skip
 
 # Keys that say nothing about what is computed here, or only how training begins or where HF keeps things.

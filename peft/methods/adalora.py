@@ -13,7 +13,7 @@ from jax import Array
 from ... import InputError
 from ...bounds import Count, Decay, Real, Size
 from ..base import Method
-from ..targets import Target, by_value, each_layer, layer_keys, targets
+from ..targets import Target, each_layer, group_by_value, layer_keys, targets
 from .lora import LoRA
 
 
@@ -21,7 +21,7 @@ class AdaLoRA(LoRA):
     """W + alpha / init_rank A diag(e) B, e = 0 at first; step by step the least ranks get e = 0 (arXiv:2303.10512)."""
 
     demo = False
-    padded = Method.padded  # a rank is a budget
+    pad_to_rank = Method.pad_to_rank  # a rank is a budget
 
     rank: Size = 8  # of a matrix at the end, on average
     alpha: Real = 8.0
@@ -39,7 +39,9 @@ class AdaLoRA(LoRA):
             a, b = jax.random.normal(k, (D, R)), jax.random.normal(m, (R, F))
             return {"a": 0.02 * a, "b": 0.02 * b, "e": jnp.zeros(R)}
 
-        found = by_value(self.ranks, self.init_rank, targets(self.where, params, 2, "adalora"), params, "rank rule")
+        found = group_by_value(
+            self.ranks, self.init_rank, targets(self.where, params, 2, "adalora"), params, "rank rule"
+        )
         return {t.key: each_layer(t, partial(one, t=t, R=r), layer_keys(key, t)) for t, r in found}
 
     def scale(self, rank: int, alpha: Any) -> Any:
@@ -49,7 +51,7 @@ class AdaLoRA(LoRA):
         scaled = {k: {"a": t["a"] * t["e"][..., None, :], "b": t["b"]} for k, t in trainable.items()}
         return super().bind(params, scaled)
 
-    def penalty(self, trainable: Any) -> Any:
+    def aux_loss(self, trainable: Any) -> Any:
         def length(a: Array) -> Array:
             square = jnp.square(a.mT @ a - jnp.eye(a.shape[-1])).sum((-2, -1)).ravel()
             return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)  # a slope at 0 too
@@ -57,7 +59,7 @@ class AdaLoRA(LoRA):
         lengths = [length(a) for t in trainable.values() for a in (t["a"], t["b"].mT)]
         return self.orthogonality * jnp.concatenate(lengths).mean()
 
-    def transform(self, steps: int) -> optax.GradientTransformation:
+    def update_transform(self, steps: int) -> optax.GradientTransformation:
         """Ends ranks: see `allocate`."""
         return allocate(budget(self.rank, self.tinit, self.tfinal, steps, self.every), self.b1, self.b2)
 

@@ -11,8 +11,8 @@ from jax import Array
 from ...bounds import Bounds, Count
 from ...model import Weight
 from ..base import Method
-from ..random_projections import recomputed, waves
-from ..targets import Target, by_value, each_layer, layer_keys, targets, wrap
+from ..random_projections import dft_basis, recomputed
+from ..targets import Target, each_layer, group_by_value, layer_keys, targets, wrap_weights
 
 
 class C3AWeight(Weight):
@@ -29,7 +29,7 @@ def correlate(x: Array, kernel: Array) -> Array:
     """y[m, p] = sum over n, q of kernel[m, n, (q - p) mod b] x[n, q] / D for x [..., D] in blocks of b."""
     (M, N, b), lead = kernel.shape, x.shape[:-1]
     half = jnp.arange(b // 2 + 1)  # the other frequencies are their conjugates
-    cos, sin = (wave.astype(x.dtype) for wave in waves(b, half))
+    cos, sin = (wave.astype(x.dtype) for wave in dft_basis(b, half))
     blocks, kernel = x.reshape(*lead, N, b), kernel / x.shape[-1]
     x_re, x_im, k_re, k_im = blocks @ cos, blocks @ sin, kernel @ cos, kernel @ sin
     times = partial(jnp.einsum, "...nk,mnk->...mk")
@@ -43,7 +43,7 @@ class C3A(Method):
 
     demo = False
     identity = False
-    rate = 100.0
+    lr_multiplier = 100.0
 
     block: Count = 256  # or the largest common divisor of D and F below
     where: str = "linear"
@@ -55,7 +55,7 @@ class C3A(Method):
             b, most = divisor(D, F, block), (6 / (D + F)) ** 0.5
             return {"kernel": jax.random.uniform(key, (F // b, D // b, b), minval=-most, maxval=most)}
 
-        found = by_value(self.blocks, self.block, targets(self.where, params, 2, "c3a"), params, "block rule")
+        found = group_by_value(self.blocks, self.block, targets(self.where, params, 2, "c3a"), params, "block rule")
         return {t.key: each_layer(t, partial(one, t=t, block=b), layer_keys(key, t)) for t, b in found}
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
@@ -63,7 +63,7 @@ class C3A(Method):
         for key, arrays in trainable.items():
             by_block.setdefault(arrays["kernel"].shape[-1], {})[key] = arrays
         for part in by_block.values():
-            params = wrap(params, part, C3AWeight)
+            params = wrap_weights(params, part, C3AWeight)
         return params
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ...model import Weight
-from ..targets import of_layers
+from ..targets import map_layers
 from .lora import LoRA, LoRAWeight
 
 
@@ -43,4 +43,4 @@ class DoRA(LoRA):
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         lengths = lambda w: jnp.linalg.norm(w.astype(jnp.float32), axis=0)  # noqa: E731
-        return {k: t | {"m": of_layers(lengths, params, k)} for k, t in super().init(key, params).items()}
+        return {k: t | {"m": map_layers(lengths, params, k)} for k, t in super().init(key, params).items()}

@@ -6,14 +6,14 @@ from itertools import pairwise
 import jax
 from jax import Array
 
-from ..targets import uniform
+from ..targets import uniform_fan_in
 
 
 def encoder(key: Array, P: int, *widths: int) -> dict[str, Array]:
     """prompt [P, D] ~ N(0, 1), and w1 [D, h], b1 [h], w2, ... from width to width as torch begins a Linear."""
     keys, arrays = iter(jax.random.split(key, 2 * len(widths))), {}
     for i, (D, F) in enumerate(pairwise(widths), 1):
-        arrays |= {f"w{i}": uniform(next(keys), (D, F), D), f"b{i}": uniform(next(keys), (F,), D)}
+        arrays |= {f"w{i}": uniform_fan_in(next(keys), (D, F), D), f"b{i}": uniform_fan_in(next(keys), (F,), D)}
     return {"prompt": jax.random.normal(next(keys), (P, widths[0]))} | arrays
 
 

@@ -10,8 +10,8 @@ from jax import Array
 from ...bounds import Bounds, Count, Drawn, Real
 from ...model import Weight, static
 from ..base import Method
-from ..random_projections import recomputed, waves
-from ..targets import Target, by_value, each_layer, layer_keys, targets, wrap
+from ..random_projections import dft_basis, recomputed
+from ..targets import Target, each_layer, group_by_value, layer_keys, targets, wrap_weights
 
 
 class FourierFTWeight(Weight):
@@ -32,7 +32,7 @@ class FourierFTWeight(Weight):
                 a, b = (a * (self.scale / (D * F))).astype(x.dtype) * s, b.astype(x.dtype).T
                 return x @ a @ b if 2 * len(s) < min(D, F) else x @ (a @ b)  # more waves than a side: no short cut
 
-            (cos_in, sin_in), (cos_out, sin_out) = waves(D, column), waves(F, row)
+            (cos_in, sin_in), (cos_out, sin_out) = dft_basis(D, column), dft_basis(F, row)
             return wave(cos_in, cos_out) - wave(sin_in, sin_out)
 
         return y + recomputed(update)(x, self.spectrum)
@@ -43,7 +43,7 @@ class FourierFT(Method):
 
     demo = False
     identity = False
-    rate = 50.0
+    lr_multiplier = 50.0
 
     n: Count = 1000  # at most the entries of the matrix
     scale: Real = 150.0
@@ -58,11 +58,13 @@ class FourierFT(Method):
             std = min(1.0, D * F / (2 * self.scale * (n * D) ** 0.5))  # on sides below 400 the update would drown w
             return {"spectrum": std * jax.random.normal(key, (n,))}
 
-        found = by_value(self.ns, self.n, targets(self.where, params, 2, "fourierft"), params, "n rule")
+        found = group_by_value(self.ns, self.n, targets(self.where, params, 2, "fourierft"), params, "n rule")
         return {t.key: each_layer(t, partial(one, t=t, n=n), layer_keys(key, t)) for t, n in found}
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
-        return wrap(params, trainable, lambda w, **t: FourierFTWeight(w, **t, scale=self.scale, seed=self.seed or 0))
+        return wrap_weights(
+            params, trainable, lambda w, **t: FourierFTWeight(w, **t, scale=self.scale, seed=self.seed or 0)
+        )
 
 
 @lru_cache

@@ -10,7 +10,7 @@ from ...bounds import Real, Size
 from ...model import Weight, static
 from ...model.tree import named, nested
 from ..base import Method
-from ..targets import bottleneck, each_matrix, whole, wrap
+from ..targets import each_matrix, init_bottleneck, iter_full_arrays, wrap_weights
 
 
 class AdapterWeight(Weight):
@@ -36,11 +36,11 @@ class Houlsby(Method):
     where: str = "layers/(attn/o|mlp/down)"
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
-        one = lambda key, _, F: bottleneck(key, F, self.rank)  # noqa: E731
+        one = lambda key, _, F: init_bottleneck(key, F, self.rank)  # noqa: E731
         return each_matrix(key, params, self.where, one, "houlsby", "down")
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
-        return wrap(params, trainable, AdapterWeight)
+        return wrap_weights(params, trainable, AdapterWeight)
 
 
 class Pfeiffer(Houlsby):
@@ -51,7 +51,7 @@ class Pfeiffer(Houlsby):
     where: str = "layers/mlp/down"
 
 
-class BesideWeight(Weight):
+class ParallelAdapterWeight(Weight):
     """scale (relu(x @ down + down_bias) @ up + up_bias), which the sublayer adds to its output."""
 
     linear = False
@@ -81,7 +81,7 @@ class Parallel(Method):
     where: str = "layers/mlp/down"  # or layers/attn/o, or both
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
-        one = lambda key, _, D: bottleneck(key, D, self.rank)  # noqa: E731
+        one = lambda key, _, D: init_bottleneck(key, D, self.rank)  # noqa: E731
         made = each_matrix(key, params, self.where, one, "parallel", "down")
         if wrong := [key for key in made if not key.split("[")[0].endswith(("attn/o", "mlp/down"))]:
             raise InputError(f"parallel: {wrong[0]} ends no sublayer; where= picks layers/attn/o and layers/mlp/down")
@@ -89,7 +89,7 @@ class Parallel(Method):
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
         flat = dict(named(params))
-        for path, _, arrays in whole(params, trainable):
+        for path, _, arrays in iter_full_arrays(params, trainable):
             beside = f"{path.rpartition('/')[0]}/beside"
-            flat[beside] = BesideWeight(**arrays, w=flat.get(beside), scale=self.scale)
+            flat[beside] = ParallelAdapterWeight(**arrays, w=flat.get(beside), scale=self.scale)
         return nested(flat)

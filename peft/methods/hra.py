@@ -9,7 +9,7 @@ from jax import Array
 from ...bounds import Size
 from ...model import Weight, static
 from ..base import Method
-from ..targets import each_matrix, uniform, wrap
+from ..targets import each_matrix, uniform_fan_in, wrap_weights
 
 
 def unit(u: Array) -> Array:
@@ -51,7 +51,7 @@ class HRA(Method):
     """
 
     demo = False
-    decayed = ""
+    decay_rule = ""
 
     rank: Size = 8  # even, or what begins is not the base
     where: str = "linear"
@@ -64,11 +64,11 @@ class HRA(Method):
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         def one(key: Array, D: int, F: int) -> dict[str, Array]:
             if self.gram_schmidt:
-                return {"u": uniform(key, (D, self.rank), self.rank)}
+                return {"u": uniform_fan_in(key, (D, self.rank), self.rank)}
             half = (self.rank + 1) // 2
-            return {"u": jnp.repeat(uniform(key, (D, half), half), 2, axis=1)[:, : self.rank]}
+            return {"u": jnp.repeat(uniform_fan_in(key, (D, half), half), 2, axis=1)[:, : self.rank]}
 
         return each_matrix(key, params, self.where, one, "hra")
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
-        return wrap(params, trainable, lambda w, **t: HRAWeight(w, **t, gram_schmidt=self.gram_schmidt))
+        return wrap_weights(params, trainable, lambda w, **t: HRAWeight(w, **t, gram_schmidt=self.gram_schmidt))

@@ -7,7 +7,7 @@ from jax import Array
 
 from ...model import Weight
 from ..base import Method
-from ..targets import each_matrix, on_bias, wrap
+from ..targets import each_matrix, replace_biases, wrap_weights
 
 
 class ScaledWeight(Weight):
@@ -26,7 +26,7 @@ class IA3(Method):
     """l * (x W_k + b), l * (x W_v + b), and (l * h) W_down + b, with l = 1 at first (arXiv:2205.05638)."""
 
     demo = False
-    rate = 50.0
+    lr_multiplier = 50.0
 
     where: str = "layers/attn/[kv]"  # what comes out is scaled
     inner: str = "layers/mlp/down"  # what goes in is scaled
@@ -40,5 +40,5 @@ class IA3(Method):
         def scaled(bias: Array, before: Any = None, after: Any = None) -> Array:
             return bias if after is None else bias * after
 
-        bound = wrap(params, trainable, ScaledWeight, before=1.0, after=1.0)
-        return on_bias(bound, trainable, scaled, after=1.0)
+        bound = wrap_weights(params, trainable, ScaledWeight, before=1.0, after=1.0)
+        return replace_biases(bound, trainable, scaled, after=1.0)

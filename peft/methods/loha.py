@@ -9,7 +9,7 @@ from ...bounds import Real, Size
 from ...model import Weight
 from ..base import Method
 from ..random_projections import recomputed
-from ..targets import each_matrix, uniform, wrap
+from ..targets import each_matrix, uniform_fan_in, wrap_weights
 
 
 class LoHaWeight(Weight):
@@ -37,10 +37,12 @@ class LoHa(Method):
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         def one(key: Array, D: int, F: int) -> dict[str, Array]:
             (k, m, n), R = random.split(key, 3), self.rank
-            a1, b1, b2 = uniform(k, (D, R), D), uniform(m, (R, F), R), uniform(n, (R, F), R)
+            a1, b1, b2 = uniform_fan_in(k, (D, R), D), uniform_fan_in(m, (R, F), R), uniform_fan_in(n, (R, F), R)
             return {"a1": a1, "b1": b1, "a2": jnp.zeros((D, R)), "b2": b2}
 
         return each_matrix(key, params, self.where, one, "loha")
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
-        return wrap(params, {k: t | {"b1": self.alpha / self.rank * t["b1"]} for k, t in trainable.items()}, LoHaWeight)
+        return wrap_weights(
+            params, {k: t | {"b1": self.alpha / self.rank * t["b1"]} for k, t in trainable.items()}, LoHaWeight
+        )

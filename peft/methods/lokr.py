@@ -10,7 +10,7 @@ from jax import Array
 from ...bounds import Bounds, Real, Size
 from ...model import Weight, static
 from ..base import Method
-from ..targets import each_matrix, uniform, wrap
+from ..targets import each_matrix, uniform_fan_in, wrap_weights
 
 
 class LoKrWeight(Weight):
@@ -61,12 +61,12 @@ class LoKr(Method):
             (M, N), (P, Q), R = split(D, self.factor), split(F, self.factor), self.rank
             k, k1 = jax.random.split(key, 3), {"k1": jnp.zeros((M, P))}
             if self.both and max(M, P) / 2 > R:
-                k1 = {"a1": uniform(k[2], (M, R), M), "b1": jnp.zeros((R, P))}
+                k1 = {"a1": uniform_fan_in(k[2], (M, R), M), "b1": jnp.zeros((R, P))}
             if max(N, Q) / 2 <= R:
-                return k1 | {"k2": uniform(k[0], (N, Q), N)}
-            return k1 | {"a2": uniform(k[0], (N, R), N), "b2": uniform(k[1], (R, Q), R)}
+                return k1 | {"k2": uniform_fan_in(k[0], (N, Q), N)}
+            return k1 | {"a2": uniform_fan_in(k[0], (N, R), N), "b2": uniform_fan_in(k[1], (R, Q), R)}
 
         return each_matrix(key, params, self.where, one, "lokr")
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
-        return wrap(params, trainable, lambda w, **t: LoKrWeight(w, **t, scale=self.alpha / self.rank))
+        return wrap_weights(params, trainable, lambda w, **t: LoKrWeight(w, **t, scale=self.alpha / self.rank))

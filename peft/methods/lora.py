@@ -12,21 +12,21 @@ from jax import Array
 from ... import InputError
 from ...bounds import FINITE, Bounds, Decay, Drawn, Positive, Real, Size
 from ...model import Weight
-from ...model.tree import canonical, cut_key, named, replace
+from ...model.tree import canonical, named, replace, split_layer_index
 from ..base import Method
 from ..random_projections import sides
 from ..targets import (
     Target,
-    by_value,
     dropout,
     each_layer,
+    group_by_value,
     layer_keys,
     layer_values,
-    on_bias,
-    seeded,
+    replace_biases,
     targets,
-    uniform,
-    wrap,
+    uniform_fan_in,
+    with_dropout_seeds,
+    wrap_weights,
 )
 
 
@@ -72,9 +72,9 @@ class LoRA(Method):
             D, F = t.shape
             if t.path == "embed/table":  # as torch's Embedding: the update begins at 0 by A
                 return {"a": jnp.zeros((D, rank)), "b": jax.random.normal(key, (rank, F))}
-            return {"a": uniform(key, (D, rank), D), "b": jnp.zeros((rank, F))}
+            return {"a": uniform_fan_in(key, (D, rank), D), "b": jnp.zeros((rank, F))}
 
-        found = by_value(self.ranks, self.rank, targets(self.where, params, 2, "lora"), params, "rank rule")
+        found = group_by_value(self.ranks, self.rank, targets(self.where, params, 2, "lora"), params, "rank rule")
         return {t.key: each_layer(t, partial(one, t=t, rank=r), layer_keys(key, t, "a")) for t, r in found}
 
     def scale(self, rank: int, alpha: Any) -> Any:
@@ -86,12 +86,12 @@ class LoRA(Method):
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
         scaled = {key: t | {"b": self.factor(params, key, t) * t["b"]} for key, t in trainable.items()}
-        return wrap(params, scaled, self.weight, m=jnp.nan)
+        return wrap_weights(params, scaled, self.weight, m=jnp.nan)
 
-    def noisy(self, params: Any, trainable: Any, key: Array) -> dict[str, Any]:
-        return seeded(self.bind(params, trainable), trainable, key, self.dropout)
+    def bind_train(self, params: Any, trainable: Any, key: Array) -> dict[str, Any]:
+        return with_dropout_seeds(self.bind(params, trainable), trainable, key, self.dropout)
 
-    def padded(self, largest: Self) -> Method | None:  # zeros of A against zeros of B: neither has a gradient
+    def pad_to_rank(self, largest: Self) -> Method | None:  # zeros of A against zeros of B: neither has a gradient
         if self.ranks or self.alphas or largest != dataclasses.replace(self, rank=largest.rank):
             return None
         return dataclasses.replace(
@@ -115,7 +115,7 @@ class LoRAPlus(LoRA):
 
     ratio: Positive = 16.0
 
-    def transform(self, steps: int) -> optax.GradientTransformation:
+    def update_transform(self, steps: int) -> optax.GradientTransformation:
         def faster(path: Any, update: Any) -> Any:
             return self.ratio * update if path[-1].key == "b" else update
 
@@ -150,15 +150,15 @@ class LoRABias(LoRA):
         s, flat = {key: self.factor(params, key, t) for key, t in trainable.items()}, named(params)
         c = {key: {"c": (s[key] * t["c"][..., None, :])[..., 0, :]} for key, t in trainable.items()}
         scaled = {key: {"a": t["a"], "b": s[key] * t["b"]} for key, t in trainable.items()}
-        alone = {key: t | c[key] for key, t in scaled.items() if f"{cut_key(key)[0]}_bias" not in flat}
-        return wrap(on_bias(params, c, lambda bias, c: bias + c), scaled | alone, self.weight)
+        alone = {key: t | c[key] for key, t in scaled.items() if f"{split_layer_index(key)[0]}_bias" not in flat}
+        return wrap_weights(replace_biases(params, c, lambda bias, c: bias + c), scaled | alone, self.weight)
 
 
 class LoRAFA(LoRA):
     """W + (alpha / rank) A B: B = 0 at first and trains, A [D, R] in +-D^-1/2 does not (arXiv:2308.03303)."""
 
     demo = False
-    padded = Method.padded  # another rank draws another A
+    pad_to_rank = Method.pad_to_rank  # another rank draws another A
 
     seed: Drawn = None  # of A, which is drawn where it is needed; None: the run's seed, or 0 outside a run
 
@@ -169,10 +169,12 @@ class LoRAFA(LoRA):
         """The tree of a LoRA, with the A of every target in it."""
 
         def one(key: str, b: Array) -> Array:
-            (path, cut), (name, layers), stacked = cut_key(key), canonical(key), b.ndim == 3
+            (path, cut), (name, layers), stacked = split_layer_index(key), canonical(key), b.ndim == 3
             (R, F), (D, _) = b.shape[-2:], sides(params, key)
             t = Target(key, path, name, range(len(b)) if stacked and not cut else layers, stacked, (D, F))
-            return each_layer(t, lambda k: uniform(k, (D, R), D), layer_keys(jax.random.key(self.seed or 0), t, "a"))
+            return each_layer(
+                t, lambda k: uniform_fan_in(k, (D, R), D), layer_keys(jax.random.key(self.seed or 0), t, "a")
+            )
 
         return {key: t | {"a": one(key, t["b"])} for key, t in trainable.items()}
 
@@ -219,12 +221,12 @@ class LoRAHead(Method):
         if "head/matrix" in flat:
             raise InputError("lorahead: this base has a head of its own; take --method lora --method.where head/matrix")
         V, D = flat["embed/table"].shape
-        return {"head/matrix": {"a": uniform(key, (D, self.rank), D), "b": jnp.zeros((self.rank, V))}}
+        return {"head/matrix": {"a": uniform_fan_in(key, (D, self.rank), D), "b": jnp.zeros((self.rank, V))}}
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
         a, b = trainable["head/matrix"]["a"], trainable["head/matrix"]["b"]
         scale = self.alpha / b.shape[0] ** (0.5 if self.rslora else 1)
         return replace(params, {"embed/table": LoRAHeadTable(named(params)["embed/table"], a, scale * b)})
 
-    def noisy(self, params: Any, trainable: Any, key: Array) -> dict[str, Any]:
-        return seeded(self.bind(params, trainable), {"embed/table": None}, key, self.dropout)
+    def bind_train(self, params: Any, trainable: Any, key: Array) -> dict[str, Any]:
+        return with_dropout_seeds(self.bind(params, trainable), {"embed/table": None}, key, self.dropout)

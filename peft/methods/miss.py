@@ -10,7 +10,7 @@ from ...bounds import Size
 from ...model import Weight
 from ..base import Method
 from ..random_projections import recomputed
-from ..targets import each_matrix, targets, wrap
+from ..targets import each_matrix, targets, wrap_weights
 
 
 class MiSSWeight(Weight):
@@ -43,7 +43,7 @@ class MiSS(Method):
         return each_matrix(key, params, self.where, one, "miss")
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
-        return wrap(params, trainable, MiSSWeight)
+        return wrap_weights(params, trainable, MiSSWeight)
 
 
 class BatWeight(Weight):
@@ -76,4 +76,4 @@ class MiSSBat(Method):
         return each_matrix(key, params, self.where, one, "missbat")
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
-        return wrap(params, trainable, BatWeight)
+        return wrap_weights(params, trainable, BatWeight)

@@ -11,7 +11,7 @@ from ... import InputError
 from ...bounds import Bounds, Count
 from ...model import Weight, static
 from ..base import Method
-from ..targets import each_matrix, targets, wrap
+from ..targets import each_matrix, targets, wrap_weights
 
 
 def neumann(q: Array, terms: int) -> Array:
@@ -56,7 +56,7 @@ class OFT(Method):
     """
 
     demo = False
-    decayed = ""
+    decay_rule = ""
 
     block: int = 32  # the size of a block, or
     blocks: int = 0  # how many; of the two the other is 0
@@ -79,7 +79,7 @@ class OFT(Method):
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
         eps = self.eps if self.coft else 0.0
-        return wrap(params, trainable, lambda w, **t: OFTWeight(w, **t, terms=self.terms, eps=eps))
+        return wrap_weights(params, trainable, lambda w, **t: OFTWeight(w, **t, terms=self.terms, eps=eps))
 
 
 def cayley(q: Array) -> Array:
@@ -127,7 +127,7 @@ class BOFT(Method):
     """
 
     demo = False
-    decayed = ""
+    decay_rule = ""
 
     block: Count = 4  # the size of a block
     factors: Annotated[int, Bounds(1, 32)] = 1  # of the butterfly
@@ -149,4 +149,4 @@ class BOFT(Method):
         return each_matrix(key, params, self.where, one, "boft")
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
-        return wrap(params, trainable, BOFTWeight, s=1.0)
+        return wrap_weights(params, trainable, BOFTWeight, s=1.0)

@@ -11,9 +11,9 @@ from jax import Array
 from ... import InputError
 from ...bounds import Real
 from ...model import Weight
-from ...model.tree import cut_key, named, replace
+from ...model.tree import named, replace, split_layer_index
 from ..base import Method
-from ..targets import group, layer_values
+from ..targets import group_by_path, layer_values
 from .lora import LoRA
 
 
@@ -31,19 +31,19 @@ class PiSSA(LoRA):
     split: ClassVar[Any] = staticmethod(principal)  # (w, scale, rank) -> (a, b) that the base then lacks
 
     alpha: Real = 8.0
-    padded = Method.padded  # another rank leaves another base
+    pad_to_rank = Method.pad_to_rank  # another rank leaves another base
 
     def factor(self, params: Any, key: str, arrays: dict[str, Array]) -> Any:
         return asked(self, params, key)
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
-        return begin(self, self.split, key, params)
+        return init_factors(self, self.split, key, params)
 
-    def freeze(self, params: Any) -> Any:
-        return lessen(self, self.split, params, jax.eval_shape(self.init, jax.random.key(0), params))
+    def frozen_params(self, params: Any) -> Any:
+        return subtract_init(self, self.split, params, jax.eval_shape(self.init, jax.random.key(0), params))
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
-        return super().bind(lessen(self, self.split, params, trainable), trainable)
+        return super().bind(subtract_init(self, self.split, params, trainable), trainable)
 
 
 def orthonormal(w: Array, scale: Any, rank: int) -> tuple[Array, Array]:
@@ -68,7 +68,7 @@ class Residual(Weight):
 
 
 @partial(jax.jit, static_argnames=("split", "rank", "rest"))
-def parts(w: Array, scale: Any, split: Any, rank: int, rest: bool) -> Any:
+def split_targets(w: Array, scale: Any, split: Any, rank: int, rest: bool) -> Any:
     """(a, b) of each matrix of w by split(w, scale, rank), or w - scale a b; in fp32, one layer in memory at a time."""
 
     def one(w: Array, scale: Array) -> Any:
@@ -86,24 +86,24 @@ def asked(method: LoRA, params: Any, key: str) -> Any:
     return alpha / layer_values(method.ranks, method.rank, params, key, "rank rule")
 
 
-def begin(method: LoRA, split: Any, key: Array, params: Any) -> dict[str, Any]:
+def init_factors(method: LoRA, split: Any, key: Array, params: Any) -> dict[str, Any]:
     """A and B of LoRA by split(w, scale, rank): what `lessen` takes out of the base."""
     found, flat = LoRA.init(method, key, params), named(params)
     if "embed/table" in found:
         raise InputError(f"{type(method).__name__.lower()}: embed/table is no matrix but a table; narrow where")
     for name, t in found.items():
-        path, layers = cut_key(name)
+        path, layers = split_layer_index(name)
         if isinstance(flat[path], Weight):
             raise InputError(f"{type(method).__name__.lower()}: {path} is {type(flat[path]).__name__}, of which no "
                              "part can be taken out; take lora, or a base that is not quantised")  # fmt: skip
         w = flat[path][slice(*layers)] if layers else flat[path]
         rank = min(t["b"].shape[-2], *w.shape[-2:])
-        a, b = parts(w, method.factor(params, name, {"b": t["b"][..., :rank, :]}), split, rank, False)
+        a, b = split_targets(w, method.factor(params, name, {"b": t["b"][..., :rank, :]}), split, rank, False)
         found[name] = {"a": a, "b": b}
     return found
 
 
-def lessen(method: LoRA, split: Any, params: Any, trainable: Any) -> dict[str, Any]:
+def subtract_init(method: LoRA, split: Any, params: Any, trainable: Any) -> dict[str, Any]:
     """The base without what `begin` makes of it; where that is done it stays."""
 
     def left(w: Any, path: str, of: dict[Any, Any]) -> Any:
@@ -111,8 +111,8 @@ def lessen(method: LoRA, split: Any, params: Any, trainable: Any) -> dict[str, A
             return w if isinstance(w, Residual) else dataclasses.replace(w, w=left(w.w, path, of))  # type: ignore
         for layers, t in of.items():
             name, at = (f"{path}[{layers[0]}:{layers[1]}]", slice(*layers)) if layers else (path, ...)
-            w = w.at[at].set(parts(w[at], method.factor(params, name, t), split, t["b"].shape[-2], True))
+            w = w.at[at].set(split_targets(w[at], method.factor(params, name, t), split, t["b"].shape[-2], True))
         return Residual(w)
 
-    flat, found = named(params), group(trainable).items()
+    flat, found = named(params), group_by_path(trainable).items()
     return replace(params, {path: left(flat[path], path, of) for path, of in found if path in flat})

@@ -11,7 +11,7 @@ from ...bounds import Bounds, Count, Size
 from ...model import Context, Weight, static
 from ...model.tree import named, nested
 from ..base import Method
-from ..targets import Target, each_layer, each_matrix, layer_keys, targets, whole
+from ..targets import Target, each_layer, each_matrix, iter_full_arrays, layer_keys, targets
 from .encoder import encode, encoder
 
 
@@ -22,8 +22,8 @@ class Prefix(Method):
     """
 
     identity = False
-    rate = 100.0
-    decayed = ""
+    lr_multiplier = 100.0
+    decay_rule = ""
 
     tokens: Size = 20
     std: float = 0.02
@@ -60,8 +60,8 @@ class PrefixMLP(Method):
     """
 
     identity = False
-    rate = 10.0
-    decayed = r".*/w\d"
+    lr_multiplier = 10.0
+    decay_rule = r".*/w\d"
     demo = False
 
     tokens: Size = 20
@@ -95,8 +95,8 @@ class LLaMAAdapter(Method):
     No weight decay: the prompt holds states; the gate says how much of them is added.
     """
 
-    rate = 100.0
-    decayed = ""
+    lr_multiplier = 100.0
+    decay_rule = ""
     demo = False
 
     tokens: Size = 10
@@ -112,7 +112,7 @@ class LLaMAAdapter(Method):
         return each_matrix(key, params, f"layers/[-{self.layers}:]/attn/o", one, "llamaadapter", "prompt")
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
-        found, flat = whole(params, trainable), named(params)
+        found, flat = iter_full_arrays(params, trainable), named(params)
         new = {path[:-1] + "prompt": GatedPrompt(**arrays, behind=self.behind) for path, _, arrays in found}
         if twice := next((path for path in new if path in flat), ""):
             raise InputError(f"chain: {twice} has a prompt of an earlier method; keep one of them")

@@ -39,8 +39,8 @@ class Prompt(Method):
     """
 
     identity = False
-    rate = 100.0
-    decayed = ""
+    lr_multiplier = 100.0
+    decay_rule = ""
 
     tokens: Size = 20
     init_from: Literal["vocab", "random", "ids"] = "vocab"  # drawn rows of the table, N(0, 1), or those of `ids`
@@ -82,8 +82,8 @@ class PTuning(Method):
     """
 
     identity = False
-    rate = 10.0
-    decayed = r".*/w\d"
+    lr_multiplier = 10.0
+    decay_rule = r".*/w\d"
     demo = False
 
     tokens: Size = 20

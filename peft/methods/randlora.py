@@ -9,8 +9,8 @@ from ... import InputError
 from ...bounds import Drawn, Real, Size
 from ...model import Weight, static
 from ..base import Method
-from ..random_projections import noise, recomputed, widest
-from ..targets import each_matrix, wrap
+from ..random_projections import hash_uniform, recomputed, widest
+from ..targets import each_matrix, wrap_weights
 
 
 class RandLoRAWeight(Weight):
@@ -42,7 +42,7 @@ class RandLoRA(Method):
     """
 
     demo = False
-    decayed = ""
+    decay_rule = ""
 
     rank: Size = 32  # of each of n = ceil(min(D, F) / rank) products
     alpha: Real = 640.0
@@ -63,7 +63,7 @@ class RandLoRA(Method):
         if self.sparse not in ("", "sparse", "very_sparse"):
             raise InputError(f"randlora: sparse is {self.sparse!r}, wanted '', 'sparse' or 'very_sparse'")
         least = min(widest(params, trainable))
-        return wrap(params, trainable, lambda w, **t: RandLoRAWeight(w, **t, method=self, least=least))
+        return wrap_weights(params, trainable, lambda w, **t: RandLoRAWeight(w, **t, method=self, least=least))
 
 
 def projections(method: RandLoRA, D: int, F: int, least: int = 0) -> tuple[Array, Array]:
@@ -72,7 +72,7 @@ def projections(method: RandLoRA, D: int, F: int, least: int = 0) -> tuple[Array
     n = -(-low // R)
     if method.given is not None:
         return jnp.asarray(method.given["a"])[..., :low], jnp.asarray(method.given["b"])[:high, :n]
-    a, b = noise(method.seed or 0, "a", (low, R)).T[:, None], noise(method.seed or 0, "b", (high, n, R))
+    a, b = hash_uniform(method.seed or 0, "a", (low, R)).T[:, None], hash_uniform(method.seed or 0, "b", (high, n, R))
     if not method.sparse:
         return 3**0.5 * a, 3**0.5 * b
     odds = {"sparse": 3.0, "very_sparse": (least or low) ** 0.5}[method.sparse]

@@ -9,7 +9,7 @@ from ... import InputError
 from ...bounds import Count
 from ...model import Weight, static
 from ..base import Method
-from ..targets import each_matrix, on_bias, targets, wrap
+from ..targets import each_matrix, replace_biases, targets, wrap_weights
 
 
 def planes(F: int, group: int) -> int:
@@ -68,5 +68,5 @@ class RoAd(Method):
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
         kind = {"variant": self.variant, "group": self.group}
-        bound = wrap(params, trainable, lambda w, **t: RoAdWeight(w, **t, **kind), alpha=1.0)
-        return on_bias(bound, trainable, lambda b, **t: rotated(b, **t, **kind), alpha=1.0)
+        bound = wrap_weights(params, trainable, lambda w, **t: RoAdWeight(w, **t, **kind), alpha=1.0)
+        return replace_biases(bound, trainable, lambda b, **t: rotated(b, **t, **kind), alpha=1.0)

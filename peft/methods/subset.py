@@ -11,13 +11,13 @@ from jax import Array
 from ... import InputError
 from ...bounds import Count, Share
 from ...model import Weight
-from ...model.tree import is_stacked, named, nested, spread
+from ...model.tree import is_stacked, iter_layers, named, nested
 from ..base import Method
 from ..masks import select
-from ..targets import group, targets
+from ..targets import group_by_path, targets
 
 
-class Gaps(Weight):
+class FrozenLayers(Weight):
     """What stays frozen of a stacked array of which a method trains some layers."""
 
     parts: tuple[Array, ...]
@@ -26,8 +26,8 @@ class Gaps(Weight):
 class Subset(Method):
     """W = trainable where the mask picks, the base's elsewhere; fp32. `where`: a mask's name or a rule over paths."""
 
-    rate = 1.0
-    replaces = True
+    lr_multiplier = 1.0
+    replaces_base = True
 
     where: str = "all"
 
@@ -50,23 +50,23 @@ class Subset(Method):
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
         flat = dict(named(params))
-        for path, parts in group(trainable).items():
-            flat[path] = parts[None] if None in parts else weave(flat.get(path), parts)
+        for path, parts in group_by_path(trainable).items():
+            flat[path] = parts[None] if None in parts else join_layers(flat.get(path), parts)
         return nested(flat)
 
-    def freeze(self, params: Any) -> Any:
+    def frozen_params(self, params: Any) -> Any:
         flat = dict(named(params))
         for path, ranges in self.chosen(params).items():
             leaf = flat.pop(path)
             if is_stacked(path) and ranges != [(0, len(leaf))]:
                 edges = [0, *(edge for pair in ranges for edge in pair), len(leaf)]
-                flat[path] = Gaps(tuple(leaf[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)))
+                flat[path] = FrozenLayers(tuple(leaf[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)))
         return nested(flat)
 
 
-def weave(held: Any, parts: dict[tuple[int, int], Array]) -> Array:
+def join_layers(held: Any, parts: dict[tuple[int, int], Array]) -> Array:
     """A stacked array with the trained layers in their places; `held` is all of it, or the gaps between them."""
-    if isinstance(held, Gaps):
+    if isinstance(held, FrozenLayers):
         slices = list(parts.values())
         dtype = jnp.result_type(held.parts[0], *slices)  # what trains is not rounded to a bfloat16 base
         woven = [x for gap, piece in zip(held.parts, slices, strict=False) for x in (gap, piece)]
@@ -80,7 +80,7 @@ def weave(held: Any, parts: dict[tuple[int, int], Array]) -> Array:
 class BitFit(Subset):
     """Subset of the biases that the base has (arXiv:2106.10199)."""
 
-    rate = 10.0
+    lr_multiplier = 10.0
     demo = False
 
     where: str = "biases"
@@ -89,7 +89,7 @@ class BitFit(Subset):
 class LNTuning(Subset):
     """Subset of the norms' scales and biases (arXiv:2312.11420)."""
 
-    rate = 30.0
+    lr_multiplier = 30.0
     demo = False
 
     where: str = "norms"
@@ -113,7 +113,7 @@ class Gradual(Subset):
     def starts(self, trainable: Any, steps: int) -> dict[str, list[int]]:
         """{key of the trainable tree: the first step of each of its layers} (one number outside of layers)."""
         places = {}  # from the top down: infinity, the layer, -1
-        for key, name, layers in spread(trainable):
+        for key, name, layers in iter_layers(trainable):
             places[key] = list(layers) if layers else [-1 if name.startswith("embed/") else float("inf")]
         order = sorted({place for row in places.values() for place in row}, reverse=True)
         stages = min(self.stages, len(order))
@@ -121,7 +121,7 @@ class Gradual(Subset):
         first = [int(self.until * steps * s / max(stages - 1, 1) + 1e-6) for s in range(stages)]
         return {key: [first[stage[place]] for place in row] for key, row in places.items()}
 
-    def transform(self, steps: int) -> optax.GradientTransformation:
+    def update_transform(self, steps: int) -> optax.GradientTransformation:
         def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
             starts = {key: np.array(row) for key, row in self.starts(updates, steps).items()}
 

@@ -87,7 +87,7 @@ class OwnHead(Weight):
 class Head(Method):
     """logits = x H with H = table.T at first, the table itself frozen: of a tied base (HF PEFT's modules_to_save)."""
 
-    rate = 1.0
+    lr_multiplier = 1.0
     demo = False
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class OwnTable(Weight):
 class Lookup(Method):
     """x = table[ids], a tied output projection stays as it was (HF PEFT's modules_to_save of embed_tokens)."""
 
-    rate = 1.0
+    lr_multiplier = 1.0
     demo = False
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:

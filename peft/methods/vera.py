@@ -8,8 +8,8 @@ from jax import Array
 from ...bounds import Drawn, Real, Size
 from ...model import Weight, static
 from ..base import Method
-from ..random_projections import noise, recomputed, widest
-from ..targets import each_matrix, wrap
+from ..random_projections import hash_uniform, recomputed, widest
+from ..targets import each_matrix, wrap_weights
 
 
 class VeRAWeight(Weight):
@@ -33,7 +33,7 @@ class VeRA(Method):
     """W + A diag(d) B diag(b), A [D, R] and B [R, F] random, d = `d_initial` and b = 0 at first (arXiv:2310.11454)."""
 
     demo = False
-    rate = 50.0
+    lr_multiplier = 50.0
 
     rank: Size = 256
     d_initial: Real = 0.1
@@ -49,12 +49,15 @@ class VeRA(Method):
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
         fan = widest(params, trainable)[0]
-        return wrap(params, trainable, lambda w, **t: VeRAWeight(w, **t, method=self, fan=fan))
+        return wrap_weights(params, trainable, lambda w, **t: VeRAWeight(w, **t, method=self, fan=fan))
 
 
 def projections(method: VeRA, D: int, F: int, fan: int = 0) -> tuple[Array, Array]:
     """(vera_A [R, D], vera_B [F, R]) as HF PEFT has them, of a matrix or of the largest: uniform as kaiming's."""
     if method.given is not None:
         return jnp.asarray(method.given["a"])[:, :D], jnp.asarray(method.given["b"])[:F]
-    a, b = noise(method.seed or 0, "a", (D, method.rank)).T, noise(method.seed or 0, "b", (F, method.rank))
+    a, b = (
+        hash_uniform(method.seed or 0, "a", (D, method.rank)).T,
+        hash_uniform(method.seed or 0, "b", (F, method.rank)),
+    )
     return (6 / (fan or D)) ** 0.5 * a, (6 / method.rank) ** 0.5 * b

@@ -25,7 +25,7 @@ with atheris.instrument_imports(include=["graftax"]):
     import jax
     import jax.numpy as jnp
     from graftax import InputError
-    from graftax.data.errors import Bad
+    from graftax.data.errors import RowErrors
     from graftax.data.sft import sft_rows
     from graftax.data.sources import documents
     from graftax.data.tasks.base import file_task
@@ -35,7 +35,7 @@ with atheris.instrument_imports(include=["graftax"]):
     from graftax.model.hf.files import DTYPES, index
     from graftax.peft import hf as adapters
     from graftax.train.config import Data, Optim, Run, from_json, to_json
-    from graftax.train.runs.checkpoint import Checkpoints
+    from graftax.train.runs.checkpoint import CheckpointWriter
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 HERE = Path(tempfile.mkdtemp(prefix="fuzz-"))
@@ -52,9 +52,9 @@ def jsonl(data: bytes) -> None:
         path.write_bytes(data)
         for policy in ("error", "skip", "replace"):
             with refused():
-                list(documents(str(path), bad=Bad(policy, 1)))
+                list(documents(str(path), bad=RowErrors(policy, 1)))
             with refused():
-                bad = Bad(policy, 1)
+                bad = RowErrors(policy, 1)
                 sft_rows(file_task(path, 0.5, 0, bad).pairs(), TOKENIZER, 16, 0, False, bad)
 
 
@@ -75,7 +75,7 @@ def manifest(data: bytes) -> None:
         lambda found: found.restore(1, "trainable", {"a": jnp.zeros(2)}),
     ):
         with refused():
-            call(Checkpoints(folder))
+            call(CheckpointWriter(folder))
 
 
 def safetensors(data: bytes) -> None:

@@ -27,7 +27,7 @@ from .. import faults
 from ..cluster.signals import Stop
 from ..config import Optim
 from ..optim import make_optimizer, rms
-from ..runs.checkpoint import Checkpoints
+from ..runs.checkpoint import CheckpointWriter
 from ..step import State, init_state, make_loss, make_train_step
 
 
@@ -90,7 +90,7 @@ def steps(preset: str, B: int, T: int, rounds: int) -> tuple[dict[str, Any], Sta
     found = timed({"checked": call("checked", make_train_step(model, method, tx)),
                    "bare": call("bare", bare_step(model, method, tx))}, rounds)  # fmt: skip
     step = statistics.median(found["checked"])
-    with tempfile.TemporaryDirectory() as work, Stop() as stop, Checkpoints(Path(work)) as checkpoints:
+    with tempfile.TemporaryDirectory() as work, Stop() as stop, CheckpointWriter(Path(work)) as checkpoints:
         stop.begin(0)
         began = time.perf_counter()
         for i in range(10_000):
@@ -110,7 +110,7 @@ def size(folder: Path) -> int:
 def checkpoints(state: State, rounds: int, work: Path) -> dict[str, Any]:
     """A checkpoint of the state against bare Orbax."""
     items = {"trainable": state.trainable, "optimizer": state._replace(trainable=None)}
-    ours, orbax, n = Checkpoints(work / "ours", keep=1), ocp.StandardCheckpointer(), iter(range(10**6))
+    ours, orbax, n = CheckpointWriter(work / "ours", keep=1), ocp.StandardCheckpointer(), iter(range(10**6))
     returned: dict[str, list[float]] = {"ours": [], "orbax": []}
 
     def save() -> None:

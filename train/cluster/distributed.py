@@ -53,7 +53,7 @@ def name(i: int) -> str:
     return f"process {i} of {count()} ({_State.peers[i]})"
 
 
-def together(processes: str | None, work: Callable[[], Any]) -> Any:
+def run_processes(processes: str | None, work: Callable[[], Any]) -> Any:
     """work() in each process of the run; what fails in one ends all of them, each with one line.
 
     processes: `ADDRESS:PORT,N,I` (process 0 listens at the address; this is process I of N), `1` for one, or None to
@@ -83,7 +83,7 @@ def together(processes: str | None, work: Callable[[], Any]) -> Any:
         _fail(f"{type(error).__name__}: {error}".splitlines()[0], 1, lines)
 
 
-def share(what: str, text: str = "", seconds: float = BARRIER) -> list[str]:
+def barrier_gather(what: str, text: str = "", seconds: float = BARRIER) -> list[str]:
     """Each process's text, in order, when all are here: a barrier that names who is missing. Safe in any thread."""
     if count() == 1:
         return [text]
@@ -102,11 +102,11 @@ def share(what: str, text: str = "", seconds: float = BARRIER) -> list[str]:
     return [found[i] for i in range(count())]
 
 
-def agree(what: str, mine: dict[str, Any]) -> None:
+def check_agreement(what: str, mine: dict[str, Any]) -> None:
     """InputError in all processes if one has another value of something than process 0."""
     if count() == 1:
         return
-    said = [json.loads(text) for text in share(what, json.dumps(mine, sort_keys=True))]
+    said = [json.loads(text) for text in barrier_gather(what, json.dumps(mine, sort_keys=True))]
     for i, theirs in enumerate(said):
         for key in said[0]:
             if theirs.get(key) != said[0][key]:
@@ -116,18 +116,18 @@ def agree(what: str, mine: dict[str, Any]) -> None:
                 )
 
 
-def tell(reason: str) -> None:
+def report_failure(reason: str) -> None:
     """End all processes with a reason, from a thread whose own error nobody may wait for."""
     if count() > 1:
         _State.client.key_value_set(f"graftax/failed/{index()}", reason, allow_overwrite=True)
 
 
-def post(what: str) -> None:
+def set_flag(what: str) -> None:
     """Let all processes know of something, without waiting for any."""
     _State.client.key_value_set(f"graftax/{what}/posted", "", allow_overwrite=True)
 
 
-def posted(what: str) -> bool:
+def flag_is_set(what: str) -> bool:
     """Whether some process has let know of it."""
     return bool(_State.client.key_value_dir_get(f"graftax/{what}"))
 
@@ -171,7 +171,7 @@ def _watch() -> None:
             continue
         time.sleep(3)  # what ends all of them at once is said once, by the thread that found it
         if not _State.ended and _State.failing.acquire(blocking=False):
-            _say(reason)
+            _log(reason)
             _leave(1)
 
 
@@ -199,11 +199,11 @@ def _fail(reason: str, code: int, details: str = "") -> NoReturn:
         except Exception:  # process 0 did not fail, or all is gone: this one speaks
             told = ""
     if told != reason:
-        _say(details.rstrip() or reason)
+        _log(details.rstrip() or reason)
     _leave(code)
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     mine = f"[process {index()}] " if index() else ""
     sys.stderr.write("".join(f"graftax: {mine}{line}\n" if i == 0 else f"{mine}{line}\n"
                              for i, line in enumerate(text.splitlines())))  # fmt: skip
@@ -224,7 +224,7 @@ def _end() -> None:
     """All are done: leave one after the other, process 0 last, because the coordinator goes with it."""
     import jax
 
-    share("end")
+    barrier_gather("end")
     _State.ended = True
     if index() == 0:
         last = threading.Thread(target=_alone, daemon=True)

@@ -125,9 +125,9 @@ class Stop:
                 then = "this step is finished and saved" if self._begun and not self._free else "stopping"
                 console.print(f"{signal.Signals(n).name}: {then}, exit code {STOPPED}; again: at once")
                 if several:
-                    distributed.post("stop")
+                    distributed.set_flag("stop")
                 self._settle(several)
-            if several and not self.asked and distributed.posted("stop"):
+            if several and not self.asked and distributed.flag_is_set("stop"):
                 self._settle(several)
         os.close(self._read)
 
@@ -137,7 +137,7 @@ class Stop:
             threading.Thread(target=self._lose_patience, daemon=True).start()
         with self._change:
             self.asked, here = True, self.last
-        said = distributed.share("the step to stop after", str(here)) if several else [str(here)]
+        said = distributed.barrier_gather("the step to stop after", str(here)) if several else [str(here)]
         with self._change:
             self.limit = max(map(int, said))
             self._change.notify_all()

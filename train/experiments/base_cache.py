@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ... import InputError
-from ...data.errors import Bad
+from ...data.errors import RowErrors
 from ...model import Context, Transformer
 from ...model.sharding import make_mesh, put_batch
 from ..config import Run, to_json
@@ -20,15 +20,15 @@ from ..inputs import check_lengths, say, say_parts, tuning_rows
 from ..optim import schedule
 from ..program import start
 from ..runs.added_tokens import untrained
-from ..runs.checkpoint import Checkpoints
-from ..runs.load import Loaded, numerics, place
+from ..runs.checkpoint import CheckpointWriter
+from ..runs.load import Loaded, resolve_path, with_compute_dtype
 from ..runs.record import rows_loss
-from ..setup import Phase, resolve_method
+from ..setup import TrainSetup, resolve_method
 from ..step import init_state
-from .sweep.trials import Cell
+from .sweep.trials import Trial
 
 
-class Ground:
+class BaseCache:
     """Bases, of which one is in memory at a time, and rows. All of it lies on the first device."""
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Ground:
     def model(self, run: Run) -> tuple[Transformer, Any]:
         """(the model, the parameters of its base)."""
         base = self.base(run)
-        return Transformer(numerics(base.config, run.dtype, run.remat)), base.base
+        return Transformer(with_compute_dtype(base.config, run.dtype, run.remat)), base.base
 
     def rows(self, run: Run) -> Any:
         """(task, packed training rows, packed validation rows)."""
@@ -73,7 +73,7 @@ class Ground:
         cannot be answered. InputError where there is none."""
         key = (run.base, to_json(Run(data=run.data)), n)
         if key not in self._asked:
-            base, bad, rows = self.base(run), Bad(run.data.bad, 1.0), self.rows(run)[0].valid
+            base, bad, rows = self.base(run), RowErrors(run.data.bad, 1.0), self.rows(run)[0].valid
             bad.rows = len(rows)
             kept = answerable(rows, base.tokenizer, base.config, 0, bad)
             say(bad)
@@ -83,7 +83,7 @@ class Ground:
             self._asked[key] = as_written(evenly(kept, n), base.tokenizer)
         return self._asked[key]
 
-    def settled(self, cells: list[Cell]) -> list[Cell]:
+    def settled(self, cells: list[Trial]) -> list[Trial]:
         """The cells with all said that a run needs: their steps, which are those of the first seed for all seeds."""
         steps, found = {}, []
         for cell in cells:
@@ -93,12 +93,12 @@ class Ground:
                 steps[key] = max(round(run.epochs * len(self.rows(run)[1].rows) / run.data.batch), 1)
             method = resolve_method(run.method, self.base(run).tokenizer, run.seed)
             n = run.steps or steps[key]
-            made = dataclasses.replace(run, base=place(run.base), method=method, steps=n)
+            made = dataclasses.replace(run, base=resolve_path(run.base), method=method, steps=n)
             schedule(made.optim, n)  # refuses what does not fit before anything is written
             found.append(cell._replace(run=made))
         return found
 
-    def phase(self, run: Run) -> Phase:
+    def phase(self, run: Run) -> TrainSetup:
         """A cell's phase, at its beginning; its state is on the host."""
         base, (task, sft, valid), (model, params) = self.base(run), self.rows(run), self.model(run)
         first = start(run, jax.eval_shape(lambda: params))
@@ -106,7 +106,7 @@ class Ground:
         state = jax.device_get(init_state(trainable, first.tx, bool(run.optim.spike), seed=run.seed))
         sizes = {name: sum(x.size for x in jax.tree.leaves(tree))
                  for name, tree in (("base", params), ("trainable", trainable))}  # fmt: skip
-        return Phase(
+        return TrainSetup(
             run, self.mesh, model, run.method, self.frozen(run), state, first.tx, sft.train, sft.digest,
             base.tokenizer, base.held_out, task=task, valid=valid, base=base.fingerprint, totals=sizes,
             facts={"examples": sft.examples, "target tokens": sft.target_tokens}, lineage=base.lineage,
@@ -117,14 +117,14 @@ class Ground:
         """What stays of the base under a method, one copy of it for all cells that have that method."""
         params = self.model(run)[1]
         if self._frozen is None or self._frozen[0] != run.method or self._frozen[1][0] is not params:
-            self._frozen = run.method, (params, run.method.freeze(params))
+            self._frozen = run.method, (params, run.method.frozen_params(params))
         return self._frozen[1][1]
 
     def tuned(self, run: Run) -> Any:
         """(model, bound parameters, context) of a cell that is done."""
         model, params = self.model(run)
         like = jax.eval_shape(lambda: run.method.init(jax.random.key(0), params))
-        with Checkpoints(Path(run.out) / "checkpoints") as checkpoints:
+        with CheckpointWriter(Path(run.out) / "checkpoints") as checkpoints:
             trainable = checkpoints.restore(run.steps, "trainable", like, None, run.verify)
         return model, run.method.bind(params, trainable), run.method.context(trainable)
 

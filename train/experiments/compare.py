@@ -17,14 +17,14 @@ from ... import InputError, peft
 from ...bounds import Bounds, Checked, Count
 from ...peft import Method, Subset, masks
 from ..cluster.signals import Stop
-from ..config import Run, close, method_class, to_json
+from ..config import Run, did_you_mean, method_class, to_json
 from ..setup import resolve_method
-from .base_cache import Ground
+from .base_cache import BaseCache
 from .compare_report import report
-from .comparison import Contest, Entry
+from .comparison import Entry, MethodComparison
 from .sweep.command import Sweep, check_out, dated, opened, plain
 from .sweep.trials import changed, floats, given, words
-from .task_evaluator import Exam
+from .task_evaluator import TaskEvaluator
 
 FILE = "compare.json"
 MASKS = {"full": "all"}  # what people call a mask of which nothing is frozen
@@ -80,7 +80,9 @@ class Compare(Checked):
         steps = steps or self.run.steps or 10_000
         method = entry.method
         data = dataclasses.replace(self.run.data, task=task, examples=entry.examples or self.run.data.examples)
-        optim = dataclasses.replace(self.run.optim, lr=float(f"{self.run.optim.lr * method.rate * factor:.4g}"))
+        optim = dataclasses.replace(
+            self.run.optim, lr=float(f"{self.run.optim.lr * method.lr_multiplier * factor:.4g}")
+        )
         return dataclasses.replace(plain(self.run), method=method, data=data, optim=optim, seed=seed, steps=steps)
 
 
@@ -94,7 +96,7 @@ def method_of(said: str) -> Method:
         method = method_class(name)()
     else:
         known = [*peft.methods, *masks.named, *MASKS, "last_K"]
-        raise InputError(f"--methods {said}: no method or mask {name!r}{close(name, known)}; there are "
+        raise InputError(f"--methods {said}: no method or mask {name!r}{did_you_mean(name, known)}; there are "
                          f"{', '.join(sorted(set(known)))}")  # fmt: skip
     values = {f"method.{key}": value for key, _, value in (field.partition("=") for field in fields)}
     run = Run(method=method)
@@ -136,13 +138,13 @@ def execute(plan: Compare, command: str = "") -> dict[str, Any]:
             "tasks": list(plan.tasks), "methods": list(plan.methods)}  # fmt: skip
     check_out(out, run.resume, json.loads(json.dumps(said)), FILE, "comparison")
     with contextlib.ExitStack() as held:
-        stop, ground = held.enter_context(Stop()), Ground()
-        exams = [Exam.read(text, run, ground) for text in plan.tasks]
+        stop, ground = held.enter_context(Stop()), BaseCache()
+        exams = [TaskEvaluator.read(text, run, ground) for text in plan.tasks]
         if len({exam.name for exam in exams}) < len(exams):
             raise InputError("--task: a task is there twice; one score of it counts, and results.jsonl has all of them")
         tokenizer = ground.base(run).tokenizer
         entries = {name: Entry(resolve_method(entry.method, tokenizer)) for name, entry in entries.items()}
-        contest = Contest(plan, entries, exams, ground, stop, FILE)
+        contest = MethodComparison(plan, entries, exams, ground, stop, FILE)
         contest.check()
         held.enter_context(opened(out, run, said, FILE))
         contest.go(command, began)

@@ -9,24 +9,24 @@ from rich.table import Table
 from ..progress import console
 from ..runs.report import size
 from .results_log import Line, found, read
-from .stats import Verdict, verdict
+from .stats import ScoreComparison
 
 LOST = "Left out, as a training diverged or none reached its end: "
 CHOSEN = "The task has no test: the rows that are scored also chose the rates, so that scores are a little too high."
 
 
-class Cell(NamedTuple):
+class TableCell(NamedTuple):
     """What a table shows, and what it is sorted by."""
 
     text: str
     value: float | str
 
 
-class Grid(NamedTuple):
+class TableGrid(NamedTuple):
     """A table."""
 
     heads: list[str]
-    rows: list[list[Cell]]
+    rows: list[list[TableCell]]
 
 
 class Finding(NamedTuple):
@@ -36,19 +36,19 @@ class Finding(NamedTuple):
     label: str
     metric: str
     words: list[str]
-    scores: Grid
-    pairs: Grid
-    verdict: Verdict
+    scores: TableGrid
+    pairs: TableGrid
+    verdict: ScoreComparison
 
 
-def number(x: float | None, form: str = ".3f", tail: str = "") -> Cell:
+def number(x: float | None, form: str = ".3f", tail: str = "") -> TableCell:
     """A number as a cell; nothing where there is none."""
-    return Cell("", "") if x is None else Cell(f"{x:{form}}{tail}", float(x))
+    return TableCell("", "") if x is None else TableCell(f"{x:{form}}{tail}", float(x))
 
 
-def word(text: str) -> Cell:
+def word(text: str) -> TableCell:
     """Words as a cell."""
-    return Cell(text, text)
+    return TableCell(text, text)
 
 
 def label(task: str) -> str:
@@ -75,7 +75,7 @@ def finding(lines: list[Line], task: str) -> Finding:
     setup = found(lines, kind="setup")[0]
     metric = setup["tasks"][task]["metric"]
     sheets, diverged = judged(lines, task)
-    seen = verdict(sheets)
+    seen = compare_scores(sheets)
     heads = ["method", metric, "95 % interval", "by seed", "behind the best", "interval", "tied with it",
              "validation loss", "rate", "forgetting"]  # fmt: skip
     rows = []
@@ -84,29 +84,29 @@ def finding(lines: list[Line], task: str) -> Finding:
         rates = sorted(line["lr"] for line in found(lines, kind="search", task=task, method=name))
         edge = {rates[0]: " ↓", rates[-1]: " ↑"}.get(mine[0]["lr"], "") if len(rates) > 1 else ""
         rows.append([
-            word(name), number(e.mean), Cell(f"{e.low:.3f} to {e.high:.3f}", e.low),
-            Cell(" ".join(f"{line['score']:.3f}" for line in mine), e.mean), number(e.behind),
-            Cell(f"{e.behind_low:.3f} to {e.behind_high:.3f}", e.behind_low), word("yes" if e.as_good else ""),
+            word(name), number(e.mean), TableCell(f"{e.low:.3f} to {e.high:.3f}", e.low),
+            TableCell(" ".join(f"{line['score']:.3f}" for line in mine), e.mean), number(e.behind),
+            TableCell(f"{e.behind_low:.3f} to {e.behind_high:.3f}", e.behind_low), word("yes" if e.as_good else ""),
             number(mean(mine, "valid_loss")), number(mine[0]["lr"], ".2g", edge),
             number(mean(mine, "forgetting"), "+.3f"),
         ])  # fmt: skip
     names = list(seen.methods)
-    pairs = Grid(["", *names[1:]], [
+    pairs = TableGrid(["", *names[1:]], [
         [word(a), *(_difference(seen, a, b) for b in names[1:])] for a in names[:-1]
     ])  # fmt: skip
     words = _words(lines, task, metric, seen, diverged, [row[0].text for row in rows if row[8].text[-1:] in "↓↑"])
-    return Finding(task, label(task), metric, words, Grid(heads, rows), pairs, seen)
+    return Finding(task, label(task), metric, words, TableGrid(heads, rows), pairs, seen)
 
 
-def _difference(seen: Verdict, a: str, b: str) -> Cell:
+def _difference(seen: ScoreComparison, a: str, b: str) -> TableCell:
     if (a, b) not in seen.pairs:
-        return Cell("", "")
+        return TableCell("", "")
     d, low, high = seen.pairs[a, b]
-    return Cell(f"{d:+.3f} ({low:+.3f} to {high:+.3f}){' *' if d > seen.apart else ''}", d)
+    return TableCell(f"{d:+.3f} ({low:+.3f} to {high:+.3f}){' *' if d > seen.apart else ''}", d)
 
 
 def _words(
-    lines: list[Line], task: str, metric: str, seen: Verdict, diverged: list[str], edges: list[str]
+    lines: list[Line], task: str, metric: str, seen: ScoreComparison, diverged: list[str], edges: list[str]
 ) -> list[str]:
     """What may be said of a task."""
     setup, said = found(lines, kind="setup")[0], []
@@ -149,17 +149,17 @@ def _words(
     return said + lost
 
 
-def expenses(lines: list[Line]) -> Grid:
+def expenses(lines: list[Line]) -> TableGrid:
     """What a step of each method costs."""
     reference = found(lines, kind="setup")[0].get("reference", "full")
     heads = ["method", "trainable", "of the base", "artifact", "peak memory", "GFLOPs a step", "ms a step",
              f"of {reference}'s"]  # fmt: skip
     rows = [[
         word(c["method"]), number(c["trainable"], ",d"), number(100 * c["share"], ".3g", " %"),
-        Cell(size(c["artifact_bytes"]), c["artifact_bytes"]), Cell(size(c["peak_bytes"]), c["peak_bytes"]),
+        TableCell(size(c["artifact_bytes"]), c["artifact_bytes"]), TableCell(size(c["peak_bytes"]), c["peak_bytes"]),
         number(c["flops"] / 1e9, ".2f"), number(1e3 * c["seconds"], ".0f"), number(c["ratio"], ".2f"),
     ] for c in found(lines, kind="cost")]  # fmt: skip
-    return Grid(heads, rows)
+    return TableGrid(heads, rows)
 
 
 def facts(lines: list[Line]) -> list[tuple[str, str]]:
@@ -178,7 +178,7 @@ def facts(lines: list[Line]) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def runs(lines: list[Line]) -> Grid:
+def runs(lines: list[Line]) -> TableGrid:
     """The tested runs: the command that makes each again, and digests of what went in and came out."""
     out = found(lines, kind="setup")[0].get("out", ".")
     rows = [[
@@ -187,17 +187,17 @@ def runs(lines: list[Line]) -> Grid:
         word(t["digests"]["trainable"][:12]),
     ] for t in found(lines, kind="test") if "digests" in t]  # fmt: skip
     heads = ["task", "method", "seed", "rate", "command", "sha256 of its rows", "of what it trained"]
-    return Grid(heads, rows)  # fmt: skip
+    return TableGrid(heads, rows)  # fmt: skip
 
 
-def samples(lines: list[Line], task: str) -> Grid:
+def samples(lines: list[Line], task: str) -> TableGrid:
     """Rows of the test, and what each method's first seed answers."""
     shown = found(lines, kind="setup")[0]["tasks"][task]["shown"]
     sheets = {"the base": found(lines, kind="base", task=task)[0]}
     sheets |= {line["method"]: line for line in found(lines, kind="test", task=task, seed=0) if "samples" in line}
     rows = [[word(row["prompt"]), word(row["wanted"]), *(word(sheet["samples"][i]) for sheet in sheets.values())]
             for i, row in enumerate(shown)]  # fmt: skip
-    return Grid(["prompt", "wanted", *sheets], rows)
+    return TableGrid(["prompt", "wanted", *sheets], rows)
 
 
 def report(out: Path) -> dict[str, Any]:

@@ -18,16 +18,16 @@ from ..bench.table import cpu
 from ..cluster.signals import Stop
 from ..config import Run, from_json
 from ..progress import clock, console
-from ..runs.checkpoint import Checkpoints, versions
+from ..runs.checkpoint import CheckpointWriter, versions
 from ..runs.lineage import code, values
 from ..runs.manifest import write_whole
-from .base_cache import Ground
-from .results_log import Ledger, Line, found
+from .base_cache import BaseCache
+from .results_log import Line, ResultsLog, found
 from .step_costs import costs
 from .sweep.command import Sweep, carry_out
 from .sweep.results import diverged, told
-from .sweep.trials import Cell
-from .task_evaluator import Exam
+from .sweep.trials import Trial
+from .task_evaluator import TaskEvaluator
 
 LEAST = 20  # steps that a budget must leave for a training
 SPARE = 0.85  # part of a budget that is planned with
@@ -40,15 +40,15 @@ class Entry(NamedTuple):
     examples: int = 0  # 0: all
 
 
-class Contest:
+class MethodComparison:
     """What is compared, and what is known of it."""
 
     def __init__(
-        self, plan: Any, entries: dict[str, Entry], exams: list[Exam], ground: Ground, stop: Stop, file: str
+        self, plan: Any, entries: dict[str, Entry], exams: list[TaskEvaluator], ground: BaseCache, stop: Stop, file: str
     ):  # fmt: skip
         self.plan, self.entries, self.exams, self.ground, self.stop = plan, entries, exams, ground, stop
         self.out, self.file = Path(plan.run.out), file
-        self.ledger = Ledger(self.out / "results.jsonl")
+        self.ledger = ResultsLog(self.out / "results.jsonl")
 
     def go(self, command: str, began: float) -> None:
         """All of it, or what is left; began: when, by time.monotonic, as a budget counts from there."""
@@ -165,13 +165,13 @@ class Contest:
             runs[task, name, seed] = _found(cell)
         self.runs = {key: runs[key] for key in sorted(runs, key=lambda k: (list(self.entries).index(k[1]), k))}
 
-    def _sweep(self, stage: str, made: list[Any], steps: int) -> list[Cell]:
+    def _sweep(self, stage: str, made: list[Any], steps: int) -> list[Trial]:
         """The cells of a sweep of its own, done."""
         out, cells = self.out / stage, []
         for n, (task, name, factor, seed) in enumerate(made):
             run = self.plan.run_of(task, self.entries[name], factor, seed, steps)
             values = {"data.task": task, "method": name, "optim.lr": f"{run.optim.lr:g}", "seed": str(seed)}
-            cells.append(Cell(n, values, dataclasses.replace(run, out=str(out / "cells" / f"{n:03d}"))))
+            cells.append(Trial(n, values, dataclasses.replace(run, out=str(out / "cells" / f"{n:03d}"))))
         shared = dataclasses.replace(self.plan.run, out=str(out), steps=steps)
         shared = dataclasses.replace(shared, resume="auto" if out.exists() else "never")
         console.print(f"{stage}: {len(cells)} trainings of {steps} steps")
@@ -207,7 +207,7 @@ def chosen(lines: list[Line], task: str, method: str) -> Line | None:
     return min(tried, key=lambda line: line["valid_loss"], default=None)
 
 
-def _found(cell: Cell) -> Line:
+def _found(cell: Trial) -> Line:
     """What a cell found, and what it is known by."""
     folder = Path(cell.run.out)
     line = {"lr": cell.run.optim.lr, "steps": cell.run.steps, "status": "diverged",
@@ -221,7 +221,7 @@ def _found(cell: Cell) -> Line:
     if not all(map(math.isfinite, made.values())):
         return line
     line |= {"status": "done", **made}
-    manifest = Checkpoints(folder / "checkpoints").manifest(cell.run.steps)
+    manifest = CheckpointWriter(folder / "checkpoints").manifest(cell.run.steps)
     digests = {"trainable": values(manifest), "rows": manifest["rows_digest"], "data": manifest["data"],
                "tokenizer": manifest["tokenizer"]}  # fmt: skip
     return line | {"digests": digests}

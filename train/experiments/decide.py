@@ -21,14 +21,14 @@ from ...peft import Subset
 from ..cluster.signals import Stop
 from ..config import Run, method_to_dict, to_json
 from ..setup import resolve_method
-from .base_cache import Ground
+from .base_cache import BaseCache
 from .compare import Compare, method_of
-from .comparison import Contest, Entry
+from .comparison import Entry, MethodComparison
 from .decision_report import report
 from .prompting import Prompting
 from .sweep.command import check_out, dated, opened
 from .sweep.trials import floats, given, ints
-from .task_evaluator import Exam
+from .task_evaluator import TaskEvaluator
 
 FILE = "decide.json"
 HELP = """graftax decide --base RUN --task T --target METRIC>=X: the cheapest way to a target, all ways measured
@@ -143,12 +143,12 @@ def execute(plan: Decide, command: str = "") -> dict[str, Any]:
             **{key: getattr(plan, key) for key in keys}}  # fmt: skip
     check_out(out, run.resume, json.loads(json.dumps(said)), FILE, "decision")
     with contextlib.ExitStack() as held:
-        stop, ground = held.enter_context(Stop()), Ground()
-        exam = Exam.read(plan.task, run, ground, plan.metric)
+        stop, ground = held.enter_context(Stop()), BaseCache()
+        exam = TaskEvaluator.read(plan.task, run, ground, plan.metric)
         tokenizer, n = ground.base(run).tokenizer, len(exam.task.train)
         entries = {name: Entry(resolve_method(entry.method, tokenizer), entry.examples)
                    for name, entry in plan.entries(n).items()}  # fmt: skip
-        contest = Contest(plan.comparison(), entries, [exam], ground, stop, FILE)
+        contest = MethodComparison(plan.comparison(), entries, [exam], ground, stop, FILE)
         contest.check()
         prompting = Prompting(plan, exam, ground, contest.ledger, stop)
         held.enter_context(opened(out, run, said, FILE))

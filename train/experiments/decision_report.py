@@ -11,11 +11,11 @@ from rich.table import Table
 from ..progress import clock, console
 from ..runs.manifest import write_whole
 from ..runs.report import size
-from .compare_report import CHOSEN, LOST, Grid, facts, judged, label, number, runs, samples, word
+from .compare_report import CHOSEN, LOST, TableGrid, facts, judged, label, number, runs, samples, word
 from .learning_curve import Outlook, draw, outlook
 from .report_page import table
 from .results_log import Line, found, read
-from .stats import Estimate, averaged, verdict
+from .stats import Estimate, averaged, compare_scores
 
 RULE = ("An option reaches the target if its score does, surely if the lower end of its 95 % interval does. Of those "
         "that surely reach it (of those that reach it, if none surely does) the one with the fewest FLOPs is taken: of "
@@ -50,12 +50,12 @@ def options(lines: list[Line]) -> list[Option]:
     """All that were measured, as they were tried."""
     task, about, asked = question(lines)
     prompted = found(lines, kind="option")
-    seen = verdict({line["name"]: [line] for line in prompted}).methods if prompted else {}
+    seen = compare_scores({line["name"]: [line] for line in prompted}).methods if prompted else {}
     made = [Option(line["name"], seen[line["name"]], line["examples"], line["made_flops"], line["made_seconds"],
                    line["request_flops"], line["request_seconds"], line["prompt_tokens"], line["bytes"])
             for line in prompted]  # fmt: skip
     sheets, _ = judged(lines, task)
-    trained = verdict(sheets).methods if sheets else {}
+    trained = compare_scores(sheets).methods if sheets else {}
     costs = {line["method"]: line for line in found(lines, kind="cost")}
     for name in sheets:
         cost, tested = costs[name], sheets[name]
@@ -78,7 +78,7 @@ def cheapest(made: Sequence[Option], target: float, requests: float) -> tuple[Op
     return None, False
 
 
-def foretold(lines: list[Line], target: float) -> tuple[list[int], Outlook] | None:
+def predicted_scores(lines: list[Line], target: float) -> tuple[list[int], Outlook] | None:
     """(sizes, what their curve says of more examples); None for fewer than two sizes."""
     task, _, asked = question(lines)
     sheets, _ = judged(lines, task)
@@ -170,7 +170,7 @@ def raised(made: Sequence[Option], best: Option, sure: bool, requests: float) ->
 def more(lines: list[Line], target: float) -> str:
     """What the learning curve says."""
     *_, asked = question(lines)
-    seen = foretold(lines, target)
+    seen = predicted_scores(lines, target)
     if seen is None:
         return ""
     sizes, look = seen
@@ -191,7 +191,7 @@ def more(lines: list[Line], target: float) -> str:
             f"there are {asked['examples']:,}; beyond those that were tried this is a guess.")  # fmt: skip
 
 
-def grid(lines: list[Line]) -> Grid:
+def grid(lines: list[Line]) -> TableGrid:
     """The table of all that was measured."""
     _, about, asked = question(lines)
     heads = ["option", about["metric"], "95 % interval", "reaches it", "examples", "trained for", "to train, FLOPs",
@@ -206,7 +206,7 @@ def grid(lines: list[Line]) -> Grid:
             number(o.prompt_tokens, ".0f"), number(o.request_flops, ".2g"), number(1e3 * o.request_seconds, ".1f"),
             word(size(o.bytes)), number(o.flops(asked["requests"]), ".2g"),
         ])  # fmt: skip
-    return Grid(heads, rows)
+    return TableGrid(heads, rows)
 
 
 def report(out: Path) -> dict[str, Any]:
@@ -237,7 +237,7 @@ def report(out: Path) -> dict[str, Any]:
 def picture(out: Path, lines: list[Line]) -> str:
     """curve.png: error over examples, its fit, and the target."""
     *_, asked = question(lines)
-    if (seen := foretold(lines, asked["target"])) is None:
+    if (seen := predicted_scores(lines, asked["target"])) is None:
         return ""
     sizes, look = seen
     by_name = {option.name: option for option in options(lines)}

@@ -28,7 +28,7 @@ def text_bytes(train: Sequence[Row]) -> int:
     return sum(len((asked(row) + row["completion"]).encode()) for row in train)
 
 
-class Lot:
+class RandomExamples:
     """The same for every question, drawn once. The others are like it: `nearest`, and what they cost."""
 
     label, bytes, made_flops, made_seconds, flops = "examples by lot", 0, 0.0, 0.0, 0.0  # to keep; once; of a question
@@ -41,7 +41,7 @@ class Lot:
         return np.tile(np.random.default_rng(0).permutation(len(self.train))[:k], (len(rows), 1))
 
 
-class Words(Lot):
+class BM25Examples(RandomExamples):
     """BM25 over words, by the library bm25s (Robertson and Zaragoza 2009)."""
 
     label = "nearest examples by BM25"
@@ -68,7 +68,7 @@ class Words(Lot):
         return np.asarray(found)[:, ::-1]
 
 
-class States(Lot):
+class EmbeddingExamples(RandomExamples):
     """Cosine of mean states of the base. The mean of all is taken off first: states of a language model all point one
     way (arXiv:1909.00512)."""
 

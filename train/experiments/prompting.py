@@ -14,11 +14,11 @@ from ..choices import continuation_losses, pair_scores, readings
 from ..cluster.signals import Stop
 from ..evaluate import as_written, evenly, replies
 from ..progress import console
-from .base_cache import Ground
-from .example_selection import Lot, States, Words, token_flops
+from .base_cache import BaseCache
+from .example_selection import BM25Examples, EmbeddingExamples, RandomExamples, token_flops
 from .prompts import KINDS, Form
-from .results_log import Ledger
-from .task_evaluator import BATCH, Exam
+from .results_log import ResultsLog
+from .task_evaluator import BATCH, TaskEvaluator
 
 # Of the task's choices: the one with the highest log p(choice | prompt), or with the largest gain over
 # log p(choice | a prompt that says nothing), so that what is likely anyhow has no lead (arXiv:2104.08315).
@@ -29,7 +29,7 @@ TRIED = 64  # rows that choose the form of a prompt, or say how long a request i
 class Prompting:
     """All of them on one exam."""
 
-    def __init__(self, plan: Any, exam: Exam, ground: Ground, ledger: Ledger, stop: Stop):
+    def __init__(self, plan: Any, exam: TaskEvaluator, ground: BaseCache, ledger: ResultsLog, stop: Stop):
         self.plan, self.exam, self.ledger, self.stop = plan, exam, ledger, stop
         self.model, self.params = ground.model(plan.run)
         base, self.train = ground.base(plan.run), as_written(exam.task.train, exam.tokenizer)
@@ -43,9 +43,9 @@ class Prompting:
             self.forms = [Form(form.kind, exam.tokenizer, context - exam.new) for form in self.forms]
 
     @cached_property
-    def words(self) -> Words:
+    def words(self) -> BM25Examples:
         """BM25 over the training examples."""
-        return Words(self.train)
+        return BM25Examples(self.train)
 
     def request(self) -> dict[str, float]:
         """What a request of a tuned model reads and writes: as a chat, without examples."""
@@ -64,11 +64,11 @@ class Prompting:
         """A line for each, as far as there are none."""
         self._add("the nearest example's answer (BM25), no model", self.words, self._copied)
         self.form = self._chosen_form()
-        shelves: dict[str, Callable[[], Lot | None]] = {
+        shelves: dict[str, Callable[[], RandomExamples | None]] = {
             "zero-shot": lambda: None,
-            f"{self.k} {Lot.label}": lambda: Lot(self.train),
-            f"{self.k} {Words.label}": lambda: self.words,
-            f"{self.k} {States.label}": lambda: States(
+            f"{self.k} {RandomExamples.label}": lambda: RandomExamples(self.train),
+            f"{self.k} {BM25Examples.label}": lambda: self.words,
+            f"{self.k} {EmbeddingExamples.label}": lambda: EmbeddingExamples(
                 self.train, self.model, self.params, self.exam.tokenizer
             ),
         }  # fmt: skip
@@ -78,7 +78,7 @@ class Prompting:
                 continue
             self._prompted(name, make())
 
-    def _add(self, name: str, shelf: Lot | None, answer: Callable[[], Any]) -> None:
+    def _add(self, name: str, shelf: RandomExamples | None, answer: Callable[[], Any]) -> None:
         if self.ledger.find(kind="option", name=name):
             return
         self.stop.check()
@@ -93,7 +93,7 @@ class Prompting:
         console.print(f"{name}: {self.exam.metric} {line['score']:.4f}, {line['request_seconds'] * 1e3:.1f} ms and "
                       f"{line['prompt_tokens']:.0f} tokens of prompt a request", soft_wrap=True)  # fmt: skip
 
-    def _near(self, shelf: Lot | None, rows: Sequence[Any]) -> tuple[list[list[Any]], float]:
+    def _near(self, shelf: RandomExamples | None, rows: Sequence[Any]) -> tuple[list[list[Any]], float]:
         """(the examples before each row, seconds of a row)."""
         if shelf is None:
             return [[] for _ in rows], 0.0
@@ -132,7 +132,7 @@ class Prompting:
         console.print(f"prompts as {best.kind}: nats an answer on {len(rows)} rows: {said}", soft_wrap=True)
         return best
 
-    def _prompted(self, name: str, shelf: Lot | None) -> None:
+    def _prompted(self, name: str, shelf: RandomExamples | None) -> None:
         """What the base writes behind each prompt, and the choices that it prefers there."""
         near, looked = self._near(shelf, self.exam.rows)
         prompts, row, choices = self.form.prompts(self.exam.rows, near), self.exam.rows[0], self.exam.task.choices

@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 
 from ..progress import read_metrics, save_figure
 from ..runs.manifest import write_whole
-from .compare_report import Finding, Grid, expenses, facts, runs, samples
+from .compare_report import Finding, TableGrid, expenses, facts, runs, samples
 from .results_log import Line, found
 
 DIFFERENCES = "Row less column, with the 95 % interval of the pair alone; * is told apart, over all pairs at once."
@@ -61,7 +61,7 @@ def markdown(parts: dict[str, Any], pictures: Sequence[str]) -> str:
     return "\n".join(text) + "\n"
 
 
-def table(grid: Grid) -> list[str]:
+def table(grid: TableGrid) -> list[str]:
     """A table's lines."""
     plain = lambda text: text.replace("|", "\\|").replace("\n", " ")  # noqa: E731
     rows = [grid.heads, ["---"] * len(grid.heads), *([cell.text for cell in row] for row in grid.rows)]

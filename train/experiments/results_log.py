@@ -10,7 +10,7 @@ from ..runs.manifest import write_whole
 Line = dict[str, Any]
 
 
-class Ledger:
+class ResultsLog:
     """The lines of a file of results, in the order in which they were found."""
 
     def __init__(self, path: Path):

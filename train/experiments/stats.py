@@ -30,7 +30,7 @@ class Estimate(NamedTuple):
     as_good: bool  # not told apart from the best
 
 
-class Verdict(NamedTuple):
+class ScoreComparison(NamedTuple):
     """Of all methods on one task, the best first."""
 
     methods: dict[str, Estimate]
@@ -82,11 +82,11 @@ def _no_surer(low: float, high: float, mean: float, sheets: Sequence[dict[str, A
     return max(low, 0.0), min(high, 1.0)
 
 
-def verdict(sheets: Mapping[str, Sequence[dict[str, Any]]]) -> Verdict:
+def compare_scores(sheets: Mapping[str, Sequence[dict[str, Any]]]) -> ScoreComparison:
     """sheets: {method: a sheet a seed, each with its `score` and what `by_row` gives}; as many seeds for each."""
     names = list(sheets)
     if not names:
-        return Verdict({}, {}, 0.0, 0.0)
+        return ScoreComparison({}, {}, 0.0, 0.0)
     scores = np.array([[sheet["score"] for sheet in sheets[name]] for name in names])  # [methods, seeds]
     means, n = scores.mean(axis=1), scores.shape[1]
     rows = averaged(sheets)
@@ -114,4 +114,4 @@ def verdict(sheets: Mapping[str, Sequence[dict[str, Any]]]) -> Verdict:
         low, high = _no_surer(low, high, float(means[i]), sheets[names[i]])
         behind = pairs.get((names[best], names[i]), (0.0, 0.0, 0.0))
         found[names[i]] = Estimate(float(means[i]), low, high, behind[0], behind[1], behind[2], behind[0] <= apart)
-    return Verdict(found, pairs, apart, spread)
+    return ScoreComparison(found, pairs, apart, spread)

@@ -14,19 +14,19 @@ from ..loop import compile_step
 from ..plan.estimate import traced
 from ..program import KEYS, layout
 from ..runs.report import nbytes
-from .base_cache import Ground
+from .base_cache import BaseCache
 
 TURNS, STEPS = 6, 4  # each method takes STEPS steps in each of TURNS turns; the first of a turn finds its memory again
 
 
-def flops(run: Any, ground: Ground) -> float:
+def flops(run: Any, ground: BaseCache) -> float:
     """FLOPs of a step: what its trace multiplies, recomputation too."""
     model, params = ground.model(run)
     laid = layout(run, ground.mesh, jax.eval_shape(lambda: params))
     return traced(run, model.config, ground.mesh, laid, jax.devices()[0].platform).flops
 
 
-def costs(runs: dict[str, Any], ground: Ground, stop: Stop, quantized: bool = False) -> Iterator[dict[str, Any]]:
+def costs(runs: dict[str, Any], ground: BaseCache, stop: Stop, quantized: bool = False) -> Iterator[dict[str, Any]]:
     """A line of results for each run: {name: run}. `ratio` is a step's time over that of full fine-tuning, which takes
     its turns too, whether it is among them or not: the median over the turns of the fastest step of each. Nothing
     trains all of a quantised base: there it is over that of the first."""

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from ... import InputError
-from ...data.errors import Bad
+from ...data.errors import RowErrors
 from ...data.sft import render_prompts
-from ..config import Run, close
+from ..config import Run, did_you_mean
 from ..evaluate import chats, evenly, longest_answer, outputs, scored
 from ..inputs import judged, say, task_of
-from .base_cache import Ground
+from .base_cache import BaseCache
 from .stats import by_row
 
 SHOWN = 12  # rows whose answers are shown side by side
@@ -28,7 +28,7 @@ BATCH = 50  # rows that are answered at once
 
 
 @dataclasses.dataclass(frozen=True)
-class Exam:
+class TaskEvaluator:
     """The test of a task, or its validation rows where it has none, which then judge and choose at once."""
 
     name: str  # as it was given: a task's name, or a file
@@ -45,10 +45,10 @@ class Exam:
         return Path(self.name).name
 
     @classmethod
-    def read(cls, said: str, run: Run, ground: Ground, metric: str = "") -> "Exam":
+    def read(cls, said: str, run: Run, ground: BaseCache, metric: str = "") -> "TaskEvaluator":
         """TASK or TASK@METRIC, below a run's --data.root. InputError for a metric that the task does not have."""
         name, asked = cls.parted(said)
-        base, bad = ground.base(run), Bad(run.data.bad, run.data.bad_cap)
+        base, bad = ground.base(run), RowErrors(run.data.bad, run.data.bad_cap)
         task = task_of(dataclasses.replace(run.data, task=name), bad)
         task = judged(task, base.tokenizer, base.config, 0, bad)
         say(bad)
@@ -58,7 +58,7 @@ class Exam:
         has = list(task.score(rows, [row["completion"] for row in rows]))
         metric = metric or asked
         if (metric or name != said) and metric not in has:
-            raise InputError(f"{task.name} has no score {metric!r}{close(metric, has)}; it has {', '.join(has)}")
+            raise InputError(f"{task.name} has no score {metric!r}{did_you_mean(metric, has)}; it has {', '.join(has)}")
         return cls(name, metric or has[0], task, tuple(rows), longest_answer(rows, base.tokenizer), base.tokenizer)
 
     @staticmethod

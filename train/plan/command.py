@@ -9,7 +9,7 @@ from rich.table import Table
 
 from ... import InputError
 from ...peft import Subset
-from ..config import Run, close, from_json, method_class
+from ..config import Run, did_you_mean, from_json, method_class
 from ..progress import console
 from ..recipes import recipes
 from ..runs.report import size
@@ -72,7 +72,7 @@ def phase_of(args: list[str]) -> str:
     if name.endswith(".json"):
         return from_json(Path(name)).phase
     if name not in recipes:
-        raise InputError(f"graftax plan wants a recipe, not {name!r}{close(name, recipes)}; there are "
+        raise InputError(f"graftax plan wants a recipe, not {name!r}{did_you_mean(name, recipes)}; there are "
                          f"{', '.join(recipes)} (graftax plan --help)")  # fmt: skip
     return recipes[name]().phase
 

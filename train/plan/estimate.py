@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from ...model import Config, Transformer
-from ...model.backend import meant_for
+from ...model.backend import target_backend
 from ...model.tree import in_layers, is_stacked, paths
 from ..config import Run
 from ..program import KEYS, Layout, base_shapes, start
@@ -28,7 +28,7 @@ def traced(run: Run, config: Config, mesh: Any, layout: Layout, platform: str) -
     at, small = mesh.shape, share(config, mesh.shape["tensor"])
     shape = (run.data.batch // (at["data"] * at["fsdp"]), run.data.T)
     alone = AbstractMesh((1, 1, 1, at["context"]), tuple(at), (AxisType.Auto,) * 4)
-    with meant_for(platform), jax.sharding.use_abstract_mesh(alone):
+    with target_backend(platform), jax.sharding.use_abstract_mesh(alone):
         first = start(run, base_shapes(run, small))
         frozen, state = first.made
         step = make_train_step(Transformer(small), run.method, first.tx, accumulate=run.accumulate, chunk=run.chunk)

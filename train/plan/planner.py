@@ -13,15 +13,15 @@ import jax.numpy as jnp
 from ... import InputError
 from ...data.tokenizers.tokenizer import load_tokenizer
 from ...model import Config, Transformer, hf, presets, shapes_of
-from ...model.backend import meant_for
+from ...model.backend import target_backend
 from ...model.hf.files import nearest_folder, read_json
-from ..config import Run, close, from_json
+from ..config import Run, did_you_mean, from_json
 from ..inputs import check_lengths
 from ..program import KEYS, Layout, base_shapes, check_batch, layout, lower
 from ..progress import step_flops
-from ..runs.checkpoint import Checkpoints
-from ..runs.layout import laid as stacked_or_not
-from ..runs.load import check_run, is_hugging_face, numerics
+from ..runs.checkpoint import CheckpointWriter
+from ..runs.layout import set_layout as stacked_or_not
+from ..runs.load import check_run, is_hugging_face, with_compute_dtype
 from . import hlo, roofline
 from .estimate import links, shard, traced
 from .topology import Target, silent
@@ -31,7 +31,7 @@ KINDS = ("weights", "trainable", "gradients", "optimizer", "activations", "tempo
 
 def planned(run: Run, target: Target, compiling: bool = True) -> dict[str, Any]:
     """The plan of one run on one target, as JSON. Raises InputError for what the run itself would refuse."""
-    with meant_for(target.platform):
+    with target_backend(target.platform):
         run, config = architecture(run)
         check_lengths(run.data, config.context)
         mesh = target.mesh(run.mesh)
@@ -63,7 +63,7 @@ def architecture(run: Run) -> tuple[Run, Config]:
         return dataclasses.replace(run, model=config, steps=max(run.steps, 1)), config
     if not run.base:
         raise InputError(f"fine-tuning starts from a base: give --base RUN, FOLDER or PRESET ({', '.join(presets)})")
-    config = numerics(config_of(run.base), run.dtype, run.remat)
+    config = with_compute_dtype(config_of(run.base), run.dtype, run.remat)
     return dataclasses.replace(run, steps=run.steps or 1000), stacked_or_not(config, run.layers)
 
 
@@ -72,16 +72,16 @@ def config_of(base: str) -> Config:
     if base in presets:
         return presets[base]
     if not Path(base).exists():
-        near = close(base, presets) or nearest_folder(base)
+        near = did_you_mean(base, presets) or nearest_folder(base)
         raise InputError(f"--base {base!r} is no preset and no folder here{near}; a plan downloads nothing; presets: "
                          f"{', '.join(presets)}")  # fmt: skip
     if is_hugging_face(base):
         return hf.config_from_hf(read_json(Path(base) / "config.json"), f"{base}/config.json")
     run = from_json(check_run(base) / "config.json")
     if run.phase == "finetune":
-        return numerics(config_of(run.base), run.dtype, run.remat)
+        return with_compute_dtype(config_of(run.base), run.dtype, run.remat)
     assert run.model is not None
-    checkpoints = Checkpoints(Path(base) / "checkpoints")
+    checkpoints = CheckpointWriter(Path(base) / "checkpoints")
     steps = checkpoints.steps()
     leaves = checkpoints.manifest(steps[-1])["leaves"].get("trainable", {}) if steps else {}
     stored = leaves.get("embed/table", {}).get("dtype", "float32")

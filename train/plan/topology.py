@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from ... import InputError
 from ...model.sharding import AXES, make_mesh
-from ..config import close
+from ..config import did_you_mean
 from .roofline import CHIPS, GPUS, TPUS, Chip, chip_of, cpu_chip
 
 WANTED = f"one of {', '.join(f'{t}:AxB' for t in TPUS)} (v4, v5p: AxBxC), gpu:h200x8, cpu:8"
@@ -63,7 +63,7 @@ def target(name: str) -> Target:
     if family == "cpu" and re.fullmatch(r"[1-9]\d*", size):
         here = _host_devices(int(size))
         return Target(name, cpu_chip(int(size)), int(size), "cpu", here, _xla(here[0]))
-    raise InputError(f"--topology {name!r}{close(family, (*TPUS, 'gpu', 'cpu'))}: wanted {WANTED}")
+    raise InputError(f"--topology {name!r}{did_you_mean(family, (*TPUS, 'gpu', 'cpu'))}: wanted {WANTED}")
 
 
 def _xla(device: Any) -> str:

@@ -12,7 +12,7 @@ from ...atomic import whole_folder
 from ...data.tokenizers.hf_files import MAIN
 from ...data.tokenizers.tokenizer import load_tokenizer
 from ...model.hf.files import is_hub_id, read_json
-from ...model.tree import cut_key
+from ...model.tree import split_layer_index
 from ...peft import Method
 from ...peft.hf.names import family_of
 from ...peft.methods.lora import LoRA
@@ -101,7 +101,7 @@ def read(folder: Path, below: Any, base: str) -> Any:
     """A loaded base with the adapter of an HF PEFT folder, as a loaded run has it."""
     params = below.merged
     method, trainable = peft.hf.load(folder, below.config, params)
-    touched = ", ".join(sorted({cut_key(key)[0].split("/")[-1] for key in trainable}))
+    touched = ", ".join(sorted({split_layer_index(key)[0].split("/")[-1] for key in trainable}))
     total = sum(x.size for x in jax.tree.leaves(trainable))
     console.print(f"read {folder}: {type(method).__name__}, {total:,} numbers, of {touched}", soft_wrap=True)
     run = Run(phase="finetune", recipe="imported", out=str(folder), base=base, method=method, data=below.run.data)

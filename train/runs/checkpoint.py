@@ -20,18 +20,18 @@ from ... import InputError, __version__
 from ...model.tree import canonical, is_stacked, named, paths
 from ..cluster import distributed
 from .. import faults
-from .manifest import damage, described, sealed_manifest, sync, write_whole
+from .manifest import find_damage, describe_files, sealed_manifest, sync, write_whole
 from .digests import digest, digests, pieces
 from ..progress import console
-from .checkpoint_reader import Stored
+from .checkpoint_reader import CheckpointReader
 
 
 def fingerprint(params: Any) -> str:
     """sha256 of a base's values and dtypes, the same for stacked and unrolled layers, any sharding, any file split."""
-    return sealed(mark for path, leaf in named(params).items() for mark in marks(path, leaf))
+    return fingerprint_of(mark for path, leaf in named(params).items() for mark in leaf_digests(path, leaf))
 
 
-def marks(path: str, leaf: Any) -> list[tuple[str, int, str]]:
+def leaf_digests(path: str, leaf: Any) -> list[tuple[str, int, str]]:
     """What one parameter gives to the fingerprint: (name, layer, digest) of each layer."""
     name, layers = canonical(path)
     if is_stacked(path):
@@ -40,7 +40,7 @@ def marks(path: str, leaf: Any) -> list[tuple[str, int, str]]:
     return [(name, layers[0] if layers else -1, digest(leaf))]
 
 
-def sealed(marks: Iterable[tuple[str, int, str]]) -> str:
+def fingerprint_of(marks: Iterable[tuple[str, int, str]]) -> str:
     """The fingerprint of a base from the marks of all its parameters, in any order."""
     return hashlib.sha256(json.dumps(sorted(marks)).encode()).hexdigest()
 
@@ -53,7 +53,7 @@ def versions() -> dict[str, str]:
     return {"graftax": __version__, **{name: version(name) for name in names}}
 
 
-class Checkpoints(Stored):
+class CheckpointWriter(CheckpointReader):
     """The checkpoints of one run: saved in the background, one at a time, the newest `keep` and the best kept."""
 
     def __init__(self, folder: Path, keep: int = 2, guard: Callable[[], None] = lambda: None):
@@ -64,7 +64,7 @@ class Checkpoints(Stored):
     _pending: Future[None] | None
     _step = 0  # of the save under way
 
-    def __enter__(self) -> "Checkpoints":
+    def __enter__(self) -> "CheckpointWriter":
         return self
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
@@ -91,7 +91,7 @@ class Checkpoints(Stored):
                 shutil.rmtree(work, ignore_errors=True)
                 work.mkdir(parents=True)
                 faults.at("save.begin", step)
-            distributed.share("the folder of a checkpoint")
+            distributed.barrier_gather("the folder of a checkpoint")
             for item, tree in flat.items():
                 self._saver(item).save((work / item).absolute(), tree)
         except Exception as error:
@@ -138,16 +138,16 @@ class Checkpoints(Stored):
         try:
             for saver in self._savers.values():
                 saver.wait_until_finished()
-            distributed.share("the arrays of a checkpoint")
+            distributed.barrier_gather("the arrays of a checkpoint")
             faults.at("save.arrays", step)
-            mine, files = described(work, distributed.index(), distributed.count()), {}
-            for said in distributed.share("the files of a checkpoint", json.dumps(mine)):
+            mine, files = describe_files(work, distributed.index(), distributed.count()), {}
+            for said in distributed.barrier_gather("the files of a checkpoint", json.dumps(mine)):
                 files |= json.loads(said)
             if distributed.index() == 0:
                 self._finish(step, work, {**manifest, "files": files})
-            distributed.share("the manifest of a checkpoint")
+            distributed.barrier_gather("the manifest of a checkpoint")
         except Exception as error:
-            distributed.tell(str(self._unwritten(step, error)))
+            distributed.report_failure(str(self._unwritten(step, error)))
             self._drop(work)
             raise
 
@@ -173,7 +173,7 @@ class Checkpoints(Stored):
         work.rename(self.folder / str(step))
         sync(self.folder)
         faults.at("save.end", step)
-        if wrong := damage(self.folder / str(step), manifest["files"], full=False):
+        if wrong := find_damage(self.folder / str(step), manifest["files"], full=False):
             raise OSError(f"{wrong[0]}; no older one was deleted")
         kept = {*self.steps()[-self.keep :], self.best()}
         for old in self.steps():

@@ -15,12 +15,12 @@ from ... import InputError
 from ...model.tree import canonical, paths
 from ..cluster import distributed
 from . import layout
-from .manifest import damage, described, read_manifest
+from .manifest import describe_files, find_damage, read_manifest
 from .digests import digests
 from ..progress import console
 
 
-class Stored:
+class CheckpointReader:
     """The checkpoints in a folder, to be read."""
 
     def __init__(self, folder: Path):
@@ -54,8 +54,8 @@ class Stored:
         except InputError as error:
             return str(error)
         if verify != "off":
-            mine = damage(self.folder / str(step), manifest.get("files", {}), verify == "full", me, n)
-            for said in distributed.share("the damage of a checkpoint", json.dumps(mine)):
+            mine = find_damage(self.folder / str(step), manifest.get("files", {}), verify == "full", me, n)
+            for said in distributed.barrier_gather("the damage of a checkpoint", json.dumps(mine)):
                 found += json.loads(said)
         more = f" and {len(found) - 1} more files" if len(found) > 1 else ""
         return f"{found[0]}{more}{self._lost(step, manifest)}" if found else ""
@@ -157,7 +157,7 @@ def _agree(where: Path, wanted: dict[str, Any], saved: dict[str, Any]) -> None:
 
 def sidecars(folder: Path, tokenizer: Any) -> dict[str, Any]:
     """Size and digest of the files beside the checkpoints that never change."""
-    return described(folder, names=sorted({*tokenizer.files, tokenizer.file, "held_out.npz"}))
+    return describe_files(folder, names=sorted({*tokenizer.files, tokenizer.file, "held_out.npz"}))
 
 
 def check_sidecars(folder: Path, manifest: dict[str, Any], verify: str) -> None:
@@ -166,5 +166,5 @@ def check_sidecars(folder: Path, manifest: dict[str, Any], verify: str) -> None:
     if "held_out.npz" in said and not (folder / "held_out.npz").exists():
         console.print(f"{folder}/held_out.npz is gone: what is forgotten is not measured", soft_wrap=True)
         del said["held_out.npz"]
-    if bad := damage(folder, said, verify == "full"):
+    if bad := find_damage(folder, said, verify == "full"):
         raise InputError(f"{bad[0]}: damaged; put it back, or have the run write it anew with --resume")

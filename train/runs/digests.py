@@ -66,7 +66,7 @@ def digests(flat: Mapping[str, Any]) -> dict[str, str]:
     """{path: digest}; each process hashes every n-th leaf."""
     n, me = distributed.count(), distributed.index()
     mine = [digest(x, i % n == me) for i, x in enumerate(flat.values())]
-    said = [text.split(",") for text in distributed.share("digests", ",".join(mine))]
+    said = [text.split(",") for text in distributed.barrier_gather("digests", ",".join(mine))]
     return {path: said[i % n][i] for i, path in enumerate(flat)}
 
 

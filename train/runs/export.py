@@ -21,13 +21,13 @@ from ...model.tree import named
 from ...peft import Subset, merge
 from . import adapters
 from .adapters import Target
-from .checkpoint import Checkpoints, fingerprint, marks, sealed
+from .checkpoint import CheckpointWriter, fingerprint, leaf_digests, fingerprint_of
 from ..config import to_json
 from .equivalence import BOUNDS, base_logits, compare, logits_of, probe_ids, widest
 from ..inputs import save_held_out
 from .lineage import code, keep
 from ..progress import console
-from .load import Loaded, is_hugging_face, load_hugging_face, load_run, place
+from .load import Loaded, is_hugging_face, load_hugging_face, load_run, resolve_path
 from .checkpoint_reader import sidecars
 from .tokenizer_files import write_tokenizer
 
@@ -67,7 +67,7 @@ def write_base(
         "sidecars": sidecars(out, got.tokenizer),
         **came,
     }
-    checkpoints = Checkpoints(out / "checkpoints")
+    checkpoints = CheckpointWriter(out / "checkpoints")
     checkpoints.save(got.manifest["step"], {"trainable": named(params)}, meta)
     checkpoints.close()
     return fingerprint(params)
@@ -170,18 +170,18 @@ class Export(Checked):
 def base_name(got: Loaded, moved: str = "") -> str:
     """The name that an adapter's config gives its base: of an imported model while the parameters are those of the base
     by fingerprint, else the run that the adapter was tuned on. moved: where that is now."""
-    name, found = place(moved or got.run.base), []
+    name, found = resolve_path(moved or got.run.base), []
 
     def each(path: str, leaf: Any) -> Any:
         """Take one parameter's part of the fingerprint, and keep its shape alone."""
-        found.extend(marks(path, leaf))
+        found.extend(leaf_digests(path, leaf))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
     if is_hugging_face(name) or not (folder := origin(got)):
         return name
     with contextlib.suppress(InputError):  # the model is damaged by now, or another one
         hf.load(folder, each=each)
-    return got.manifest["imported"] if sealed(found) == got.manifest["base"] else name
+    return got.manifest["imported"] if fingerprint_of(found) == got.manifest["base"] else name
 
 
 def origin(got: Loaded) -> Path | None:

@@ -89,16 +89,16 @@ def sharded(shapes: Any, split: Any) -> Any:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, split)
 
 
-def laid(config: Config, layers: str) -> Config:
+def set_layout(config: Config, layers: str) -> Config:
     """The config with its layers stacked or unrolled, as a run asks for."""
     return dataclasses.replace(config, scan=layers == "stacked") if layers else config
 
 
-def relaid(config: Config, params: Any, layers: str, mesh: Any = None, kind: str = "") -> tuple[Config, Any]:
+def convert_layout(config: Config, params: Any, layers: str, mesh: Any = None, kind: str = "") -> tuple[Config, Any]:
     """A base with its layers stacked or unrolled; what had to be moved of `params` is used up."""
-    if laid(config, layers) == config:
+    if set_layout(config, layers) == config:
         return config, params
-    config = laid(config, layers)
+    config = set_layout(config, layers)
     shapes = jax.eval_shape(partial(quantize, kind=kind), shapes_of(config)) if kind else shapes_of(config)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     split = shardings(mesh, shapes) if mesh is not None else jax.tree.map(lambda _: here, shapes)

@@ -74,11 +74,11 @@ def keep(folder: Path, records: list[dict[str, Any]]) -> None:
     (folder / KEPT).write_text(json.dumps(records, indent=1) + "\n", "utf-8")
 
 
-def today(entry: dict[str, Any]) -> str:
+def run_status(entry: dict[str, Any]) -> str:
     """What has become of the run that a record is of: `unchanged`, `changed since`, or `not here`."""
-    from .checkpoint import Checkpoints
+    from .checkpoint import CheckpointWriter
 
-    checkpoints = Checkpoints(Path(entry["run"]) / "checkpoints")
+    checkpoints = CheckpointWriter(Path(entry["run"]) / "checkpoints")
     if not entry["values"]:
         return "" if Path(entry["run"]).exists() else "not here"
     if entry["step"] not in checkpoints.steps():
@@ -97,7 +97,7 @@ class Lineage(Checked):
 
     def run(self) -> dict[str, Any]:
         """Print the chain; returns {"chain": its records, each with `today`}."""
-        records = [entry | {"today": today(entry)} for entry in self.read()]
+        records = [entry | {"today": run_status(entry)} for entry in self.read()]
         table = Table("phase", "run", "recipe · method", "step", "values", "on base", "data", "code", "today", box=None)
         for r in records:
             made = " ".join(f"{k} {v}" for k, v in (r["versions"] or {}).items() if k in ("graftax", "jax"))
@@ -110,7 +110,7 @@ class Lineage(Checked):
 
     def read(self) -> list[dict[str, Any]]:
         """The records of a run directory, of a Hugging Face folder, or of an adapter's."""
-        from .checkpoint import Checkpoints
+        from .checkpoint import CheckpointWriter
         from ..config import from_json
         from .load import check_run, is_hugging_face
 
@@ -121,7 +121,7 @@ class Lineage(Checked):
             blank = dict.fromkeys(("recipe", "method", "values", "base", "data", "tokenizer", "versions", "code"), "")
             return [{"run": str(folder), "phase": "import", "step": 0, "seed": 0, **blank}]
         folder = check_run(folder)
-        checkpoints = Checkpoints(folder / "checkpoints")
+        checkpoints = CheckpointWriter(folder / "checkpoints")
         if not checkpoints.steps():
             raise InputError(f"{folder}: no checkpoint was saved, so nothing came of this run")
         return chain(folder, from_json(folder / "config.json"), checkpoints.manifest(checkpoints.steps()[-1]))

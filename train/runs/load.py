@@ -17,16 +17,16 @@ from ...data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from ...model import Config, Context, Transformer, hf, shapes_of
 from ...model.backend import backend
 from ...model.hf.files import fetch, is_hub_id, nearest_folder
-from ...model.pattern import patterns_of
+from ...model.pattern import pattern_source
 from ...model.quantize import quantized
-from ...model.sharding import follow, shardings
+from ...model.sharding import infer_adapter_shardings, shardings
 from ...model.tree import canonical, named, nested
 from ...peft import Method, Subset, merge
 from . import adapters, report
-from .checkpoint import Checkpoints, fingerprint, marks, sealed
-from ..config import Data, Run, from_json, held_still, method_to_dict
+from .checkpoint import CheckpointWriter, fingerprint, leaf_digests, fingerprint_of
+from ..config import Data, Run, from_json, check_config_unchanged, method_to_dict
 from ..inputs import check_rows, check_tokenizer, load_held_out
-from .layout import laid, relaid, sharded
+from .layout import set_layout, convert_layout, sharded
 from .lineage import chain, kept
 from ..progress import console
 from .checkpoint_reader import check_sidecars
@@ -112,7 +112,7 @@ def check_run(folder: str | Path) -> Path:
     return folder
 
 
-def numerics(config: Config, dtype: str = "", remat: Any = "") -> Config:
+def with_compute_dtype(config: Config, dtype: str = "", remat: Any = "") -> Config:
     """The config as it is run here. What is stored in half precision is multiplied in fp32 on a CPU, which has no fast
     product for it."""
     half = config.family and backend() == "cpu"
@@ -121,26 +121,26 @@ def numerics(config: Config, dtype: str = "", remat: Any = "") -> Config:
     )
 
 
-def keeper(kind: str, mesh: Any) -> tuple[Callable[[str, Any], Any], list[Any]]:
+def quantize_on_load(kind: str, mesh: Any) -> tuple[Callable[[str, Any], Any], list[Any]]:
     """(each(path, parameter) -> what is kept of it, the marks it has taken): a base is quantised while it is read, a
     parameter at a time, and known by the fingerprint of what it was."""
     found: list[Any] = []
 
     def each(path: str, leaf: Any) -> Any:
-        found.extend(marks(path, leaf))
+        found.extend(leaf_digests(path, leaf))
         return jax.block_until_ready(quantized(path, leaf, kind, mesh=mesh))
 
     return each, found
 
 
-def quantised(got: Loaded, kind: str, mesh: Any) -> Loaded:
+def quantize_base(got: Loaded, kind: str, mesh: Any) -> Loaded:
     """Base and adapter as one quantised base; here all of it is in memory before."""
-    each, _ = keeper(kind, mesh)
+    each, _ = quantize_on_load(kind, mesh)
     params = nested({path: each(path, leaf) for path, leaf in named(got.merged).items()})
     return dataclasses.replace(got, params=params, method=Subset("all"), trainable={}, mark=got.fingerprint)
 
 
-def place(name: str | Path) -> str:
+def resolve_path(name: str | Path) -> str:
     """A base's name as a run writes it down: a folder by its whole path, so that it is found from anywhere."""
     return str(Path(name).resolve()) if Path(name).exists() else str(name)
 
@@ -151,8 +151,8 @@ def load_hugging_face(
     """A Hugging Face checkpoint as a base: parameters on the mesh in the dtype they have on disk, its tokenizer."""
     began, folder = time.perf_counter(), fetch(str(name))
     tokenizer = load_tokenizer(folder)
-    each, found = keeper(quantize, mesh) if quantize else (None, [])
-    config, params = relaid(*hf.load(folder, dtype, mesh, each), layers, mesh, quantize)
+    each, found = quantize_on_load(quantize, mesh) if quantize else (None, [])
+    config, params = convert_layout(*hf.load(folder, dtype, mesh, each), layers, mesh, quantize)
     if check:
         check_rows(tokenizer, config.V, f"{folder}: ")
     total, kind = sum(x.size for x in named(params).values()), config.param_dtype + (quantize and f" as {quantize}")
@@ -161,10 +161,10 @@ def load_hugging_face(
     console.print(said, soft_wrap=True)
     data = Data(T=min(512, config.context))
     run = Run(phase="pretrain", recipe="imported", out=str(name), model=config, data=data)
-    manifest = {"step": 0, "base": "", "phase": "pretrain", "tokenizer": tokenizer.digest, "imported": place(name),
+    manifest = {"step": 0, "base": "", "phase": "pretrain", "tokenizer": tokenizer.digest, "imported": resolve_path(name),
                 "lineage": kept(folder)}  # fmt: skip
-    mark = sealed(found) if quantize else ""
-    return Loaded(folder, run, numerics(config), params, Subset("all"), {}, tokenizer, {}, manifest, mark)
+    mark = fingerprint_of(found) if quantize else ""
+    return Loaded(folder, run, with_compute_dtype(config), params, Subset("all"), {}, tokenizer, {}, manifest, mark)
 
 
 def _as_written(like: dict[str, Any], leaves: dict[str, Any]) -> dict[str, Any]:
@@ -209,34 +209,34 @@ def load_run(
     if adapters.is_adapter(folder):
         name = adapters.base_of(Path(folder), base)
         got = adapters.read(Path(folder), load_run(name, mesh, layers=layers, verify=verify), name)
-        return quantised(got, quantize, mesh) if quantize else got
+        return quantize_base(got, quantize, mesh) if quantize else got
     if is_hugging_face(folder):
         return load_hugging_face(folder, mesh, layers=layers, quantize=quantize)
     folder = check_run(folder)
-    run, checkpoints = from_json(folder / "config.json"), Checkpoints(folder / "checkpoints")
+    run, checkpoints = from_json(folder / "config.json"), CheckpointWriter(folder / "checkpoints")
     step = _chosen(folder, checkpoints.steps(), step)
     manifest = checkpoints.manifest(step)
-    held_still(run, manifest, folder)
+    check_config_unchanged(run, manifest, folder)
     check_sidecars(folder, manifest, verify)
     if run.phase == "pretrain":
         assert run.model is not None
-        config = numerics(laid(run.model, layers))
-        shapes = shapes_of(laid(run.model, layers))
+        config = with_compute_dtype(set_layout(run.model, layers))
+        shapes = shapes_of(set_layout(run.model, layers))
         method: Method = Subset("all")
         below = None
     else:
         below = _below(folder, run, manifest, base or run.base, mesh, layers or run.layers, verify)
         if "imported" in below.manifest:
             manifest = manifest | {"imported": below.manifest["imported"]}
-        config, method = numerics(below.config, run.dtype, run.remat), run.method
+        config, method = with_compute_dtype(below.config, run.dtype, run.remat), run.method
         shapes = jax.eval_shape(lambda base: base, below.base)  # an argument: traced, `base` would cache tracers
     make = partial(method.init, jax.random.key(0))
-    with patterns_of(folder / "config.json"):
+    with pattern_source(folder / "config.json"):
         like = jax.eval_shape(make, shapes)
     like = like if below else _as_written(like, manifest["leaves"].get("trainable", {}))
     if mesh is not None:
-        like = sharded(like, follow(mesh, make, shapes, shardings(mesh, shapes)))
-    each, found = keeper(quantize, mesh) if quantize and below is None else (None, [])
+        like = sharded(like, infer_adapter_shardings(mesh, make, shapes, shardings(mesh, shapes)))
+    each, found = quantize_on_load(quantize, mesh) if quantize and below is None else (None, [])
     trainable = checkpoints.restore(step, "trainable", like, each, verify)
     checkpoints.close()
     params, tokenizer = below.base if below else nested(trainable), load_tokenizer(folder)
@@ -246,5 +246,5 @@ def load_run(
     held_out = below.held_out if below else load_held_out(folder / "held_out.npz")
     got = Loaded(folder, run, config, params, method, trainable, tokenizer, held_out, manifest)
     if each:
-        return dataclasses.replace(got, trainable={}, mark=sealed(found))
-    return quantised(got, quantize, mesh) if quantize and below else got
+        return dataclasses.replace(got, trainable={}, mark=fingerprint_of(found))
+    return quantize_base(got, quantize, mesh) if quantize and below else got

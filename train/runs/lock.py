@@ -52,7 +52,7 @@ class Lock:
 
     def __enter__(self) -> "Lock":
         """InputError naming the holder, if it lives."""
-        with _alone(self.path.parent):
+        with _exclusive(self.path.parent):
             there = self._read()
             if there and not self.take and self._lives(there):
                 raise InputError(
@@ -110,7 +110,7 @@ def _who(there: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Any:
+def _exclusive(folder: Path) -> Any:
     """Nobody else judges the lock meanwhile, where the file system can see to it."""
     opened = os.open(folder, os.O_RDONLY)
     try:

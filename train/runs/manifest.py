@@ -12,7 +12,7 @@ from ... import InputError
 from ...atomic import sync, write_whole
 from ...model.hf.files import read_json
 
-__all__ = ["damage", "described", "file_digest", "read_manifest", "sealed_manifest", "sync", "write_whole"]
+__all__ = ["describe_files", "find_damage", "file_digest", "read_manifest", "sealed_manifest", "sync", "write_whole"]
 _SEAL = "sha256"  # of the rest of the manifest
 
 
@@ -63,7 +63,7 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def described(folder: Path, part: int = 0, parts: int = 1, names: Iterable[str] = ()) -> dict[str, Any]:
+def describe_files(folder: Path, part: int = 0, parts: int = 1, names: Iterable[str] = ()) -> dict[str, Any]:
     """{file: size and sha256} of (a part of) the files in a folder, or of those named; they are on the disk then."""
     found = [folder / name for name in names] or folder.rglob("*")
     files = sorted(p for p in found if p.is_file())[part::parts]
@@ -72,7 +72,7 @@ def described(folder: Path, part: int = 0, parts: int = 1, names: Iterable[str] 
     return {str(p.relative_to(folder)): {"size": p.stat().st_size, "sha256": file_digest(p)} for p in files}
 
 
-def damage(folder: Path, files: dict[str, Any], full: bool, part: int = 0, parts: int = 1) -> list[str]:
+def find_damage(folder: Path, files: dict[str, Any], full: bool, part: int = 0, parts: int = 1) -> list[str]:
     """What is wrong with (a part of) the files that a manifest names: missing, of another size, or of other bytes."""
     found = []
     for name, said in sorted(files.items())[part::parts]:

@@ -12,27 +12,27 @@ import numpy as np
 from ... import InputError
 from ...model.sharding import put_batch
 from ..cluster import distributed
-from .checkpoint import Checkpoints
+from .checkpoint import CheckpointWriter
 from .manifest import write_whole
 from ..config import Run, to_json
 from ..evaluate import held_out_losses, longest_answer, mean_loss, outputs, row_losses, scored, within
 from ..inputs import save_held_out
-from ..setup import Phase
+from ..setup import TrainSetup
 from ..progress import console, cut_metrics, plot_losses, read_metrics
 
 
-def evaluate(phase: Phase, score: bool = True) -> dict[str, Any]:
+def evaluate(phase: TrainSetup, score: bool = True) -> dict[str, Any]:
     """`losses` and, with `score`, `scores`."""
     return losses(phase) | (scores(phase) if score else {})
 
 
-def bound(phase: Phase) -> tuple[Any, Any, Any]:
+def bound(phase: TrainSetup) -> tuple[Any, Any, Any]:
     """(model, bound parameters, context) of a phase as it is now."""
     method, trainable = phase.method, phase.state.trainable
     return phase.model, method.bind(phase.frozen, trainable), method.context(trainable)
 
 
-def losses(phase: Phase) -> dict[str, Any]:
+def losses(phase: TrainSetup) -> dict[str, Any]:
     """Held-out loss of the base's domains, and validation loss of the task, where there are rows for them."""
     run, found, args = phase.run, {}, bound(phase)
     if phase.held_out:
@@ -43,7 +43,7 @@ def losses(phase: Phase) -> dict[str, Any]:
     return found
 
 
-def scores(phase: Phase) -> dict[str, Any]:
+def scores(phase: TrainSetup) -> dict[str, Any]:
     """Scores of the task's test rows, with some samples; {} for a run without rows to judge by."""
     rows = scored(phase.task, phase.tokenizer, phase.run.eval_rows) if phase.task else []
     if not rows:
@@ -84,7 +84,7 @@ def make(folder: Path) -> None:
         raise InputError(f"--out {folder}: cannot be written ({error.strerror}); give a folder that can") from None
 
 
-def begin(phase: Phase, folder: Path, checkpoints: Checkpoints, step: int, later: list[int]) -> None:
+def begin(phase: TrainSetup, folder: Path, checkpoints: CheckpointWriter, step: int, later: list[int]) -> None:
     """The files that a run starts with, each whole or as it was; what is behind `step` makes way."""
     try:
         with tempfile.TemporaryDirectory() as work:
@@ -130,10 +130,10 @@ def noted(folder: Path, step: int) -> dict[str, Any]:
     if distributed.index() == 0 and (folder / "metrics.jsonl").exists():
         rows = [r for r in read_metrics(folder) if r["step"] == step and "loss" not in r]
     found = {k: v for k, v in rows[-1].items() if k != "step"} if rows else {}
-    return json.loads(distributed.share("what was found before", json.dumps(found))[0])
+    return json.loads(distributed.barrier_gather("what was found before", json.dumps(found))[0])
 
 
-def summary(phase: Phase, folder: Path, before: Any, after: Any, cost: Any) -> dict[str, Any]:
+def summary(phase: TrainSetup, folder: Path, before: Any, after: Any, cost: Any) -> dict[str, Any]:
     """What summary.json says."""
     logged = [r for r in read_metrics(folder) if "seconds_per_step" in r]
     return {

@@ -12,12 +12,12 @@ from ... import InputError
 from ...atomic import left_over
 from ...data.tokenizers.chat import today
 from ..cluster import distributed
-from .checkpoint import Checkpoints
-from ..config import HOW, Run, flat, from_json, short, to_json
+from .checkpoint import CheckpointWriter
+from ..config import RUNTIME_FIELDS, Run, flatten, from_json, short, to_json
 from .lock import NAME
-from ..setup import Phase
+from ..setup import TrainSetup
 from ..progress import console
-from .checkpoint_reader import Stored
+from .checkpoint_reader import CheckpointReader
 
 # What --accept lets change -> the fields of config.json that it is made of.
 _PARTS = {
@@ -42,7 +42,7 @@ def check_out(run: Run) -> None:
         if held:
             raise InputError(f"--out {folder} is not an empty folder; take another, or go on with --resume")
         return
-    if Checkpoints(folder / "checkpoints").steps():
+    if CheckpointWriter(folder / "checkpoints").steps():
         return
     if run.resume != "auto":
         raise InputError(f"--resume {run.resume}: {folder} holds no checkpoint; correct --out, or drop --resume")
@@ -58,17 +58,17 @@ def check_out(run: Run) -> None:
 
 def dated(run: Run) -> Run:
     """The run with its date: the one given, that of the run in `out` which it goes on with, or today's."""
-    checkpoints, date = Stored(Path(run.out) / "checkpoints"), run.date
+    checkpoints, date = CheckpointReader(Path(run.out) / "checkpoints"), run.date
     for step in reversed(checkpoints.steps() if run.resume != "never" and not date else []):
         with contextlib.suppress(InputError):  # a damaged one, which `find` says
             date = date or checkpoints.manifest(step).get("config", {}).get("date", "")
-    return dataclasses.replace(run, date=distributed.share("the date", date or today())[0])
+    return dataclasses.replace(run, date=distributed.barrier_gather("the date", date or today())[0])
 
 
-def find(run: Run, checkpoints: Checkpoints) -> tuple[int | None, list[int]]:
+def find(run: Run, checkpoints: CheckpointWriter) -> tuple[int | None, list[int]]:
     """(the step to go on from, or None to begin, the later steps that must make way). Says what is damaged."""
     steps, bad = checkpoints.steps(), []
-    distributed.agree("the checkpoint", {"newest checkpoint": max(steps, default=0)})
+    distributed.check_agreement("the checkpoint", {"newest checkpoint": max(steps, default=0)})
     if run.resume == "never" or not steps:
         return None, []
     if run.resume != "auto":
@@ -89,16 +89,16 @@ def find(run: Run, checkpoints: Checkpoints) -> tuple[int | None, list[int]]:
                      f"in another --out. Of step {steps[-1]}: {why}")  # fmt: skip
 
 
-def same_run(phase: Phase, manifest: dict[str, Any]) -> list[str]:
+def same_run(phase: TrainSetup, manifest: dict[str, Any]) -> list[str]:
     """What differs from the checkpoint and was accepted. InputError, in words, for what was not."""
     run, step, accept = phase.run, manifest["step"], set(phase.run.accept.split(","))
     if manifest["phase"] != run.phase:
         raise InputError(f"--resume: {run.out} holds a {manifest['phase']} run, this is a {run.phase}; correct --out")
-    then, now = flat(manifest.get("config", {})), flat(json.loads(to_json(run)))
+    then, now = flatten(manifest.get("config", {})), flatten(json.loads(to_json(run)))
     digests = {"data": phase.data_digest, "tokenizer": phase.tokenizer.digest, "base": phase.base}
     taken = []
     for what, fields in _PARTS.items():
-        changed = {k for k in {*then, *now} if k.startswith(fields) and then.get(k) != now.get(k)} - HOW - _ELSEWHERE
+        changed = {k for k in {*then, *now} if k.startswith(fields) and then.get(k) != now.get(k)} - RUNTIME_FIELDS - _ELSEWHERE
         words = [f"{k} {short(then.get(k))} -> {short(now.get(k))}" for k in sorted(changed) if then]
         if what in digests:
             old, new = manifest.get(what, ""), digests[what]
@@ -125,13 +125,13 @@ def same_run(phase: Phase, manifest: dict[str, Any]) -> list[str]:
     return taken
 
 
-def _facts(manifest: dict[str, Any], phase: Phase) -> str:
+def _facts(manifest: dict[str, Any], phase: TrainSetup) -> str:
     then = manifest.get("rows", {})
     words = [f"{k} {then[k]:,} -> {n:,}" for k, n in phase.facts.items() if k in then and then[k] != n]
     return f"{', '.join(words)}, " if words else "as many rows but others, " if then else ""
 
 
-def restore(phase: Phase, checkpoints: Checkpoints, step: int) -> tuple[int, int]:
+def restore(phase: TrainSetup, checkpoints: CheckpointWriter, step: int) -> tuple[int, int]:
     """Put a checkpoint into the phase. Returns the next row and the digest of the rows before it."""
     manifest, verify = checkpoints.manifest(step), phase.run.verify
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))  # noqa: E731

@@ -19,14 +19,14 @@ from ....data.tokenizers.chat import today
 from ....model.hf.files import read_json
 from ....peft import Subset
 from ...cluster.signals import Stop
-from ...config import Run, flat, short, to_json
+from ...config import Run, flatten, short, to_json
 from ...runs.lock import NAME, Lock
 from ...runs.manifest import write_whole
 from ...runs.record import make
-from ..base_cache import Ground
+from ..base_cache import BaseCache
 from .results import report
-from .scheduler import FILE, Work
-from .trials import Cell, cells, given
+from .scheduler import FILE, Scheduler
+from .trials import Trial, given, trials_of
 
 # May change on --resume; a budget counts until it has said how many steps a training has.
 FREELY = ("budget", "run.date", "run.log_every", "run.save_every", "run.keep", "run.tensorboard", "run.verify")
@@ -101,10 +101,10 @@ def execute(plan: Sweep) -> dict[str, Any]:
     """Run a sweep, or go on with it; returns its best cell and where all are."""
     plan = dated(plan, FILE)
     run = plan.run
-    made = cells(plain(run), plan.over, Path(run.out))
+    made = trials_of(plain(run), plan.over, Path(run.out))
     with contextlib.ExitStack() as held:
         stop = held.enter_context(Stop())
-        made = carry_out(plan, made, Ground(), stop)
+        made = carry_out(plan, made, BaseCache(), stop)
     return report(Path(run.out), made)
 
 
@@ -121,14 +121,14 @@ def plain(run: Run) -> Run:
     return dataclasses.replace(run, resume="never", accept=accept)
 
 
-def carry_out(plan: Sweep, made: list[Cell], ground: Ground, stop: Stop) -> list[Cell]:
+def carry_out(plan: Sweep, made: list[Trial], ground: BaseCache, stop: Stop) -> list[Trial]:
     """All cells of a sweep to their ends, in its folder, with all said that their runs needed."""
     out, run = Path(plan.run.out), plan.run
     said = {"run": json.loads(to_json(dataclasses.replace(run, out="", resume="never", accept=""))),
             "over": list(plan.over), "halve": plan.halve, "score": plan.score}  # fmt: skip
     check_out(out, run.resume, said, FILE, "sweep")
     made = ground.settled(made)
-    work = Work(plan, ground, stop, made)
+    work = Scheduler(plan, ground, stop, made)
     with opened(out, run, said, FILE) as work.guard:
         work.go()
     return made
@@ -157,7 +157,7 @@ def check_out(out: Path, resume: str, said: dict[str, Any], file: str, what: str
         raise InputError(f"--out {out} is not an empty folder; take another, or go on with --resume")
     if not (out / file).exists():
         raise InputError(f"--resume: {out} holds no {what} (it has {', '.join(held[:3])}); correct --out")
-    then, now = flat(read_json(out / file)), flat(said)
+    then, now = flatten(read_json(out / file)), flatten(said)
     for key in sorted({*then, *now}):
         if then.get(key) != now.get(key) and key not in FREELY and not key.startswith(CHOSEN):
             raise InputError(f"--resume: {key} is {short(now.get(key))}, the {what} in {out} began with "

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from .... import InputError
 from ....model import Transformer
 from ....peft import Method
-from ...config import Run, flat, method_to_dict, to_json
+from ...config import Run, flatten, method_to_dict, to_json
 from ...optim import make_optimizer
 from ...program import KEYS, start
 from ...step import make_train_step
-from .trials import Cell
+from .trials import Trial
 
 # Fields of a run that its program does not depend on: rows, and what is done between the steps.
 FREE = ("out", "seed", "epochs", "eval_tokens", "max_bad")
@@ -34,7 +34,7 @@ class Group:
     those, with its value of each of the `numbers`."""
 
     run: Run
-    cells: list[Cell]
+    cells: list[Trial]
     methods: list[Method]
     numbers: dict[str, list[float]]
 
@@ -73,10 +73,10 @@ def batch_shapes(run: Run) -> dict[str, Any]:
     return {name: jax.ShapeDtypeStruct((run.data.batch, run.data.T), dtype) for name, dtype in KEYS.items()}
 
 
-def groups(cells: list[Cell], ground: Callable[[Run], tuple[Transformer, Any]]) -> tuple[list[Group], dict[str, str]]:
+def groups(cells: list[Trial], ground: Callable[[Run], tuple[Transformer, Any]]) -> tuple[list[Group], dict[str, str]]:
     """(the groups of cells, {field: why cells that differ in it are apart}). ground(run) -> (model, parameters)."""
     apart: dict[str, str] = {}
-    found: dict[str, list[Cell]] = {}
+    found: dict[str, list[Trial]] = {}
     for cell in cells:
         found.setdefault(_coarse(cell.run), []).append(cell)
     for name in {key for cell in cells for key in cell.values if len({_get(c.run, key) for c in cells}) > 1}:
@@ -87,7 +87,7 @@ def groups(cells: list[Cell], ground: Callable[[Run], tuple[Transformer, Any]]) 
 
 def _coarse(run: Run) -> str:
     """All that makes a program, numbers of method and optimizer aside."""
-    tree = flat(json.loads(to_json(run)))
+    tree = flatten(json.loads(to_json(run)))
     rows = {k for k in tree if k.startswith("data.")} - {"data.T", "data.batch"}
     kept = {k: v for k, v in tree.items() if k not in rows | set(FREE) and not _number(run, k)}
     more = {"method": type(run.method).__name__.lower(), "remembers": bool(run.optim.spike)}
@@ -108,7 +108,7 @@ def _number(run: Run, name: str) -> bool:
     return owner is not None and type(getattr(owner, rest, None)) in (int, float)
 
 
-def _split(cells: list[Cell], model: Transformer, params: Any, apart: dict[str, str]) -> list[Group]:
+def _split(cells: list[Trial], model: Transformer, params: Any, apart: dict[str, str]) -> list[Group]:
     """Cells of one kind, by the numbers that must be the same in a program."""
     run, methods, grown = cells[0].run, [cell.run.method for cell in cells], ""
     start(run, jax.eval_shape(lambda: params))  # a mistake in it is said as a run says it
@@ -116,12 +116,12 @@ def _split(cells: list[Cell], model: Transformer, params: Any, apart: dict[str, 
         name, values = field.name, [getattr(method, field.name) for method in methods]
         if type(values[0]) is int and len(set(values)) > 1:
             largest = [dataclasses.replace(method, **{name: max(values)}) for method in methods]  # type: ignore[type-var]
-            padded = [m if m == big else m.padded(big) for m, big in zip(methods, largest, strict=True)]
+            padded = [m if m == big else m.pad_to_rank(big) for m, big in zip(methods, largest, strict=True)]
             if None in padded or run.optim.name == "muon":  # whose steps are scaled by an array's shape
                 return _by(f"method.{name}", "another program", cells, model, params, apart)
             methods, grown = [m for m in padded if m is not None], f"method.{name}"
     run = dataclasses.replace(run, method=methods[0])
-    rows = [flat({"method": method_to_dict(m), "optim": dataclasses.asdict(cell.run.optim)})
+    rows = [flatten({"method": method_to_dict(m), "optim": dataclasses.asdict(cell.run.optim)})
             for m, cell in zip(methods, cells, strict=True)]  # fmt: skip
     varied = [k for k in rows[0] if len({json.dumps(row[k]) for row in rows}) > 1]
     for name in varied:
@@ -131,9 +131,9 @@ def _split(cells: list[Cell], model: Transformer, params: Any, apart: dict[str, 
     return [Group(run, cells, methods, {name: [float(row[name]) for row in rows] for name in varied})]
 
 
-def _by(name: str, why: str, cells: list[Cell], model: Any, params: Any, apart: dict[str, str]) -> list[Group]:
+def _by(name: str, why: str, cells: list[Trial], model: Any, params: Any, apart: dict[str, str]) -> list[Group]:
     apart[name] = why
-    parts: dict[Any, list[Cell]] = {}
+    parts: dict[Any, list[Trial]] = {}
     for cell in cells:
         parts.setdefault(_get(cell.run, name), []).append(cell)
     return [group for part in parts.values() for group in _split(part, model, params, apart)]
@@ -143,8 +143,8 @@ def _traces(run: Run, methods: list[Method], model: Transformer, params: Any, na
     """Whether the step can be given a number as an array, and leaves the base as it is whatever its value."""
     if not _number(run, name) or type(_get(run, name)) is not float or _get(run, name) is None:
         return False
-    if type(run.method).freeze is not Method.freeze:
-        first, *others = [jax.tree.leaves(m.freeze(params)) for m in dict.fromkeys(methods)]
+    if type(run.method).frozen_params is not Method.frozen_params:
+        first, *others = [jax.tree.leaves(m.frozen_params(params)) for m in dict.fromkeys(methods)]
         if any(a is not b for other in others for a, b in zip(first, other, strict=True)):
             return False
     shapes = jax.eval_shape(lambda: params)

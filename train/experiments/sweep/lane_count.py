@@ -13,7 +13,7 @@ from ...plan.topology import target
 from ...program import KEYS, layout
 from ...progress import clock, console
 from ...runs.report import size
-from ..base_cache import Ground
+from ..base_cache import BaseCache
 from .groups import Group
 from .lanes import Stack
 
@@ -21,7 +21,7 @@ ROOM = 0.8  # part of the memory that lanes may take
 PAYS = 5.0  # trying another number must cost less than what is left over this
 
 
-def predicted(group: Group, ground: Ground) -> tuple[float, float]:
+def predicted(group: Group, ground: BaseCache) -> tuple[float, float]:
     """Bytes of the frozen base, and of each lane besides, by the plan's model of a step."""
     run, (model, params) = group.run, ground.model(group.run)
     laid = layout(run, ground.mesh, jax.eval_shape(lambda: params))
@@ -36,7 +36,7 @@ def balanced(n: int, most: int, devices: int) -> int:
     return math.ceil(K / devices) * devices if devices < K else K
 
 
-def at_once(group: Group, ground: Ground, wanted: int, devices: list[Any]) -> int:
+def lanes_that_fit(group: Group, ground: BaseCache, wanted: int, devices: list[Any]) -> int:
     """The largest number of lanes to train at once; `wanted`, if it is not 0."""
     n = len(group.cells)
     if wanted:
@@ -62,7 +62,7 @@ def at_once(group: Group, ground: Ground, wanted: int, devices: list[Any]) -> in
     return best
 
 
-def timed(group: Group, ground: Ground, K: int, devices: list[Any], steps: int = 3) -> tuple[float, float]:
+def timed(group: Group, ground: BaseCache, K: int, devices: list[Any], steps: int = 3) -> tuple[float, float]:
     """(seconds of a step over its lanes, seconds of compiling) with K lanes at once."""
     K = balanced(K, K, len(devices))
     which = list(range(min(K, len(group.cells))))

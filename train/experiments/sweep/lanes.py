@@ -12,18 +12,18 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from .... import InputError
-from ...loop import Course
+from ...loop import Runner
 from ...program import compiler_options, start
 from ...progress import Metrics
 from ...runs import record
-from ...runs.checkpoint import Checkpoints
+from ...runs.checkpoint import CheckpointWriter
 from ...runs.manifest import write_whole
 from ...runs.resume import same_run
-from ...setup import Phase
-from ..base_cache import Ground
+from ...setup import TrainSetup
+from ..base_cache import BaseCache
 from .groups import Group, batch_shapes, lane_step
 from .results import diverged, told
-from .trials import Cell
+from .trials import Trial
 
 Tree = Any
 
@@ -35,7 +35,9 @@ class Stack:
     is there several times.
     """
 
-    def __init__(self, group: Group, which: list[int], phases: list[Phase], K: int, devices: list[Any], ground: Ground):
+    def __init__(
+        self, group: Group, which: list[int], phases: list[TrainSetup], K: int, devices: list[Any], ground: BaseCache
+    ):
         params = ground.model(group.run)[1]
         shapes = jax.eval_shape(lambda: params)
         self.own = [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), phase.state) for phase in phases]
@@ -94,11 +96,11 @@ def _padded(x: Any, like: Any) -> Any:
 class Lane:
     """A cell at work."""
 
-    def __init__(self, cell: Cell, ground: Ground, guard: Any):
+    def __init__(self, cell: Trial, ground: BaseCache, guard: Any):
         self.cell, self.run, self.folder = cell, cell.run, Path(cell.run.out)
         self.phase = ground.phase(cell.run)
         # Two at least: killed between the saves of two lanes, both have the step before.
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", max(cell.run.keep, 2), guard)
+        self.checkpoints = CheckpointWriter(self.folder / "checkpoints", max(cell.run.keep, 2), guard)
         self.log: Any = None
         self.dead = diverged(cell)  # and stopped alone
         self.died = ""
@@ -106,12 +108,12 @@ class Lane:
     def begin(self, at: int) -> None:
         """Go on from a step; later ones make way. A dead lane only keeps its place."""
         if self.dead:
-            self.course = Course(self.phase, self.folder, self.checkpoints, None, [])
+            self.course = Runner(self.phase, self.folder, self.checkpoints, None, [])
             return
         steps = self.checkpoints.steps()
         mine = at if at in steps else None
         taken = same_run(self.phase, self.checkpoints.manifest(at)) if mine else []
-        self.course = Course(self.phase, self.folder, self.checkpoints, mine, taken)
+        self.course = Runner(self.phase, self.folder, self.checkpoints, mine, taken)
         record.make(self.folder)
         if told(self.cell).get("steps", 0) > at:
             (self.folder / "summary.json").unlink()

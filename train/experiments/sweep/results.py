@@ -11,28 +11,28 @@ from rich.table import Table
 
 from ...progress import console, save_figure
 from ...runs.manifest import write_whole
-from .trials import Cell
+from .trials import Trial
 
 REPEATS = "seed"  # the axis that is averaged over
 
 
-def diverged(cell: Cell) -> bool:
+def diverged(cell: Trial) -> bool:
     """Whether a cell ended because its loss was not finite any more."""
     return (Path(cell.run.out) / "bad_rows.json").exists()
 
 
-def told(cell: Cell) -> dict[str, Any]:
+def told(cell: Trial) -> dict[str, Any]:
     """A cell's summary.json; {} if it has none yet."""
     path = Path(cell.run.out) / "summary.json"
     return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
-def reached(cell: Cell) -> float:
+def reached(cell: Trial) -> float:
     """The step up to which all of a cell is done; infinity if it ended before."""
     return math.inf if diverged(cell) else told(cell).get("steps", 0)
 
 
-def result(cell: Cell) -> dict[str, Any]:
+def result(cell: Trial) -> dict[str, Any]:
     """One line of results.jsonl; a cell that has nothing yet has the status `waiting`. What is not finite is left out,
     and its cell has diverged."""
     row: dict[str, Any] = {"cell": cell.number, **cell.values, "folder": f"cells/{cell.number:03d}"}
@@ -50,7 +50,7 @@ def result(cell: Cell) -> dict[str, Any]:
     return {k: v for k, v in row.items() if k not in bad} | ({"status": "diverged"} if bad else {})
 
 
-def write(out: Path, made: Sequence[Cell]) -> list[dict[str, Any]]:
+def write(out: Path, made: Sequence[Trial]) -> list[dict[str, Any]]:
     """results.jsonl, as far as the cells are."""
     rows = [result(cell) for cell in made]
     write_whole(out / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -62,7 +62,7 @@ def measure(rows: Sequence[dict[str, Any]]) -> str:
     return "valid_loss" if any("valid_loss" in row for row in rows) else "loss"
 
 
-def report(out: Path, made: Sequence[Cell]) -> dict[str, Any]:
+def report(out: Path, made: Sequence[Trial]) -> dict[str, Any]:
     """All of it, said and written; returns the best cell and the counts."""
     rows = write(out, made)
     key, axes = measure(rows), list(made[0].values)

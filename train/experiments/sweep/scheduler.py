@@ -19,20 +19,20 @@ from ...health import must_be_finite
 from ...progress import clock, console
 from ...runs.manifest import write_whole
 from ...runs.record import bound, losses, noted, of_saved, summary
-from ..base_cache import Ground
+from ..base_cache import BaseCache
 from .groups import Group, groups
-from .lane_count import at_once, balanced
+from .lane_count import balanced, lanes_that_fit
 from .lanes import Lane, Stack, common_step
 from .results import diverged, reached, write
-from .trials import Cell
+from .trials import Trial
 
 FILE = "sweep.json"
 
 
-class Work:
+class Scheduler:
     """A sweep under way."""
 
-    def __init__(self, sweep: Any, ground: Ground, stop: Stop, made: list[Cell]):
+    def __init__(self, sweep: Any, ground: BaseCache, stop: Stop, made: list[Trial]):
         """Finds the programs, and says them. Writes nothing."""
         self.sweep, self.ground, self.stop, self.made = sweep, ground, stop, made
         self.out, self.devices = Path(sweep.run.out), jax.devices()
@@ -46,7 +46,7 @@ class Work:
             ground.rows(cell.run)
             if sweep.score:
                 ground.asked(cell.run, sweep.score)
-        announce(self.groups, apart, len(made))
+        print_programs(self.groups, apart, len(made))
 
     def go(self) -> None:
         """All cells to their end, or to the rung at which they stop."""
@@ -67,7 +67,9 @@ class Work:
         """How many lanes of each group at once: what sweep.json says, so that a resumed sweep is the same programs."""
         said = read_json(self.out / FILE)
         if "lanes" not in said:
-            said["lanes"] = [at_once(group, self.ground, self.sweep.lanes, self.devices) for group in self.groups]
+            said["lanes"] = [
+                lanes_that_fit(group, self.ground, self.sweep.lanes, self.devices) for group in self.groups
+            ]
             write_whole(self.out / FILE, json.dumps(said, indent=1) + "\n")
         return said["lanes"]
 
@@ -234,13 +236,13 @@ def quiet(on: bool) -> Iterator[None]:
         console.quiet = before
 
 
-def span(cells: list[Cell]) -> str:
+def span(cells: list[Trial]) -> str:
     """`cells 0-3`, `cell 4`."""
     first, last = cells[0].number, cells[-1].number
     return f"cells {first}-{last}" if last > first else f"cell {first}"
 
 
-def announce(found: list[Group], apart: dict[str, str], n: int) -> None:
+def print_programs(found: list[Group], apart: dict[str, str], n: int) -> None:
     """Say which programs there are, and why not one."""
     console.print(f"{n} cells in {len(found)} program{'s' * (len(found) > 1)}: each trains its cells as lanes of one "
                   "step. They share the base, the compilation and the launches, not the FLOPs: it pays where one run "

@@ -12,12 +12,12 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 from .... import InputError
 from ...config import Run, method_class
 from ...flags import nearest_flag
-from ...schema import fits, said
+from ...schema import matches_type, type_name
 
 # What a sweep says for all of its cells.
-SHARED = ("out", "phase", "recipe", "mesh", "resume", "accept", "verify", "offload", "wandb", "tensorboard", "keep",
+PER_SWEEP_FIELDS = ("out", "phase", "recipe", "mesh", "resume", "accept", "verify", "offload", "wandb", "tensorboard", "keep",
           "log_every", "save_every", "eval_every", "eval_rows", "score_base", "date")  # fmt: skip
-MOST = 4096  # cells
+MAX_TRIALS = 4096  # cells
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -54,7 +54,7 @@ def given(args: list[str], kinds: Mapping[str, Any]) -> tuple[dict[str, Any], li
     return found, args
 
 
-class Cell(NamedTuple):
+class Trial(NamedTuple):
     """One run of a sweep."""
 
     number: int
@@ -73,7 +73,7 @@ def axis(text: str) -> tuple[str, list[str]]:
     name, values = name.replace("-", "_"), []  # --optim.weight-decay is a flag, optim.weight_decay a field
     for value in filter(None, listed.split(",")):
         ends = re.fullmatch(r"(\d{1,10})\.\.(\d{1,10})", value)
-        few = range(int(ends[1]), int(ends[2]) + 1)[: MOST + 1] if ends else ()
+        few = range(int(ends[1]), int(ends[2]) + 1)[: MAX_TRIALS + 1] if ends else ()
         values += map(str, few) if ends else [value]
     if not equals or not name or not values:
         raise InputError(f"--over {text}: no value; FIELD=VALUE,VALUE,... is wanted, or FIELD=FIRST..LAST")
@@ -82,7 +82,7 @@ def axis(text: str) -> tuple[str, list[str]]:
     return name, values
 
 
-def cells(run: Run, over: Sequence[str], out: Path) -> list[Cell]:
+def trials_of(run: Run, over: Sequence[str], out: Path) -> list[Trial]:
     """Every combination of the axes, as runs below `out`/cells. InputError for an axis that no run has."""
     axes = [axis(text) for text in over]
     names = [name for name, _ in axes]
@@ -90,20 +90,20 @@ def cells(run: Run, over: Sequence[str], out: Path) -> list[Cell]:
         raise InputError("nothing to sweep over: give --over FIELD=VALUE,VALUE,..., for example optim.lr=1e-4,3e-4")
     if len(set(names)) < len(names):
         raise InputError(f"--over {max(names, key=names.count)}: this axis is there twice; put its values into one")
-    if (n := math.prod(len(values) for _, values in axes)) > MOST:
-        raise InputError(f"--over: {n:,} cells, more than {MOST:,}; leave out values or axes")
+    if (n := math.prod(len(values) for _, values in axes)) > MAX_TRIALS:
+        raise InputError(f"--over: {n:,} cells, more than {MAX_TRIALS:,}; leave out values or axes")
     found = []
     for number, values in enumerate(itertools.product(*(values for _, values in axes))):
         chosen = dict(zip(names, values, strict=True))
         made = dataclasses.replace(changed(run, chosen), out=str(out / "cells" / f"{number:03d}"))
-        found.append(Cell(number, chosen, made))
+        found.append(Trial(number, chosen, made))
     return found
 
 
 def changed(run: Run, values: dict[str, str]) -> Run:
     """The run with these fields; a method comes before its own fields."""
     for name in sorted(values, key=lambda name: name.count(".")):
-        if name.split(".")[0] in SHARED:
+        if name.split(".")[0] in PER_SWEEP_FIELDS:
             raise InputError(f"--over {name}: a sweep sets this itself, for all of its cells; take another field")
         run = _set(run, name.split("."), values[name], name)
     return run
@@ -151,7 +151,7 @@ def _parsed(text: str, hint: Any, name: str) -> Any:
     """The value of a field from a flag."""
     kinds = (bool, int, float, str)
     if get_origin(hint) is not Literal and hint not in kinds:
-        raise InputError(f"--over {name}: {said(hint)} is no axis; only numbers, words and switches are")
+        raise InputError(f"--over {name}: {type_name(hint)} is no axis; only numbers, words and switches are")
     value: Any = text
     try:
         if hint is bool:
@@ -160,7 +160,7 @@ def _parsed(text: str, hint: Any, name: str) -> Any:
             value = hint(text)
     except (KeyError, ValueError):
         value = None
-    if not fits(value, hint):
-        wanted = f"one of {', '.join(map(str, get_args(hint)))}" if get_origin(hint) is Literal else said(hint)
+    if not matches_type(value, hint):
+        wanted = f"one of {', '.join(map(str, get_args(hint)))}" if get_origin(hint) is Literal else type_name(hint)
         raise InputError(f"--over {name}: {text!r}, wanted {wanted}")
     return value
