@@ -9,7 +9,7 @@ from rich.table import Table
 from ..progress import console
 from ..runs.report import size
 from .results_log import Line, found, read
-from .stats import ScoreComparison
+from .stats import ScoreComparison, compare_scores
 
 LOST = "Left out, as a training diverged or none reached its end: "
 CHOSEN = "The task has no test: the rows that are scored also chose the rates, so that scores are a little too high."
