@@ -1,0 +1,1 @@
+"""Run folders: checkpoints and their manifests, resuming, loading, lineage, import and export."""
