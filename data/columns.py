@@ -6,9 +6,9 @@ import reprlib
 from typing import Any
 
 from .. import InputError
-from .dialogue import Chat, dialogue, json_of, kind_of, near, parsed, variables_of
+from .dialogue import Chat, dialogue, variables_of
 from .errors import RAISE, RowErrors
-from .sources import text_of
+from .fields import json_of, kind_of, near, parsed, text_of
 
 _BESIDE = ("system", "tools", "chat_template_kwargs")
 _SHAPES = {  # columns that make a shape -> those that may stand beside them

@@ -1,17 +1,15 @@
 """A dialogue as a chat template takes it, and the checks that its messages, tools and variables pass."""
 
 import dataclasses
-import difflib
-import json
 import reprlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from .. import InputError
 from .errors import RAISE, RowErrors
-from .sources import text_of
-from .tokenizers.tokenizer import ROLES
+from .fields import json_of, kind_of, near, parsed, text_of
 
+ROLES = ("system", "user", "assistant")
 Message = dict[str, Any]  # {"role", "content"} and maybe other fields of _FIELDS
 _SENDERS = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}  # ShareGPT's
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
@@ -26,7 +24,6 @@ _FIELDS = {  # field of a message -> the roles that may have it
     "tool_call_id": ("tool",),
 }
 _OWN_VARIABLES = ("messages", "tools", "add_generation_prompt")  # of every template; a row does not set them
-_DEPTH = 64  # of nested JSON
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,56 +202,9 @@ def calls_of(value: Any, place: str, bad: RowErrors) -> list[Message]:
     return calls
 
 
-def json_of(value: Any, place: str, bad: RowErrors, kind: Any) -> Any:
-    """A copy of a list or object as JSON has it, which may be written as text; its text is Unicode."""
-    return _plain(parsed(value, place, kind), place, bad, 0)
-
-
-def parsed(value: Any, place: str, kind: Any) -> Any:
-    """A list or an object, which may be written as JSON text."""
-    found = value
-    if isinstance(value, str):
-        try:
-            found = json.loads(value)
-        except (ValueError, RecursionError):
-            found = value
-    if not isinstance(found, kind):
-        wanted = "an object" if kind is dict else "an object or a list" if kind == (dict, list) else "a list"
-        raise InputError(f"{place} is {kind_of(found)}; {wanted} is wanted, maybe as JSON text")
-    return found
-
-
-def _plain(value: Any, place: str, bad: RowErrors, depth: int) -> Any:
-    if depth > _DEPTH:
-        raise InputError(f"{place}: nested deeper than {_DEPTH} levels; write it flatter")
-    if isinstance(value, str):
-        return text_of({"": value}, "", place, bad)
-    if isinstance(value, dict):
-        return {_plain(str(k), place, bad, depth): _plain(v, place, bad, depth + 1) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v, place, bad, depth + 1) for v in value]
-    if value is not None and not isinstance(value, bool | int | float):
-        raise InputError(f"{place} holds a {type(value).__name__}; text, numbers, lists and objects are wanted")
-    return value
-
-
 def variables_of(value: Any, where: str, bad: RowErrors, ignore: Collection[str]) -> dict[str, Any]:
     """The variables of a row's `chat_template_kwargs`."""
     found = json_of(value, f"{where}: 'chat_template_kwargs'", bad, dict)
     if taken := next((name for name in _OWN_VARIABLES if name in found), None):
         raise InputError(f"{where}: 'chat_template_kwargs' sets {taken!r}, which is no variable of its own; remove it")
     return {name: inner for name, inner in found.items() if name not in ignore}
-
-
-def kind_of(value: Any) -> str:
-    """What a value is that is not what it should be, for a message."""
-    if isinstance(value, dict):
-        return f"an object with {reprlib.repr(sorted(map(str, value)))}"
-    return "empty" if value == [] else "null" if value is None else f"a {type(value).__name__}"
-
-
-def near(name: str, names: Iterable[str]) -> str:
-    """`; did you mean x?` or nothing; upper and lower case are the same."""
-    lower = {known.lower(): known for known in names}
-    found = difflib.get_close_matches(str(name).lower(), lower, 1)
-    return f"; did you mean {lower[found[0]]!r}?" if found else ""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import InputError
+from ..strict_json import unique_keys
 from .errors import RAISE, RowErrors
 from .unpack import MOST, is_parquet, lines, suffix, whole
 
@@ -85,16 +86,7 @@ def _utf8(raw: bytes, path: Path, row: int = 1, at: int = 0, bad: RowErrors = RA
         return raw.decode("utf-8", "replace")
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, whose keys must differ: of two equal ones Python keeps the last without a word."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n]))
-        raise ValueError(f"the key {twice!r} stands twice")
-    return found
-
-
-_decode = json.JSONDecoder(object_pairs_hook=_once).decode
+_decode = json.JSONDecoder(object_pairs_hook=unique_keys).decode
 
 
 def _object(text: str, where: str) -> dict:

@@ -13,8 +13,8 @@ import grain
 import numpy as np
 
 from .. import InputError
+from .documents import Document, is_held_out
 from .pack import Row, Windows, tokenize
-from .sources import Document, is_held_out
 from .tokenizers.tokenizer import Tokenizer
 
 DOMAIN_STRIDE = 1 << 40  # `row` = domain index * DOMAIN_STRIDE + the row's index in the domain

@@ -15,7 +15,7 @@ import numpy as np
 
 from .. import InputError
 from ..atomic import whole_folder
-from .sources import Document
+from .documents import Document
 from .tokenizers.tokenizer import Tokenizer
 
 Row = dict[str, Any]  # of arrays and the scalar `row`

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from .. import InputError
 from . import clean
-from .sources import Document, is_held_out
+from .documents import Document, is_held_out
 
 # Tests and demos, codec tables, what others installed, and the topics (they are prose).
 _SKIP = {"test", "tests", "idlelib", "turtledemo", "encodings", "pydoc_data", "ensurepip", "site-packages"}

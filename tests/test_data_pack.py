@@ -8,10 +8,10 @@ import grain
 import numpy as np
 import pytest
 from graftax import InputError
+from graftax.data.documents import Document, is_held_out
 from graftax.data.loader import Loader, batches
 from graftax.data.mixture import domain_seed, pretrain_rows
 from graftax.data.pack import Windows, tokenize
-from graftax.data.sources import Document, is_held_out
 from graftax.data.tokenizers.tokenizer import train_tokenizer
 
 T, FRACTION = 16, 0.2

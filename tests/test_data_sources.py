@@ -9,9 +9,11 @@ import pyarrow
 import pyarrow.parquet as pq
 import pytest
 from graftax import InputError
-from graftax.data import clean, sources, unpack
-from graftax.data.errors import RAISE, RowErrors
-from graftax.data.sources import Document, documents, five_domains, is_held_out, rows, split
+from graftax.data import clean, unpack
+from graftax.data.documents import Document, is_held_out
+from graftax.data.errors import RowErrors
+from graftax.data.five_domains import five_domains
+from graftax.data.sources import documents, rows
 
 
 def test_plain_text_is_cut_without_loss(tmp_path):
@@ -85,11 +87,12 @@ def test_parquet_is_known_by_its_first_bytes_and_read_anew_each_time(tmp_path):
 
 
 def test_plain_text_is_unpacked(tmp_path):
+    for name in ("web", "books", "encyclopedia", "forum"):
+        (tmp_path / "five" / name).mkdir(parents=True)
     for name in ("a.txt.gz", "b.md.GZ", "five/web/c.MD.gz"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(gzip.compress(b"\xef\xbb\xbfhi\r\n"))
     assert [d.text for d in documents(str(tmp_path / "*.*"))] == ["hi\r\n"] * 2
-    assert [d.text for d in sources._web(tmp_path / "five", tmp_path / "five/web", RAISE)] == ["hi\n"]
+    assert [d.text for d in five_domains(tmp_path / "five")["web"]()] == ["hi\n"]
 
 
 def test_what_unpacks_to_more_than_memory_is_read_line_by_line_or_refused(tmp_path, monkeypatch):
@@ -206,17 +209,13 @@ def test_hub_spec(monkeypatch):
         list(rows("hub:no/such"))
 
 
-def test_the_split_is_by_id_alone_and_drops_twins():
-    docs = [Document(f"d{i}", f"text {i}") for i in range(2000)]
-    train, held = split(docs, 0.1)
-    assert 140 < len(held) < 260
-    assert split(docs[::-1], 0.1) == (train[::-1], held[::-1])
-    assert set(held) < set(split(docs, 0.2)[1])
-    twin = Document(next(d.id for d in train) + "?", held[0].text)
-    twin = next(Document(f"twin{i}", held[0].text) for i in range(99) if not is_held_out(f"twin{i}", 0.1))
-    assert split([*docs, twin], 0.1) == (train, held)
+def test_the_split_is_by_id_alone_and_grows_with_the_fraction():
+    ids = [f"d{i}" for i in range(2000)]
+    few, many = ({i for i in ids if is_held_out(i, fraction)} for fraction in (0.1, 0.2))
+    assert 140 < len(few) < 260
+    assert few < many
     with pytest.raises(InputError, match=r"fraction 1\.5"):
-        split(docs, 1.5)
+        is_held_out("d0", 1.5)
 
 
 def test_cleaning():

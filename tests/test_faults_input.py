@@ -16,10 +16,11 @@ import pyarrow
 import pytest
 from graftax import InputError, peft
 from graftax.bounds import Checked, bounds_of
+from graftax.data.documents import Document, is_held_out
 from graftax.data.errors import RowErrors
 from graftax.data.pack import tokenize
 from graftax.data.sft import sft_rows
-from graftax.data.sources import Document, documents, is_held_out, rows
+from graftax.data.sources import documents, rows
 from graftax.data.tasks.base import file_task
 from graftax.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 from graftax.model import Rope

@@ -14,11 +14,12 @@ import huggingface_hub.constants
 import jax
 import numpy as np
 import pytest
+from graftax.data.documents import Document
 from graftax.data.mixture import HeldOut
 from graftax.data.pack import empty_row, tokenize
 from graftax.data.sft import sft_rows
-from graftax.data.sources import Document, documents
-from graftax.data.tasks.base import tasks
+from graftax.data.sources import documents
+from graftax.data.tasks import tasks
 from graftax.data.tokenizers import chat
 from graftax.data.tokenizers.tokenizer import load_tokenizer
 from graftax.model import pattern

@@ -13,13 +13,16 @@ import numpy as np
 
 from .. import InputError
 from ..data.columns import Columns
+from ..data.documents import Document, is_held_out
 from ..data.errors import RAISE, RowErrors
+from ..data.five_domains import five_domains
 from ..data.mixture import Corpus, HeldOut, pretrain_rows
 from ..data.pack import empty_row
 from ..data.python_library import code, prose
 from ..data.sft import Sft, sft_rows
-from ..data.sources import Document, documents, five_domains, is_held_out
-from ..data.tasks.base import Task, file_task, tasks
+from ..data.sources import documents
+from ..data.tasks import tasks
+from ..data.tasks.base import Task, file_task
 from ..data.tokenizers.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from ..model import Config
 from .caches import cache_folder

@@ -12,8 +12,8 @@ from typing import Any
 from ... import InputError
 from ..columns import Columns, chat_of
 from ..dialogue import Chat
+from ..documents import is_held_out
 from ..errors import RAISE, RowErrors
-from ..sources import is_held_out
 from ..sources import rows as source_rows
 
 MOST = 1000  # choices of a file of examples
@@ -176,21 +176,4 @@ def _few(train: Sequence[Row], held: Sequence[Row]) -> list[str] | None:
     return sorted(known) if few else None
 
 
-def _lazy(module: str, name: str) -> Callable[[Path], Task]:
-    def make(root: Path) -> Task:
-        from importlib import import_module
-
-        return getattr(import_module(f".{module}", __package__), name)(root)
-
-    return make
-
-
 # Name -> (root of the data folder) -> Task; the embedded ones take no notice of root.
-tasks: dict[str, Callable[[Path], Task]] = {
-    "clinc150": _lazy("public_tasks", "clinc150"),
-    "snips": _lazy("public_tasks", "snips"),
-    "e2e_nlg": _lazy("public_tasks", "e2e_nlg"),
-    "embedded:package": _lazy("embedded_tasks", "package"),
-    "embedded:next_statement": _lazy("embedded_tasks", "next_statement"),
-    "embedded:next_token": _lazy("embedded_tasks", "next_token"),
-}

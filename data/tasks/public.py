@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ... import InputError
+from ..documents import is_held_out
 from ..files import read_text
-from ..sources import is_held_out
 from .base import Row, Task, accuracy, drop_leaks, exact_match
 
 _SLOT = re.compile(r"(\w[\w ]*)\[([^\]]*)\]")
