@@ -1,12 +1,11 @@
-"""JSON whose objects name each key once."""
+"""JSON objects without duplicate keys. Python's parser would silently keep the last value of a duplicate."""
 
 from typing import Any
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, whose keys must differ: of two equal ones Python keeps the last without a word."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n]))
-        raise ValueError(f"the key {twice!r} stands twice")
-    return found
+    """`object_pairs_hook` of `json`: return the object. Raises ValueError for a duplicate key."""
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
+    return dict(pairs)

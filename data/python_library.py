@@ -1,6 +1,6 @@
 """The corpus every Python carries: the source of its standard library (code) and the documentation in it (prose).
 
-Functions are also split train/valid/test for the tasks of `embedded_tasks.py`. The code and prose of valid and test
+Functions are also split train/valid/test for the tasks of tasks/python_functions.py. The code and prose of valid and test
 functions can be left out of the corpus, so that a base pretrained here has not read what it is later tested on.
 """
 

@@ -370,7 +370,7 @@ def test_one_refused_chat_costs_no_other(qwen, monkeypatch, words):
     found = list(encode_examples(rows, tok, bad))
     assert [n for n, (ids, _) in enumerate(found) if ids] == good
     assert [found[n] for n in good] == list(encode_examples([rows[n] for n in good], qwen))
-    assert {line.split(":")[2] for line in bad.first} == {"1", "3", "4"}
+    assert {line.split(":")[2] for line in bad.messages} == {"1", "3", "4"}
     assert bad.left_out == 3
     assert [n for n, ids in enumerate(render_prompts(rows, tok, RowErrors("skip", 1.0))) if ids] == good
     with pytest.raises(InputError, match=r"^f:3: message 0 holds"):

@@ -199,7 +199,7 @@ def test_large_vocabularies_do_not_overflow(tok):
     ("weights", "message"),
     [
         ({"code": 1}, "domain 'prose' has no weight"),
-        ({"code": 1, "prose": 1, "cod": 1}, "'cod', which is no domain .*; did you mean 'code'"),
+        ({"code": 1, "prose": 1, "cod": 1}, "'cod', which is no domain; did you mean 'code'"),
         ({"code": 0, "prose": 1}, "weight 0 of domain 'code'"),
         ({"code": math.nan, "prose": 1}, "weight nan"),
     ],

@@ -83,12 +83,12 @@ def test_columns_have_the_names_that_a_flag_gives_them():
     row = {"question": "a", "answer": "b", "persona": "c", "notes": "d"}
     assert [turn["content"] for turn in chat_of(row, "f:1", columns=named).messages] == ["c", "a", "b"]
     assert chat_of({"prompt": "a", "completion": "b"}, "f:1", columns=named).messages[0]["content"] == "a"
-    with pytest.raises(InputError, match=r"f:1: 'prompt' is there, and --data\.columns reads it from"):
+    with pytest.raises(InputError, match=r"f:1: column 'prompt' exists, but --data\.columns reads it from"):
         chat_of({"question": "a", "answer": "b", "prompt": "c"}, "f:1", columns=named)
     for names, message in (
         (("prompt",), "OURS=THEIRS"),
         (("promt=a",), "did you mean 'prompt'"),
-        (("prompt=a",) * 2, "twice"),
+        (("prompt=a",) * 2, "duplicate"),
     ):
         with pytest.raises(InputError, match=rf"--data\.columns .*{message}"):
             Columns(names)
@@ -148,17 +148,17 @@ def test_what_our_own_format_cannot_say_is_refused(tok, row, message):
 
 
 BAD = [
-    ('{"prompt": "a"}', "fields .'prompt'.; one of"),
-    ('{"question": "a", "answer": "b"}', "fields .'answer', 'question'.; one of"),
-    ('{"prompt": "a", "completion": "b", "messages": []}', "fields .*'messages'.*; one of"),
-    ('{"prompt": "a", "completion": "b", "input": "c"}', "; one of"),
-    ('{"prompt": "a", "completion": null}', "'completion' is null; text"),
-    ('{"prompt": "a", "completion": 3}', "'completion' is a int; text"),
-    ('{"prompt": "a", "completion": ["b"]}', "'completion' is a list; text"),
-    ('{"prompt": ["a"], "completion": "b"}', "message 0 is a str"),
+    ('{"prompt": "a"}', "fields .'prompt'.; expected one of"),
+    ('{"question": "a", "answer": "b"}', "fields .'answer', 'question'.; expected one of"),
+    ('{"prompt": "a", "completion": "b", "messages": []}', "fields .*'messages'.*; expected one of"),
+    ('{"prompt": "a", "completion": "b", "input": "c"}', "; expected one of"),
+    ('{"prompt": "a", "completion": null}', "'completion' is null; expected text"),
+    ('{"prompt": "a", "completion": 3}', "'completion' is a number; expected text"),
+    ('{"prompt": "a", "completion": ["b"]}', "'completion' is a list; expected text"),
+    ('{"prompt": ["a"], "completion": "b"}', "message 0 is a string"),
     ('{"prompt": "a", "completion": ""}', "no words by the assistant"),
-    ('{"messages": []}', "'messages' is empty"),
-    ('{"messages": "hi"}', "'messages' is a str"),
+    ('{"messages": []}', "'messages' is an empty list"),
+    ('{"messages": "hi"}', "'messages' is a string"),
     ('{"messages": [{"role": "user"}]}', "message 0 is an object with .'role'."),
     ('{"messages": [{"role": "human", "content": "x"}]}', "message 0 has role 'human'"),
     ('{"messages": [{"role": ["user"], "content": "x"}]}', "message 0 has role"),
@@ -168,24 +168,30 @@ BAD = [
         '{"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}]}',
         "message 1 is from system",
     ),
-    ('{"instruction": "a", "Input": "c", "output": "b"}', "nothing reads 'Input' .*did you mean 'input'.*ignore Input"),
-    ('{"messages": [{"role": "user", "content": "a", "weigth": 0}]}', "message 0: nothing reads 'weigth'.*'weight'"),
-    ('{"prompt": "a", "completion": "b", "history": ["c"]}', "'history' is .'c'.; a list of"),
+    (
+        '{"instruction": "a", "Input": "c", "output": "b"}',
+        "column 'Input' beside 'instruction' is not read.*did you mean 'input'.*ignore Input",
+    ),
+    (
+        '{"messages": [{"role": "user", "content": "a", "weigth": 0}]}',
+        "message 0: field 'weigth' of user is not read.*'weight'",
+    ),
+    ('{"prompt": "a", "completion": "b", "history": ["c"]}', "'history' is .'c'.; expected a list of"),
     ('{"messages": [{"role": "user", "content": "a", "weight": 1}]}', "'weight' is 1, but only the assistant's"),
-    ('{"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}', "'weight' is 0.5; 0 or 1 is wanted"),
-    ('{"messages": [{"role": "assistant", "content": "a", "train": 0}]}', "'train' is 0; true or false is wanted"),
+    ('{"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}', "'weight' is 0.5; expected 0 or 1"),
+    ('{"messages": [{"role": "assistant", "content": "a", "train": 0}]}', "'train' is 0; expected true or false"),
     ('{"messages": [{"role": "assistant", "content": "a", "weight": 1, "train": false}]}', "contradict each other"),
     ('{"messages": [{"role": "assistant", "content": "a", "weight": 0}]}', "no words by the assistant"),
-    ('{"messages": [{"role": "user", "content": "a", "tool_calls": []}]}', "nothing reads 'tool_calls' of user"),
+    ('{"messages": [{"role": "user", "content": "a", "tool_calls": []}]}', "field 'tool_calls' of user is not read"),
     ('{"messages": [{"role": "assistant", "tool_calls": [{"name": "f"}]}]}', "a call is an object with .'name'."),
     (
         '{"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "x"}]}]}',
-        "the arguments of 'f' is a str; an object is wanted",
+        "the arguments of 'f' is a string; expected an object",
     ),
-    ('{"messages": [{"from": "gpt", "value": "a", "role": "user"}]}', "one of the two is wanted"),
-    ('{"prompt": "a", "completion": "b", "tools": {"a": 1}}', "'tools' is an object with .'a'.; a list is wanted"),
-    ('{"prompt": "a", "completion": "b", "tools": [1]}', "'tools' holds a int"),
-    ('{"prompt": "a", "completion": "b", "tools": [{"name": "\\ud800"}]}', "'tools': lone surrogate"),
+    ('{"messages": [{"from": "gpt", "value": "a", "role": "user"}]}', "expected one of the two"),
+    ('{"prompt": "a", "completion": "b", "tools": {"a": 1}}', "'tools' is an object with .'a'.; expected a list"),
+    ('{"prompt": "a", "completion": "b", "tools": [1]}', "'tools' holds a number"),
+    ('{"prompt": "a", "completion": "b", "tools": [{"name": "\\ud800"}]}', "'tools' has the lone surrogate"),
     ('{"prompt": "a", "completion": "b", "chat_template_kwargs": {"messages": 1}}', "sets 'messages'"),
     ('{"prompt": "a", "completion": "b", "chat_template_kwargs": {"x": "\\ud800"}}', "lone surrogate"),
     ('{"messages": [{"role": "system", "content": "a"}], "system": "b"}', "remove one of the two"),

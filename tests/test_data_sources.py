@@ -83,7 +83,7 @@ def test_parquet_is_known_by_its_first_bytes_and_read_anew_each_time(tmp_path):
     assert [d.text for d in documents(str(path))] == ["tan"] * 9
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(InputError, match=r"data.txt: not readable as parquet .*; check the file"):
-        list(documents(str(path), bad=RowErrors("replace", 1)))
+        list(documents(str(path), errors=RowErrors("repair", 1)))
 
 
 def test_plain_text_is_unpacked(tmp_path):
@@ -96,10 +96,10 @@ def test_plain_text_is_unpacked(tmp_path):
 
 
 def test_what_unpacks_to_more_than_memory_is_read_line_by_line_or_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(unpack, "MOST", 1 << 20)
+    monkeypatch.setattr(unpack, "MAX_READ", 1 << 20)
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(b'{"text": "%s"}\n' % (b"a" * 1000) * 2000))
     assert sum(1 for _ in rows(str(tmp_path / "rows.jsonl.gz"))) == 2000
-    for name, words in (("bomb.txt.gz", "unpacks to more than"), ("bomb.jsonl.gz", "1: a line of more than")):
+    for name, words in (("bomb.txt.gz", "decompresses to more than"), ("bomb.jsonl.gz", "1: a line of more than")):
         (tmp_path / name).write_bytes(gzip.compress(b"a" * (2 << 20)))
         with pytest.raises(InputError, match=f"{name}:.*{words} 1,048,576 bytes"):
             list(documents(str(tmp_path / name)))
@@ -115,7 +115,11 @@ def test_several_sources(tmp_path):
     (tmp_path / "a,b").mkdir()
     (tmp_path / "a,b" / "x.txt").write_text("both")
     assert [d.text for d in documents(f"{a},b")] == ["both"], "a name with a comma"
-    for spec, words in ((f"{b},{b}", "is there twice"), (f"{b},", "an empty name of a source"), ("", "an empty name")):
+    for spec, words in (
+        (f"{b},{b}", "duplicate source"),
+        (f"{b},", "a source has an empty name"),
+        ("", "has an empty name"),
+    ):
         with pytest.raises(InputError, match=words):
             list(rows(spec))
 
@@ -131,19 +135,19 @@ BAD = {  # file name: (bytes, what the message says)
         b'{"text": "x"}\n{"text": "y" 3}\n',
         r"a.jsonl:2: not valid JSON \(Expecting ',' delimiter at column 14",
     ),
-    "b.jsonl": (b'{"text": "x"}\n["y"]\n', "b.jsonl:2: a JSON list"),
+    "b.jsonl": (b'{"text": "x"}\n["y"]\n', "b.jsonl:2: a list; expected one JSON object per line"),
     "c.jsonl": (b'{"text": "x"}\n\n{"txt": "y"}\n', "c.jsonl:3: no field 'text', only .'txt'"),
     "d.jsonl": (b'{"text": null}\n', "d.jsonl:1: 'text' is null"),
     "e.jsonl": (b'{"text": ["x"]}\n', "e.jsonl:1: 'text' is a list"),
     "f.jsonl": (b'{"text": "x"}\n{"text": "caf\xe9"}\n', "f.jsonl:2: not UTF-8 .byte 0xe9 at offset 27"),
-    "g.jsonl": (b"\n \n", "g.jsonl: empty"),
-    "h.jsonl": (b'{"text": "\\ud800"}\n', "h.jsonl:1: lone surrogate"),
+    "g.jsonl": (b"\n \n", "g.jsonl: no rows"),
+    "h.jsonl": (b'{"text": "\\ud800"}\n', "h.jsonl:1: 'text' has the lone surrogate"),
     "i.jsonl": (b'{"text": ' + b"[" * 200_000 + b"\n", "i.jsonl:1: "),
     "j.jsonl": (b'{"text": ' + b"1" * 5000 + b"}\n", "j.jsonl:1: JSON that cannot be read"),
     "k.txt": (b"one\ntwo \xff\n", "k.txt:2: not UTF-8 .byte 0xff at offset 8"),
     "l.txt": (b"  \n", "l.txt: no text in it"),
-    "m.json": (b'[{"text": "x"},\n 3]', "m.json:2: a JSON int"),
-    "n.json": (b'{"text": "x"}', "n.json: a JSON dict; one JSON array"),
+    "m.json": (b'[{"text": "x"},\n 3]', "m.json:2: a number"),
+    "n.json": (b'{"text": "x"}', "n.json: an object with .'text'.; expected one JSON array"),
     "o.json": (b'[{"text": "x"}\n{"text": "y"}]', "o.json:2: not valid JSON"),
     "p.csv": (b"", "p.csv: no rows"),
     "q.csv": (b"text\nx\ncaf\xe9\n", "q.csv:3: not UTF-8"),
@@ -151,8 +155,8 @@ BAD = {  # file name: (bytes, what the message says)
     "s.csv": (b"body\nx\n", "s.csv:2: no field 'text'"),
     "t.parquet": (b"PAR1 nothing", "t.parquet: not readable as parquet"),
     "u.csv": (b"text\n", "u.csv: no rows"),
-    "v.csv": (b"text,b\nx,1\ny,2,3\n", "v.csv:3: 3 cells; 2 are wanted"),
-    "w.csv": (b"text,b\nx\n", "w.csv:2: 1 cells; 2 are wanted"),
+    "v.csv": (b"text,b\nx,1\ny,2,3\n", "v.csv:3: 3 cells; expected 2"),
+    "w.csv": (b"text,b\nx\n", "w.csv:2: 1 cells; expected 2"),
 }
 
 
@@ -201,7 +205,7 @@ def test_hub_spec(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     found = documents("hub:org/set:cfg@test[:10]")
     assert next(found) == Document("org/set@test[:10]:1", "x")
-    with pytest.raises(InputError, match=r"org/set@test\[:10\]:2: 'text' is a int"):
+    with pytest.raises(InputError, match=r"org/set@test\[:10\]:2: 'text' is a number"):
         next(found)
     assert next(documents("hub:set")).id == "set@train:1"
     assert asked == [("org/set", "cfg", "test[:10]"), ("set", None, "train")]

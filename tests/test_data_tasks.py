@@ -209,7 +209,7 @@ def test_file_task_keeps_all_that_a_row_says(tmp_path):
     assert (chat.messages[0]["content"], chat.messages[-1]["tool_calls"]) == ("p", [call])
     assert (chat.tools, list(chat.variables), chat.learnt) == ([{"name": "f"}], ["k"], [False, False, False, True])
     assert task.choices is None
-    with pytest.raises(InputError, match=r"a\.jsonl:1: fields .*: nothing reads 'hint'"):
+    with pytest.raises(InputError, match=r"a\.jsonl:1: fields .*: column 'hint' beside 'messages' is not read"):
         file_task(tmp_path / "a.jsonl", 0.3)
 
 

@@ -99,20 +99,20 @@ def row_of(chat: Chat, where: str) -> Row:
     return {"prompt": prompt, "completion": last["content"] or "", "where": where, "chat": chat}
 
 
-def file_rows(path: Path | str, bad: RowErrors = RAISE, columns: Columns = Columns()) -> list[Row]:  # noqa: B008
-    """All rows of a file of examples, checked. InputError: a bad row, unless `bad` says otherwise, or none left."""
+def file_rows(path: Path | str, errors: RowErrors = RAISE, columns: Columns = Columns()) -> list[Row]:  # noqa: B008
+    """All rows of a file of examples, checked. InputError: a bad row, unless `errors` says otherwise, or none left."""
     rows: list[Row] = []
-    for where, row in source_rows(str(path), bad):
-        with bad:
-            rows.append(row_of(chat_of(row, where, bad, columns), where))
+    for where, row in source_rows(str(path), errors):
+        with errors:
+            rows.append(row_of(chat_of(row, where, errors, columns), where))
     if not rows:
-        bad.settle()
+        errors.check_cap()
         raise InputError(f"{path}: no row of it can be used; mend the file")
     return rows
 
 
 def file_task(
-    path: Path | str, fraction: float, seed: int = 0, bad: RowErrors = RAISE, valid: str = "", test: str = "",
+    path: Path | str, fraction: float, seed: int = 0, errors: RowErrors = RAISE, valid: str = "", test: str = "",
     columns: Columns = Columns(),  # noqa: B008
 ) -> Task:  # fmt: skip
     """The rows of a file to train on, and rows to choose by (valid) and to judge on (test). Score: exact match.
@@ -120,13 +120,15 @@ def file_task(
     valid, test: files of such rows. For what is not given, `fraction` of the training file's prompts, by hash, is held
     out: half of them for each, or all for the one that is missing; if they are too few for both, all are valid.
 
-    InputError: a bad row, unless `bad` says otherwise, or nothing left on one side.
+    InputError: a bad row, unless `errors` says otherwise, or nothing left on one side.
     """
     if not 0 <= fraction < 1:
         raise InputError(f"--data.held-out {fraction:g}: wanted a number of 0 or more, below 1")
-    rows, files = file_rows(path, bad, columns), {"valid": valid, "test": test}
+    rows, files = file_rows(path, errors, columns), {"valid": valid, "test": test}
     free = [part for part, file in files.items() if not file]  # what the training file itself must give
-    parts: dict[str, list[Row]] = {part: file_rows(file, bad, columns) if file else [] for part, file in files.items()}
+    parts: dict[str, list[Row]] = {
+        part: file_rows(file, errors, columns) if file else [] for part, file in files.items()
+    }
     parts["train"] = []
     for row in rows:
         said = f"{seed}/{json.dumps(row['prompt'])}"  # by prompt: its repetitions stay on one side
@@ -138,7 +140,7 @@ def file_task(
     if len(free) == 2 and not (kept and parts["test"]):
         parts |= {"valid": kept + parts["test"], "test": []}
     if not train or not parts["valid"]:
-        bad.settle()  # too many bad rows may be why
+        errors.check_cap()  # too many bad rows may be why
     if not train:
         raise InputError(f"{path}: {len(rows)} rows leave none for training: all prompts are held out; give more rows")
     if valid and not kept:
@@ -151,10 +153,10 @@ def file_task(
 
 
 def whole_task(
-    path: Path | str, bad: RowErrors = RAISE, train: Sequence[Row] = (), columns: Columns = Columns()  # noqa: B008
+    path: Path | str, errors: RowErrors = RAISE, train: Sequence[Row] = (), columns: Columns = Columns()  # noqa: B008
 ) -> Task:  # fmt: skip
     """All rows of a file to judge on, by exact match. Its choices are those of `train` if they are this file's too."""
-    rows = file_rows(path, bad, columns)
+    rows = file_rows(path, errors, columns)
     return Task(Path(path).stem, [], [], rows, _exact, _few(train, rows) or _few(rows, []))
 
 

@@ -50,9 +50,9 @@ def jsonl(data: bytes) -> None:
     for suffix in (".jsonl", ".json", ".csv", ".txt"):
         path = HERE / f"rows{suffix}"
         path.write_bytes(data)
-        for policy in ("error", "skip", "replace"):
+        for policy in ("error", "skip", "repair"):
             with refused():
-                list(documents(str(path), bad=RowErrors(policy, 1)))
+                list(documents(str(path), errors=RowErrors(policy, 1)))
             with refused():
                 bad = RowErrors(policy, 1)
                 sft_rows(file_task(path, 0.5, 0, bad).pairs(), TOKENIZER, 16, 0, False, bad)
