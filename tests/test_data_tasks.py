@@ -11,7 +11,8 @@ from graftax.data import python_library
 from graftax.data.columns import Columns, chat_of
 from graftax.data.python_library import normal
 from graftax.data.tasks import python_functions, tasks
-from graftax.data.tasks.base import Task, accuracy, drop_leaks, exact_match, file_task, floors, whole_task
+from graftax.data.tasks.base import Task, accuracy, drop_leaks, exact_match, floors
+from graftax.data.tasks.file_task import file_task, whole_task
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -18,7 +18,8 @@ from ..data.fields import text_of
 from ..data.sft import render_prompt
 from ..data.sources import documents
 from ..data.tasks import tasks
-from ..data.tasks.base import Task, same_prompts, whole_task
+from ..data.tasks.base import Task
+from ..data.tasks.file_task import same_prompts, whole_task
 from ..data.tokenizers.tokenizer import train_tokenizer
 from ..model import Sampling, generate, presets, shapes_of
 from ..model.hf.files import nearest_folder

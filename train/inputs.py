@@ -22,7 +22,8 @@ from ..data.python_library import code, prose
 from ..data.sft import Sft, sft_rows
 from ..data.sources import documents
 from ..data.tasks import tasks
-from ..data.tasks.base import Task, file_task
+from ..data.tasks.base import Task
+from ..data.tasks.file_task import file_task
 from ..data.tokenizers.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from ..model import Config
 from .caches import cache_folder
