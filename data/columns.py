@@ -8,9 +8,8 @@ from typing import Any
 from .. import InputError
 from .dialogue import Chat, Message, parse_messages
 from .errors import RAISE, RowErrors
-from .fields import describe, did_you_mean, parse_json, plain_json, text_of
+from .fields import Record, describe, did_you_mean, parse_json, plain_json, text_of
 
-Row = dict[str, Any]
 _ALWAYS = ("system", "tools", "chat_template_kwargs")
 _SHAPES = {  # required columns -> optional columns
     ("messages",): _ALWAYS,
@@ -58,7 +57,7 @@ class Columns:
     def _pairs(self) -> list[tuple[str, str]]:
         return [(ours, theirs) for ours, _, theirs in (name.partition("=") for name in self.names)]
 
-    def rename(self, row: Row, where: str) -> Row:
+    def rename(self, row: Record, where: str) -> Record:
         """Return the row under our names, without the ignored columns. Raises InputError for a name clash."""
         row = {key: value for key, value in row.items() if key not in self.ignore}
         renamed = {ours: row[theirs] for ours, theirs in self._pairs() if theirs in row}
@@ -70,7 +69,7 @@ class Columns:
         return rest | renamed
 
 
-def chat_of(row: Row, where: str, errors: RowErrors = RAISE, columns: Columns = Columns()) -> Chat:
+def chat_of(row: Record, where: str, errors: RowErrors = RAISE, columns: Columns = Columns()) -> Chat:
     """Return the dialogue of a row of any known shape.
 
     Raises InputError naming `where`, e.g. for a column that is not read, unless it is null or metadata (an id, ...).
@@ -89,7 +88,7 @@ def chat_of(row: Row, where: str, errors: RowErrors = RAISE, columns: Columns = 
     )
 
 
-def _find_shape(row: Row, where: str) -> tuple[str, ...]:
+def _find_shape(row: Record, where: str) -> tuple[str, ...]:
     """Return the first shape whose columns are in the row, preferring one without nulls."""
     present = {key for key, value in row.items() if value is not None}  # null in a table: the row lacks the column
     shape = next((shape for keys in (present, set(row)) for shape in _SHAPES if keys.issuperset(shape)), None)
@@ -103,11 +102,11 @@ def _find_shape(row: Row, where: str) -> tuple[str, ...]:
     return shape
 
 
-def _has(row: Row, name: str) -> bool:
+def _has(row: Record, name: str) -> bool:
     return row.get(name) not in (None, "", [], {})
 
 
-def _messages(row: Row, shape: tuple[str, ...], where: str, errors: RowErrors) -> Any:
+def _messages(row: Record, shape: tuple[str, ...], where: str, errors: RowErrors) -> Any:
     """Return the messages of a row, not yet parsed."""
     if len(shape) == 1:
         messages = row[shape[0]]
@@ -122,7 +121,7 @@ def _messages(row: Row, shape: tuple[str, ...], where: str, errors: RowErrors) -
     return [{"role": "system", "content": text_of(row, "system", where, errors)}, *messages]
 
 
-def _history(row: Row, where: str) -> list[Message]:
+def _history(row: Record, where: str) -> list[Message]:
     """Return earlier turns, from a list of [question, reply] pairs."""
     pairs = parse_json(row["history"], f"{where}: 'history'", (list, tuple)) if _has(row, "history") else []
     if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
@@ -131,7 +130,7 @@ def _history(row: Row, where: str) -> list[Message]:
     return [{"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)]
 
 
-def _question(row: Row, column: str, where: str, errors: RowErrors) -> list[Any]:
+def _question(row: Record, column: str, where: str, errors: RowErrors) -> list[Any]:
     """Return what the reply answers: one question with its input, or, as `prompt`, a list of messages."""
     if column == "prompt" and isinstance(row["prompt"], list):
         return row["prompt"]
@@ -140,7 +139,7 @@ def _question(row: Row, column: str, where: str, errors: RowErrors) -> list[Any]
     return [{"role": "user", "content": f"{text}\n\n{context}" if context else text}]
 
 
-def _reply(row: Row, column: str, where: str, errors: RowErrors) -> list[Any]:
+def _reply(row: Record, column: str, where: str, errors: RowErrors) -> list[Any]:
     """Return the reply: text, maybe with reasoning beside it, or, as `completion`, a list of messages."""
     reply = row[column]
     reasoning = {"reasoning_content": row["reasoning_content"]} if "reasoning_content" in row else {}
@@ -150,14 +149,14 @@ def _reply(row: Row, column: str, where: str, errors: RowErrors) -> list[Any]:
     return [{"role": "assistant", "content": text_of(row, column, where, errors), **reasoning}]
 
 
-def _tools(row: Row, where: str, errors: RowErrors) -> list[dict[str, Any]]:
+def _tools(row: Record, where: str, errors: RowErrors) -> list[dict[str, Any]]:
     tools = plain_json(row["tools"], f"{where}: 'tools'", errors, list)
     if other := next((tool for tool in tools if not isinstance(tool, dict)), None):
         raise InputError(f"{where}: 'tools' holds {describe(other)}; expected an object that describes a function")
     return tools
 
 
-def _template_variables(row: Row, where: str, errors: RowErrors) -> dict[str, Any]:
+def _template_variables(row: Record, where: str, errors: RowErrors) -> dict[str, Any]:
     variables = plain_json(row["chat_template_kwargs"], f"{where}: 'chat_template_kwargs'", errors, dict)
     if reserved := next((name for name in _TEMPLATE_VARIABLES if name in variables), None):
         raise InputError(f"{where}: 'chat_template_kwargs' sets {reserved!r}, which only the renderer sets; remove it")

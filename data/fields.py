@@ -10,6 +10,7 @@ from typing import Any
 from .. import InputError
 from .errors import RAISE, RowErrors
 
+Record = dict[str, Any]  # one row of a table: column -> value
 _SURROGATE = "[\ud800-\udfff]"
 _MAX_DEPTH = 64  # levels of nested JSON
 _TYPE_NAMES = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
@@ -29,7 +30,7 @@ def did_you_mean(name: object, names: Iterable[str]) -> str:
     return f"; did you mean {by_lower[matches[0]]!r}?" if matches else ""
 
 
-def text_of(row: dict[str, Any], field: str, where: str, errors: RowErrors = RAISE) -> str:
+def text_of(row: Record, field: str, where: str, errors: RowErrors = RAISE) -> str:
     """Return the text of a field, as Unicode.
 
     Raises InputError: the field is missing, is no string, or holds a lone surrogate (JSON allows "\\ud800"), which

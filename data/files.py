@@ -13,13 +13,12 @@ from typing import Any
 from .. import InputError
 from ..strict_json import unique_keys
 from .errors import RAISE, RowErrors
-from .fields import describe
+from .fields import Record, describe
 from .unpack import MAX_READ, content_suffix, is_parquet, read_bytes, read_lines
 
 _PARQUET_BATCH = 1024  # rows of a parquet file in memory at once
 _UTF8_BOM = b"\xef\xbb\xbf"
-Row = dict[str, Any]
-Rows = Iterator[tuple[int, Callable[[str], Row]]]  # (row number from 1, parse(where) -> row)
+Rows = Iterator[tuple[int, Callable[[str], Record]]]  # (row number from 1, parse(where) -> row)
 _parse_json = json.JSONDecoder(object_pairs_hook=unique_keys).decode
 
 
@@ -108,7 +107,7 @@ def _jsonl_rows(path: Path, errors: RowErrors) -> Rows:
             yield n, partial(_parse_line, raw, path, n, offset, errors)
 
 
-def _parse_line(raw: bytes, path: Path, line: int, offset: int, errors: RowErrors, where: str) -> Row:
+def _parse_line(raw: bytes, path: Path, line: int, offset: int, errors: RowErrors, where: str) -> Record:
     text = _decode(raw, path, line, offset, errors).rstrip("\r\n")
     text = text.removeprefix("\ufeff") if line == 1 else text
     try:
@@ -122,7 +121,7 @@ def _parse_line(raw: bytes, path: Path, line: int, offset: int, errors: RowError
     return _object(row, "one JSON object per line", where)
 
 
-def _object(value: Any, expected: str, where: str) -> Row:
+def _object(value: Any, expected: str, where: str) -> Record:
     if not isinstance(value, dict):
         raise InputError(f"{where}: {describe(value)}; expected {expected}")
     return value
@@ -172,7 +171,7 @@ def _check_header(names: list[str], where: str) -> None:
         raise InputError(f"{where}: duplicate column {duplicate!r}; rename one")
 
 
-def _check_cells(row: dict[Any, Any], delimiter: str, where: str) -> Row:
+def _check_cells(row: dict[Any, Any], delimiter: str, where: str) -> Record:
     extra = row.get(None, [])  # csv.DictReader: surplus cells under the key None, missing cells as None
     if extra or None in row.values():
         columns = [name for name in row if name is not None]
@@ -199,7 +198,7 @@ def _parquet_rows(path: Path, errors: RowErrors) -> Rows:
         raise InputError(f"{path}: not readable as parquet ({detail}); check the file") from None
 
 
-def _parquet_row(batch: Any, i: int, where: str) -> Row:
+def _parquet_row(batch: Any, i: int, where: str) -> Record:
     import pyarrow
 
     try:
@@ -224,7 +223,7 @@ def is_table(path: Path) -> bool:
     return content_suffix(path) in _FORMATS or is_parquet(path)
 
 
-def read_rows(path: Path, errors: RowErrors = RAISE) -> Iterator[tuple[str, Row]]:
+def read_rows(path: Path, errors: RowErrors = RAISE) -> Iterator[tuple[str, Record]]:
     """Yield ("path:n", row) of a table; n is the line of JSON lines and CSV, and counts rows from 1 elsewhere.
 
     Raises InputError for a damaged file, for one without rows, and, unless `errors` leaves it out, for a damaged row.

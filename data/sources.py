@@ -17,8 +17,8 @@ from .. import InputError
 from . import python_library
 from .documents import Document, cut_documents
 from .errors import RAISE, RowErrors
-from .fields import text_of
-from .files import TABLES, Row, expand, holds_json_lines, is_table, read_rows, read_text
+from .fields import Record, text_of
+from .files import TABLES, expand, holds_json_lines, is_table, read_rows, read_text
 from .unpack import content_suffix
 
 _EMBEDDED = {"embedded:code": python_library.code, "embedded:prose": python_library.prose}
@@ -42,7 +42,7 @@ def documents(spec: str, field: str = "text", errors: RowErrors = RAISE) -> Iter
         raise InputError(f"{spec}: no text in it; expected at least one document that is not blank")
 
 
-def rows(spec: str, errors: RowErrors = RAISE) -> Iterator[tuple[str, Row]]:
+def rows(spec: str, errors: RowErrors = RAISE) -> Iterator[tuple[str, Record]]:
     """Yield ("path:n", row) of the tables of `spec`. Raises InputError for plain text and for what cannot be read."""
     for part in _split_spec(spec):
         if part.startswith("hub:"):
@@ -89,7 +89,7 @@ def _documents(spec: str, field: str, errors: RowErrors) -> Iterator[Document]:
                 yield from [Document(name, text)] if content_suffix(path) in _UNCUT else cut_documents(name, text)
 
 
-def _hub_rows(spec: str, errors: RowErrors = RAISE) -> Iterator[tuple[str, Row]]:
+def _hub_rows(spec: str, errors: RowErrors = RAISE) -> Iterator[tuple[str, Record]]:
     match = _HUB.fullmatch(spec)
     if match is None:
         raise InputError(f"{spec}: not a hub spec; expected hub:owner/name[:config][@split]")

@@ -220,7 +220,7 @@ def test_file_task_refuses(tmp_path):
         InputError, match=r"1 rows leave none for validation at .*, or train .* with --data\.held-out 0$"
     ):
         file_task(write(tmp_path / "a.jsonl", rows), 0.1, 0)
-    with pytest.raises(InputError, match=r"--data\.held-out 1: wanted a number of 0 or more, below 1"):
+    with pytest.raises(InputError, match=r"--data\.held-out 1: expected a number in \[0, 1\)"):
         file_task(tmp_path / "a.jsonl", 1, 0)
     turns = [{"role": "assistant", "content": "v"}, {"role": "user", "content": "u"}]
     with pytest.raises(InputError, match=r"b\.jsonl:1: the last message is from user"):
@@ -303,7 +303,7 @@ def test_missing_or_broken_data_is_one_line(public, name):
     with pytest.raises(InputError, match=name) as caught:
         tasks[name](public)
     assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="not there"):
+    with pytest.raises(InputError, match="no such file"):
         tasks[name](public / "nowhere")
 
 

@@ -90,7 +90,7 @@ BAD = {
     "empty reply": (b'{"prompt": "a", "completion": ""}', "no words by the assistant", "drop the row or fill it in"),
     "last from user": (
         b'{"messages": [{"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]}',
-        "the last message is from user", "a reply by assistant is wanted",
+        "the last message is from user", "expected a reply by assistant",
     ),
     "role": (b'{"messages": [{"role": "bot", "content": "x"}]}', "role 'bot'", "expected one of system, user"),
     "content parts": (

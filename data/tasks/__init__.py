@@ -1,4 +1,4 @@
-"""Tasks: what a fine-tune is judged on. Training, validation and test rows, and a score."""
+"""Tasks that a fine-tune is judged by: rows to train on, to select by and to test on, with a score."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,8 +6,7 @@ from pathlib import Path
 from . import public, python_functions
 from .base import Task
 
-# Name -> (root of the data folder) -> Task; the embedded ones take no notice of root.
-tasks: dict[str, Callable[[Path], Task]] = {
+tasks: dict[str, Callable[[Path], Task]] = {  # name -> function of the data folder; embedded tasks ignore the folder
     "clinc150": public.clinc150,
     "snips": public.snips,
     "e2e_nlg": public.e2e_nlg,

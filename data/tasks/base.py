@@ -1,4 +1,4 @@
-"""What a fine-tune is judged on: train, valid and test rows, and a score. Held-out prompts never occur in train."""
+"""Tasks: train, validation and test rows with a score. No held-out prompt occurs among the training rows."""
 
 import math
 import re
@@ -9,70 +9,80 @@ from typing import Any
 
 from ... import InputError
 
-# {"prompt": str or earlier turns, "completion": str}, maybe "meta" and "where"; of a file also "chat", the whole Chat
-Row = dict[str, Any]
-Score = Callable[[list[Row], list[str]], dict[str, float]]
+# {"prompt": str or a list of earlier messages, "completion": str}, maybe "meta" and "where" (file:line). A row of a
+# file also has "chat", the whole Chat.
+TaskRow = dict[str, Any]
+Score = Callable[[list[TaskRow], list[str]], dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Task:
-    """`score(rows, outputs)` gives named numbers, the headline first. `choices`: all completions, if they are few."""
+    """A task to fine-tune on and to be judged by.
+
+    score: (rows, outputs) -> named numbers, the headline first.
+    choices: all completions, if they are few; else None.
+    dropped: number of train and validation rows left out because their prompt is held out.
+    """
 
     name: str
-    train: list[Row]
-    valid: list[Row]
-    test: list[Row]
+    train: list[TaskRow]
+    valid: list[TaskRow]
+    test: list[TaskRow]
     score: Score
     choices: list[str] | None = None
-    dropped: int = 0  # train and valid rows left out because their prompt is held out
+    dropped: int = 0
 
-    def pairs(self, part: str = "train") -> Iterator[tuple[str, Row]]:
-        """("where", row) of one part, as `sft_rows` takes them."""
+    def pairs(self, part: str = "train") -> Iterator[tuple[str, TaskRow]]:
+        """Yield (where, row) of one part, as `sft_rows` takes them."""
         for n, row in enumerate(getattr(self, part), 1):
             yield row.get("where", f"{self.name}/{part}:{n}"), row
 
 
-def exact_match(rows: list[Row], outputs: list[str]) -> float:
-    """The share of outputs equal to the completion, outer white space aside."""
+def exact_match(rows: list[TaskRow], outputs: list[str]) -> float:
+    """Return the share of outputs that equal the completion, ignoring outer white space."""
     if not rows:
-        raise InputError("exact match: no rows to score; at least one is wanted")
+        raise InputError("exact match: no rows to score; expected at least one")
     return sum(o.strip() == r["completion"].strip() for r, o in zip(rows, outputs, strict=True)) / len(rows)
 
 
-def accuracy(rows: list[Row], outputs: list[str]) -> dict[str, float]:
-    """{"accuracy": exact match}, for a task with choices."""
+def accuracy(rows: list[TaskRow], outputs: list[str]) -> dict[str, float]:
+    """Score of a task with choices: {"accuracy": exact match}."""
     return {"accuracy": exact_match(rows, outputs)}
 
 
-def drop_leaks(rows: list[Row], held: list[Row], key: Callable[[str], str] = str.strip) -> tuple[list[Row], int]:
-    """(rows whose prompt, under `key`, is not among the prompts of `held`, how many were dropped)."""
-    banned = {key(row["prompt"]) for row in held}
-    kept = [row for row in rows if key(row["prompt"]) not in banned]
+def drop_leaks(
+    rows: list[TaskRow], held_out: list[TaskRow], key: Callable[[Any], str] = str.strip
+) -> tuple[list[TaskRow], int]:
+    """Drop the rows whose prompt occurs in `held_out`; prompts are compared by `key`. Return (rows, number dropped)."""
+    leaked = {key(row["prompt"]) for row in held_out}
+    kept = [row for row in rows if key(row["prompt"]) not in leaked]
     return kept, len(rows) - len(kept)
 
 
 def floors(task: Task) -> dict[str, float]:
-    """Test exact match of the most frequent train completion, and of unigram naive Bayes (add one)."""
-    words: dict[str, Counter] = defaultdict(Counter)
-    labels: Counter = Counter()
+    """Return the exact match on test of two baselines.
+
+    majority: the most frequent completion of train. naive_bayes: multinomial naive Bayes over the words of the prompt,
+    argmax over c of log n(c) + sum over words w of log((n(w, c) + 1) / (n(c's words) + |vocabulary|)).
+    """
+    word_counts: dict[str, Counter] = defaultdict(Counter)
+    label_counts: Counter = Counter()
     for row in task.train:
-        labels[row["completion"]] += 1
-        words[row["completion"]].update(re.findall(r"\w+", row["prompt"]))
-    vocabulary = set().union(*words.values())
-    totals = {label: sum(words[label].values()) + len(vocabulary) for label in labels}
+        label_counts[row["completion"]] += 1
+        word_counts[row["completion"]].update(re.findall(r"\w+", row["prompt"]))
+    vocabulary = set().union(*word_counts.values())
+    totals = {label: sum(word_counts[label].values()) + len(vocabulary) for label in label_counts}
 
-    def likelihood(label: str, seen: list[str]) -> float:
-        return math.log(labels[label]) + sum(math.log((words[label][w] + 1) / totals[label]) for w in seen)
+    def log_likelihood(label: str, words: list[str]) -> float:
+        counts, total = word_counts[label], totals[label]
+        return math.log(label_counts[label]) + sum(math.log((counts[w] + 1) / total) for w in words)
 
-    def bayes(prompt: str) -> str:
-        seen = [word for word in re.findall(r"\w+", prompt) if word in vocabulary]
-        return max(labels, key=lambda label: likelihood(label, seen))
+    def most_likely(prompt: str) -> str:
+        words = [word for word in re.findall(r"\w+", prompt) if word in vocabulary]
+        return max(label_counts, key=lambda label: log_likelihood(label, words))
 
-    majority = labels.most_common(1)[0][0]
+    majority = label_counts.most_common(1)[0][0]
     return {
         "majority": exact_match(task.test, [majority] * len(task.test)),
-        "naive_bayes": exact_match(task.test, [bayes(row["prompt"]) for row in task.test]),
+        "naive_bayes": exact_match(task.test, [most_likely(row["prompt"]) for row in task.test]),
     }
-
-
-# Name -> (root of the data folder) -> Task; the embedded ones take no notice of root.
