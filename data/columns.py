@@ -11,7 +11,7 @@ from .errors import RAISE, RowErrors
 from .fields import Record, describe, did_you_mean, parse_json, plain_json, text_of
 
 _ALWAYS = ("system", "tools", "chat_template_kwargs")
-_SHAPES = {  # required columns -> optional columns
+_SHAPES: dict[tuple[str, ...], tuple[str, ...]] = {  # required columns -> optional columns
     ("messages",): _ALWAYS,
     ("conversations",): _ALWAYS,
     ("prompt", "completion"): ("history", "reasoning_content", *_ALWAYS),

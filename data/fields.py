@@ -64,7 +64,7 @@ def parse_json(value: Any, place: str, kind: type | tuple[type, ...]) -> Any:
         except (ValueError, RecursionError):
             parsed = value
     if not isinstance(parsed, kind):
-        expected = {dict: "an object", (dict, list): "an object or a list"}.get(kind, "a list")
+        expected = "an object" if kind is dict else "an object or a list" if kind == (dict, list) else "a list"
         raise InputError(f"{place} is {describe(parsed)}; expected {expected}, as JSON or as JSON text")
     return parsed
 

@@ -114,12 +114,7 @@ def sft_rows(
     if not 0 <= seed < 2**32:
         raise InputError(f"seed {seed}: expected an integer in [0, 2**32)")
     sha = hashlib.sha256(f"{tokenizer.digest} {T} {seed} {pack}".encode())
-    chats = []
-    for where, row in rows:
-        with errors:
-            chat = chat_of(row, where, errors)
-            _check_plain_text(chat, tokenizer, where)
-            chats.append((where, chat))
+    chats = list(_parse_rows(rows, tokenizer, errors))
     errors.rows = max(errors.rows, len(chats))  # the rows of a task were not counted by a reader
     examples, kept = [], []
     for (where, chat), (ids, weights) in zip(chats, encode_examples(chats, tokenizer, errors), strict=True):
@@ -146,6 +141,16 @@ def sft_rows(
         digest=sha.hexdigest(),
         kept=kept,
     )
+
+
+def _parse_rows(
+    rows: Iterable[tuple[str, dict]], tokenizer: Tokenizer, errors: RowErrors
+) -> Iterator[tuple[str, Chat]]:
+    for where, row in rows:
+        with errors:
+            chat = chat_of(row, where, errors)
+            _check_plain_text(chat, tokenizer, where)
+            yield where, chat
 
 
 def _fit(ids: np.ndarray, weights: np.ndarray, T: int, where: str, errors: RowErrors) -> tuple[np.ndarray, np.ndarray]:

@@ -137,7 +137,12 @@ def test_more_than_the_cap_is_an_error(tok, tmp_path):
     bad = [BAD[name][0] for name in ("latin-1", "broken", "too long", "null")]
     path = write(tmp_path / "rows.jsonl", [*good(56), *bad])
     tuned(path, tok, "skip", 0.07)
-    words = ("4 of 60 rows left out, 0 repaired", "more than --data.bad-cap 0.05", "raise the cap", f"{path}:57: not UTF-8")
+    words = (
+        "4 of 60 rows left out, 0 repaired",
+        "more than --data.bad-cap 0.05",
+        "raise the cap",
+        f"{path}:57: not UTF-8",
+    )
     said(lambda: tuned(path, tok, "skip", 0.05), *words)
     said(lambda: tuned(path, tok, "repair", 0.05), "2 of 60 rows left out, 2 repaired", "--data.bad-cap")
     said(lambda: tuned(write(path, bad), tok, "skip", 0.5), "more than --data.bad-cap 0.5")
