@@ -20,8 +20,8 @@ from . import clean
 from .documents import Document, is_held_out
 
 # Tests and demos, codec tables, installed packages, and the topics, which are prose.
-_SKIP = {"test", "tests", "idlelib", "turtledemo", "encodings", "pydoc_data", "ensurepip", "site-packages"}
-_SKIP |= {"dist-packages", "__pycache__", "__phello__"}
+SKIPPED = {"test", "tests", "idlelib", "turtledemo", "encodings", "pydoc_data", "ensurepip", "site-packages"}
+SKIPPED |= {"dist-packages", "__pycache__", "__phello__"}
 _TEST, _VALID = 0.12, 0.04  # shares of the functions
 _FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -38,7 +38,9 @@ class Function(NamedTuple):
     part: str  # train, valid or test
 
 
-class _Module(NamedTuple):
+class Module(NamedTuple):
+    """A module of the standard library."""
+
     id: str
     text: str
     docstrings: list[tuple[int, str]]  # (line of the owner, text)
@@ -47,7 +49,7 @@ class _Module(NamedTuple):
 
 def code(exclude_task_test: bool = True) -> Iterator[Document]:
     """Yield a document per module, by default without the lines of valid and test functions."""
-    for module in _modules():
+    for module in modules():
         lines = clean.lines(module.text)
         for function in _tested(module) if exclude_task_test else []:
             lines[function.first - 1 : function.last] = [""] * (function.last - function.first + 1)
@@ -59,8 +61,8 @@ def prose(exclude_task_test: bool = True) -> Iterator[Document]:
 
     The topics are the language reference's. The ids equal those of `code`: a module is held out of both or of neither.
     """
-    excluded = {f.docstring for module in _modules() for f in _tested(module)} if exclude_task_test else set()
-    for module in _modules():
+    excluded = {f.docstring for module in modules() for f in _tested(module)} if exclude_task_test else set()
+    for module in modules():
         ranges = [(f.first, f.last) for f in _tested(module)] if exclude_task_test else []
         kept = [
             text
@@ -77,7 +79,7 @@ def prose(exclude_task_test: bool = True) -> Iterator[Document]:
 
 def functions() -> list[Function]:
     """Return all functions of the corpus, in the order of modules and lines."""
-    return [function for module in _modules() for function in module.functions]
+    return [function for module in modules() for function in module.functions]
 
 
 def normal(source: str) -> str:
@@ -98,21 +100,23 @@ def is_short(source: str) -> bool:
     return source.count("\n") < 3 or len(source) < 100
 
 
-def _tested(module: _Module) -> list[Function]:
+def _tested(module: Module) -> list[Function]:
     return [function for function in module.functions if function.part != "train"]
 
 
 @functools.cache
-def _modules() -> tuple[_Module, ...]:
+def modules() -> tuple[Module, ...]:
+    """Return the modules of the corpus, sorted by path. Raises InputError if Python came without sources."""
     root = Path(sysconfig.get_path("stdlib"))
-    paths = sorted(p for p in root.rglob("*.py") if not _SKIP & set(p.relative_to(root).parts))
-    modules = tuple(m for m in (_module(p, p.relative_to(root).as_posix()) for p in paths) if m)
-    if not modules:
+    paths = sorted(p for p in root.rglob("*.py") if not SKIPPED & set(p.relative_to(root).parts))
+    parsed = tuple(m for m in (parse_module(p, p.relative_to(root).as_posix()) for p in paths) if m)
+    if not parsed:
         raise InputError(f"{root}: no standard library sources; use a Python that was installed with them")
-    return modules
+    return parsed
 
 
-def _module(path: Path, name: str) -> _Module | None:
+def parse_module(path: Path, name: str) -> Module | None:
+    """Return the module in a file, with `name` as its id; None for a blank file."""
     with tokenize.open(path) as file:  # honours the coding line
         text = file.read()
     if not text.strip():
@@ -122,7 +126,7 @@ def _module(path: Path, name: str) -> _Module | None:
         tree = ast.parse(text)
     lines = clean.lines(text)
     package = name.partition("/")[0] if "/" in name else ""
-    return _Module(name, text, _docstrings(tree), [_function(*pair, name, package, lines) for pair in _walk(tree, "")])
+    return Module(name, text, _docstrings(tree), [_function(*pair, name, package, lines) for pair in _walk(tree, "")])
 
 
 def _walk(node: ast.AST, prefix: str) -> Iterator[tuple[_FunctionNode, str]]:

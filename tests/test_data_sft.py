@@ -30,11 +30,11 @@ CHAT = [
 def test_template_and_loss_mask(tok):
     ids, weights = encode_example(CHAT, tok)
     s = tok.special
-    wanted = [(tok.bos, 0)]
+    expected = [(tok.bos, 0)]
     for turn in CHAT:
         w = int(turn["role"] == "assistant")
-        wanted += [(s[f"<|{turn['role']}|>"], 0), *((i, w) for i in tok.encode(turn["content"])), (tok.eos, w)]
-    assert list(zip(ids, weights, strict=True)) == wanted
+        expected += [(s[f"<|{turn['role']}|>"], 0), *((i, w) for i in tok.encode(turn["content"])), (tok.eos, w)]
+    assert list(zip(ids, weights, strict=True)) == expected
     learned = [i for i, w in zip(ids, weights, strict=True) if w]
     assert tok.decode(learned) == "answer 1\n because"
     assert ids.count(s["<|assistant|>"]) == 2  # the text "<|assistant|>" is text
@@ -94,15 +94,15 @@ def test_columns_have_the_names_that_a_flag_gives_them():
             Columns(names)
 
 
-@pytest.mark.parametrize("told", [{"weight": 0}, {"train": False}])
-def test_a_turn_that_is_context_is_no_target(tok, told):
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}])
+def test_a_turn_that_is_context_is_no_target(tok, flag):
     turns = [dict(turn) for turn in CHAT]
-    turns[2] |= told
+    turns[2] |= flag
     chat = chat_of({"messages": turns}, "f:1")
     ids, weights = encode_example(chat, tok)
     assert ids == encode_example(CHAT, tok)[0]
     assert tok.decode([i for i, w in zip(ids, weights, strict=True) if w]) == " because"
-    turns[2], turns[4] = CHAT[2], turns[4] | told  # what follows the last target changes nothing
+    turns[2], turns[4] = CHAT[2], turns[4] | flag  # what follows the last target changes nothing
     assert chat_of({"messages": turns}, "f:1") == chat_of({"messages": CHAT[:3]}, "f:1")
 
 
@@ -221,7 +221,7 @@ def examples(n=80):
 def test_every_example_is_there_once_and_whole(tok, pack):
     T = 64
     sft = sft_rows(examples(), tok, T, 3, pack=pack)
-    found = []
+    packed = []
     for i, row in enumerate(sft.rows):
         assert row["row"] == i
         assert {k: (v.shape, v.dtype.name) for k, v in row.items()} == {
@@ -233,15 +233,15 @@ def test_every_example_is_there_once_and_whole(tok, pack):
         for segment in range(1, row["segments"].max() + 1):
             here = row["segments"] == segment
             assert (row["positions"][here] == np.arange(here.sum())).all()
-            found.append(tuple(zip(*(row[k][here].tolist() for k in ("ids", "targets", "weights")), strict=True)))
-    wanted = []
+            packed.append(tuple(zip(*(row[k][here].tolist() for k in ("ids", "targets", "weights")), strict=True)))
+    expected = []
     for where, row in examples():
         ids, weights = encode_example(chat_of(row, where), tok)
-        wanted.append(tuple(zip(ids[:-1], ids[1:], map(float, weights[1:]), strict=True)))
-    assert sorted(found) == sorted(wanted)
+        expected.append(tuple(zip(ids[:-1], ids[1:], map(float, weights[1:]), strict=True)))
+    assert sorted(packed) == sorted(expected)
     assert sft.examples == 80
-    assert sft.tokens == sum(map(len, wanted))
-    assert sft.target_tokens == sum(w for example in wanted for *_, w in example)
+    assert sft.tokens == sum(map(len, expected))
+    assert sft.target_tokens == sum(w for example in expected for *_, w in example)
     if pack:
         assert len(sft.rows) <= math.ceil(1.25 * sft.tokens / T)
     else:

@@ -203,10 +203,10 @@ def test_hub_spec(monkeypatch):
         return [{"text": "x"}, {"text": 3}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    found = documents("hub:org/set:cfg@test[:10]")
-    assert next(found) == Document("org/set@test[:10]:1", "x")
+    docs = documents("hub:org/set:cfg@test[:10]")
+    assert next(docs) == Document("org/set@test[:10]:1", "x")
     with pytest.raises(InputError, match=r"org/set@test\[:10\]:2: 'text' is a number"):
-        next(found)
+        next(docs)
     assert next(documents("hub:set")).id == "set@train:1"
     assert asked == [("org/set", "cfg", "test[:10]"), ("set", None, "train")]
     with pytest.raises(InputError, match=r"hub:no/such: the hub gave no data \(Dataset 'no/such' doesn't exist\)"):

@@ -6,7 +6,7 @@ from pathlib import Path
 from . import public, python_functions
 from .base import Task
 
-tasks: dict[str, Callable[[Path], Task]] = {  # name -> function of the data folder; embedded tasks ignore the folder
+tasks: dict[str, Callable[[Path], Task]] = {  # name -> function of the folder --data.root; embedded tasks ignore it
     "clinc150": public.clinc150,
     "snips": public.snips,
     "e2e_nlg": public.e2e_nlg,

@@ -38,7 +38,7 @@ def next_statement(root: Path | None = None) -> Task:
 
     Floors .167, .383; a table of the previous two lines' first words and indents reaches only .45.
     """
-    return _task("next_statement", STATEMENTS, _prompts(_statement_cuts), {"train": 800, "valid": 30, "test": 100})
+    return _task("next_statement", STATEMENTS, _prompts(statement_cuts), {"train": 800, "valid": 30, "test": 100})
 
 
 def next_token(root: Path | None = None) -> Task:
@@ -46,7 +46,7 @@ def next_token(root: Path | None = None) -> Task:
 
     Floors .100, .183; a table of the last two tokens reaches .51: order decides, as in language modelling.
     """
-    return _task("next_token", TOKENS, _prompts(_token_cuts), {"train": 700, "valid": 20, "test": 60})
+    return _task("next_token", TOKENS, _prompts(token_cuts), {"train": 700, "valid": 20, "test": 60})
 
 
 def _head(source: str) -> str:
@@ -95,7 +95,7 @@ def _line_offsets(source: str) -> list[int]:
     return offsets
 
 
-def _statement_cuts(source: str) -> Cuts:
+def statement_cuts(source: str) -> Cuts:
     """Return the cuts before statements that begin their line, from the second statement of the body on."""
     node = _parse(source)
     if node is None or not source.isascii():  # ast counts columns in bytes
@@ -111,7 +111,7 @@ def _statement_cuts(source: str) -> Cuts:
     return cuts
 
 
-def _token_cuts(source: str) -> Cuts:
+def token_cuts(source: str) -> Cuts:
     """Return the cuts before tokens, from the ninth on: the prompt holds some context then."""
     try:
         tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
