@@ -14,7 +14,7 @@ from ..model.tree import paths
 from .cluster import distributed
 from .config import Run
 from .runs.load import Loaded, load_run
-from .runs.manifest import write_whole
+from ..atomic import write_whole
 
 
 class Health:

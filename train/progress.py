@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from .. import InputError
 from .plan.roofline import chip_of
-from .runs.manifest import write_whole
+from ..atomic import write_whole
 
 console = Console(stderr=True, highlight=False, markup=False, width=None if sys.stderr.isatty() else 120)
 

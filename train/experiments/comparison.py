@@ -20,7 +20,7 @@ from ..config import Run, from_json
 from ..progress import clock, console
 from ..runs.checkpoint import CheckpointWriter, versions
 from ..runs.lineage import code, values
-from ..runs.manifest import write_whole
+from ...atomic import write_whole
 from .base_cache import BaseCache
 from .results_log import Line, ResultsLog, found
 from .step_costs import costs

@@ -9,7 +9,7 @@ import numpy as np
 from rich.table import Table
 
 from ..progress import clock, console
-from ..runs.manifest import write_whole
+from ...atomic import write_whole
 from ..runs.report import size
 from .compare_report import CHOSEN, LOST, TableGrid, facts, judged, label, number, runs, samples, word
 from .learning_curve import Outlook, draw, outlook

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from ..progress import read_metrics, save_figure
-from ..runs.manifest import write_whole
+from ...atomic import write_whole
 from .compare_report import Finding, TableGrid, expenses, facts, runs, samples
 from .results_log import Line, found
 

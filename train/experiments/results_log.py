@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import InputError
-from ..runs.manifest import write_whole
+from ...atomic import write_whole
 
 Line = dict[str, Any]
 

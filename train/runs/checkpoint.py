@@ -20,7 +20,8 @@ from ... import InputError, __version__
 from ...model.tree import canonical, is_stacked, named, paths
 from ..cluster import distributed
 from .. import faults
-from .manifest import find_damage, describe_files, sealed_manifest, sync, write_whole
+from ...atomic import sync, write_whole
+from .manifest import find_damage, describe_files, sealed_manifest
 from .digests import digest, digests, pieces
 from ..progress import console
 from .checkpoint_reader import CheckpointReader

@@ -9,10 +9,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from ... import InputError
-from ...atomic import sync, write_whole
+from ...atomic import sync
 from ...model.hf.files import read_json
 
-__all__ = ["describe_files", "find_damage", "file_digest", "read_manifest", "sealed_manifest", "sync", "write_whole"]
 _SEAL = "sha256"  # of the rest of the manifest
 
 

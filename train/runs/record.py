@@ -13,7 +13,7 @@ from ... import InputError
 from ...model.sharding import put_batch
 from ..cluster import distributed
 from .checkpoint import CheckpointWriter
-from .manifest import write_whole
+from ...atomic import write_whole
 from ..config import Run, to_json
 from ..evaluate import held_out_losses, longest_answer, mean_loss, outputs, row_losses, scored, within
 from ..inputs import save_held_out

@@ -21,7 +21,7 @@ from ....peft import Subset
 from ...cluster.signals import Stop
 from ...config import Run, flatten, short, to_json
 from ...runs.lock import NAME, Lock
-from ...runs.manifest import write_whole
+from ....atomic import write_whole
 from ...runs.record import make
 from ..base_cache import BaseCache
 from .results import report

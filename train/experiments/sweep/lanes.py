@@ -17,7 +17,7 @@ from ...program import compiler_options, start
 from ...progress import Metrics
 from ...runs import record
 from ...runs.checkpoint import CheckpointWriter
-from ...runs.manifest import write_whole
+from ....atomic import write_whole
 from ...runs.resume import same_run
 from ...setup import TrainSetup
 from ..base_cache import BaseCache

@@ -10,7 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from ...progress import console, save_figure
-from ...runs.manifest import write_whole
+from ....atomic import write_whole
 from .trials import Trial
 
 REPEATS = "seed"  # the axis that is averaged over

@@ -17,7 +17,7 @@ from ...cluster.signals import Stop, Stopped
 from ...evaluate import longest_answer, outputs
 from ...health import must_be_finite
 from ...progress import clock, console
-from ...runs.manifest import write_whole
+from ....atomic import write_whole
 from ...runs.record import bound, losses, noted, of_saved, summary
 from ..base_cache import BaseCache
 from .groups import Group, groups
