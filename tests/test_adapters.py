@@ -12,7 +12,8 @@ from graftax.data.tokenizers.added_tokens import add_tokens
 from graftax.train.cli import main
 from graftax.train.runs.adapters import uniform
 from graftax.train.runs.export import write_base
-from graftax.train.runs.load import adapters, export, load_run
+from graftax.train.runs import adapters, export
+from graftax.train.runs.load import load_run
 from graftax.train.setup import resolve_method
 from safetensors.numpy import load_file
 from test_hf_runs import SMALL, adapter, command, hf_base, refused, rows  # noqa: F401

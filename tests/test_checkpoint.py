@@ -13,7 +13,7 @@ from graftax.model.tree import named, paths
 from graftax.train.optim import make_optimizer
 from graftax.train.runs.checkpoint import CheckpointWriter, fingerprint
 from graftax.train.runs.layout import convert_layout, sharded
-from graftax.train.runs.load import digests, layout
+from graftax.train.runs import digests, layout
 from graftax.train.step import init_state
 from tiny import CASES, OPTIM, make_base, same
 

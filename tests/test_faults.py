@@ -26,7 +26,8 @@ from graftax.train.loop import row_sum, train
 from graftax.train.optim import schedule
 from graftax.train.progress import read_metrics
 from graftax.train.runs.checkpoint import CheckpointWriter
-from graftax.train.runs.load import load_run, record
+from graftax.train.runs import record
+from graftax.train.runs.load import load_run
 from test_faults_input import said
 
 pytestmark = pytest.mark.faults

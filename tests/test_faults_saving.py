@@ -24,7 +24,8 @@ from graftax.train.cli import main
 from graftax.train.config import to_json
 from graftax.train.loop import train
 from graftax.train.runs.checkpoint import CheckpointWriter
-from graftax.train.runs.load import load_run, lock
+from graftax.train.runs import lock
+from graftax.train.runs.load import load_run
 from graftax.train.runs.lock import Lock
 from test_faults_input import said
 

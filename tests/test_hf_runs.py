@@ -23,7 +23,8 @@ from graftax.train.cli import main
 from graftax.train.config import Run, from_json
 from graftax.train.runs.equivalence import compare
 from graftax.train.runs.export import write_base
-from graftax.train.runs.load import Loaded, export, load_run, resume
+from graftax.train.runs import export, resume
+from graftax.train.runs.load import Loaded, load_run
 from graftax.train.setup import prepare
 from tiny import same
 
