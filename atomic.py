@@ -23,12 +23,12 @@ def _beside(path: Path) -> Path:
     return path.with_name(f"{path.name[:50]}.{secrets.token_hex(8)}.tmp")
 
 
-def left_over(name: str) -> bool:
+def is_leftover(name: str) -> bool:
     """Whether a name is one that a killed writer left."""
     return bool(_LEFT.fullmatch(name))
 
 
-def write_whole(path: Path, data: bytes | str) -> None:
+def atomic_write(path: Path, data: bytes | str) -> None:
     """A file that has its old content or all of the new one, whenever the machine stops."""
     made = _beside(path)
     try:
@@ -44,7 +44,7 @@ def write_whole(path: Path, data: bytes | str) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
+def atomic_folder(out: Path) -> Iterator[Path]:
     """A new folder that is `out` when the block has gone well, `out` being empty or not there; else nothing is left.
 
     InputError if it cannot be written, or another writer filled `out` meanwhile.

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import InputError
-from ..atomic import whole_folder
+from ..atomic import atomic_folder
 from .sources import Document
 from .tokenizers.tokenizer import Tokenizer
 
@@ -130,7 +130,7 @@ def _digest(flat: np.ndarray, offsets: np.ndarray) -> str:
 def _write(folder: Path, tokens: Tokens) -> None:
     """Another process may have been faster, with the same bytes."""
     try:
-        with whole_folder(folder) as made:
+        with atomic_folder(folder) as made:
             np.save(made / "flat.npy", tokens.flat, allow_pickle=False)
             np.save(made / "offsets.npy", tokens.offsets, allow_pickle=False)
             (made / "digest").write_text(tokens.digest)

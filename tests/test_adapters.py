@@ -10,7 +10,7 @@ import pytest
 from graftax import InputError, peft
 from graftax.data.tokenizers.added_tokens import add_tokens
 from graftax.train.cli import main
-from graftax.train.runs.adapters import uniform
+from graftax.train.runs.adapters import with_uniform_rank
 from graftax.train.runs.export import write_base
 from graftax.train.runs import adapters, export
 from graftax.train.runs.load import load_run
@@ -79,11 +79,11 @@ def test_the_revision_of_a_base_goes_out_and_in(tmp_path):
     peft.hf.save(tmp_path / "a", config, method, method.init(jax.random.key(0), base.params), "owner/name@v1.0")
     said = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert (said["base_model_name_or_path"], said["revision"]) == ("owner/name", "v1.0")
-    assert adapters.base_of(tmp_path / "a", "") == "owner/name@v1.0"
-    assert adapters.base_of(tmp_path / "a", "owner/other") == "owner/other"
+    assert adapters.adapter_base(tmp_path / "a", "") == "owner/name@v1.0"
+    assert adapters.adapter_base(tmp_path / "a", "owner/other") == "owner/other"
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(said | {"revision": 3}))
     with pytest.raises(InputError, match="revision is 3; text is wanted"):
-        adapters.base_of(tmp_path / "a", "")
+        adapters.adapter_base(tmp_path / "a", "")
 
 
 def test_for_vllm_ranks_are_one(adapter, tmp_path, capsys):  # noqa: F811
@@ -104,7 +104,7 @@ def test_for_vllm_ranks_are_one(adapter, tmp_path, capsys):  # noqa: F811
 def test_uniform_ranks_compute_the_same(method):
     base, batch = make_base(), make_batch()
     trainable = shaken(method.init(jax.random.key(0), base.params))
-    one, t = uniform(method, base.config, base.params, trainable)
+    one, t = with_uniform_rank(method, base.config, base.params, trainable)
     assert len({x["a"].shape[-1] for x in t.values()}) == 1
     logits = lambda m, x: peft.apply(base.model, base.params, m, x, batch["ids"])  # noqa: E731
     a, b = jax.jit(lambda x, y: (logits(method, x), logits(one, y)))(trainable, t)
@@ -117,7 +117,7 @@ def test_vllm_is_told_why_not(method):
     base = make_base()
     trainable = jax.eval_shape(method.init, jax.random.key(0), base.params)
     with pytest.raises(InputError, match=r"--for vllm: .*(merge it|make it smaller)"):
-        uniform(method, base.config, base.params, trainable)
+        with_uniform_rank(method, base.config, base.params, trainable)
 
 
 def test_a_prompt_from_a_text(hf_base, rows, tmp_path, capsys):  # noqa: F811

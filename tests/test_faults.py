@@ -148,11 +148,11 @@ def test_what_changed_is_said_in_words(change, words, cut, runs, tmp_path, monke
 
 
 def _rewrite(path, change):
-    from graftax.train.runs.manifest import read_manifest, sealed_manifest
+    from graftax.train.runs.manifest import read_manifest, encode_manifest
 
     manifest = read_manifest(path)
     change(manifest)
-    path.write_text(sealed_manifest(manifest))
+    path.write_text(encode_manifest(manifest))
 
 
 @pytest.mark.parametrize(("change", "words"), [

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from faulty import STEPS, copied, good, last, life, programs, runs, whole  # noqa: F401
 from graftax import InputError
-from graftax.atomic import left_over, whole_folder, write_whole
+from graftax.atomic import is_leftover, atomic_folder, atomic_write
 from graftax.peft import LoRA
 from graftax.train.cli import main
 from graftax.train.config import to_json
@@ -360,8 +360,8 @@ def test_a_file_is_made_under_a_name_of_its_own(tmp_path):
     """As the umask has it; what a kill leaves goes when the next writer begins, what another left stays."""
     before = os.umask(0o027)
     try:
-        write_whole(tmp_path / "a.json", "{}")
-        with whole_folder(tmp_path / "b"):
+        atomic_write(tmp_path / "a.json", "{}")
+        with atomic_folder(tmp_path / "b"):
             pass
     finally:
         os.umask(before)
@@ -372,8 +372,8 @@ def test_a_file_is_made_under_a_name_of_its_own(tmp_path):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.json.tmp", "b", "x.tmp"]
     with pytest.raises(IsADirectoryError):
-        write_whole(tmp_path / "b", "")
-    assert not [path for path in tmp_path.iterdir() if left_over(path.name)]
+        atomic_write(tmp_path / "b", "")
+    assert not [path for path in tmp_path.iterdir() if is_leftover(path.name)]
 
 
 def test_two_writers_of_one_new_folder(tmp_path):
@@ -382,13 +382,13 @@ def test_two_writers_of_one_new_folder(tmp_path):
     (tmp_path / "out.unchecked" / "theirs").write_text("")
 
     def late():
-        with whole_folder(tmp_path / "out") as one:
-            with whole_folder(tmp_path / "out") as two:
+        with atomic_folder(tmp_path / "out") as one:
+            with atomic_folder(tmp_path / "out") as two:
                 (two / "two").write_text("")
             (one / "one").write_text("")
 
     (tmp_path / "file").write_text("")
-    said(lambda: whole_folder(tmp_path / "file" / "out").__enter__(), "cannot be written (Not a directory)", "give a")
+    said(lambda: atomic_folder(tmp_path / "file" / "out").__enter__(), "cannot be written (Not a directory)", "give a")
     (tmp_path / "file").unlink()
     said(
         late,

@@ -21,10 +21,10 @@ from graftax.model.tree import named
 from graftax.peft import LoRA, Subset
 from graftax.train.cli import main
 from graftax.train.config import Run, from_json
-from graftax.train.runs.equivalence import compare
+from graftax.train.runs.equivalence import compare_logits
 from graftax.train.runs.export import write_base
 from graftax.train.runs import export, resume
-from graftax.train.runs.load import Loaded, load_run
+from graftax.train.runs.load import LoadedRun, load_run
 from graftax.train.setup import prepare
 from tiny import same
 
@@ -186,10 +186,10 @@ def test_the_share_of_an_effect_that_is_kept(merged, kept, capsys):
     args = (base + effect, base + merged * effect, 1.0, "x", base)
     if kept is None:
         with pytest.raises(InputError, match="less than half"):
-            compare(*args)
+            compare_logits(*args)
     else:
-        assert compare(*args)["kept"] == pytest.approx(kept, abs=1e-3)
-    assert "kept" not in compare(*args, noise=1e-4)
+        assert compare_logits(*args)["kept"] == pytest.approx(kept, abs=1e-3)
+    assert "kept" not in compare_logits(*args, noise=1e-4)
 
 
 def test_imported_with_more_tokens(hf_base, rows, tmp_path, capsys):
@@ -237,7 +237,7 @@ def test_a_native_base_is_exported_with_its_tokenizer(tmp_path, capsys):
     config = Config(V=tokenizer.vocab_size, D=32, L=2, N=4, K=2, H=8, F=48, context=64, scan=False)
     params, run = init(config, jax.random.key(0)), Run(phase="pretrain", model=config)
     manifest = {"step": 3, "base": "", "tokenizer": tokenizer.digest}
-    got = Loaded(tmp_path, run, config, params, Subset("all"), {}, tokenizer, {}, manifest)
+    got = LoadedRun(tmp_path, run, config, params, Subset("all"), {}, tokenizer, {}, manifest)
     write_base(tmp_path / "run", got, params, "made", {})
     command(capsys, "export", tmp_path / "run", "--out", tmp_path / "hf")
     said = json.loads((tmp_path / "hf" / "config.json").read_text())

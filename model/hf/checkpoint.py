@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ... import InputError
-from ...atomic import whole_folder
+from ...atomic import atomic_folder
 from ..config import Config
 from ..init import restack, shapes_of
 from ..sharding import shardings
@@ -204,7 +204,7 @@ def save(
         return whole.T if turned[name] else whole
 
     kinds = {name: np.dtype(flat[parts[0][0]].dtype) for name, parts in pieces.items()}
-    with whole_folder(folder) as made:
+    with atomic_folder(folder) as made:
         write(made, {name: (shape, kinds[name]) for name, shape in wanted.items()}, make, shard_bytes)
         (made / "config.json").write_text(json.dumps(tree, indent=2) + "\n", "utf-8")
         for file in [Path(like) / name for name in CARRIED] if like else []:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ... import InputError, peft
-from ...atomic import whole_folder
+from ...atomic import atomic_folder
 from ...data.tokenizers.hf_files import MAIN
 from ...data.tokenizers.tokenizer import load_tokenizer
 from ...model.hf.files import is_hub_id, read_json
@@ -18,7 +18,7 @@ from ...peft.hf.names import family_of
 from ...peft.methods.lora import LoRA
 from ..config import Run
 from ..inputs import check_rows
-from .lineage import keep, kept
+from .lineage import write_lineage, read_lineage
 from ..progress import console
 from .tokenizer_files import write_tokenizer
 
@@ -26,7 +26,7 @@ Target = Literal["", "vllm"]
 CONFIG = "adapter_config.json"
 
 
-def uniform(method: Method, config: Any, params: Any, trainable: Any) -> tuple[Method, Any]:
+def with_uniform_rank(method: Method, config: Any, params: Any, trainable: Any) -> tuple[Method, Any]:
     """A LoRA whose every matrix has one rank R and one scale, alpha / R = 1: vLLM reads no patterns.
 
     Ranks are filled up with zeros. InputError, with the reason, for what vLLM does not load.
@@ -49,7 +49,7 @@ def uniform(method: Method, config: Any, params: Any, trainable: Any) -> tuple[M
     return LoRA(rank=R, alpha=R, where=method.where), made
 
 
-def write(got: Any, out: Path, target: Target, compare: Any, base: str) -> dict[str, Any]:
+def export_adapter(got: Any, out: Path, target: Target, compare: Any, base: str) -> dict[str, Any]:
     """Write the adapter of a loaded run as HF PEFT reads it, read it back, compare; nothing is left if it differs.
 
     base: the name that its config gives the model it adapts.
@@ -60,10 +60,10 @@ def write(got: Any, out: Path, target: Target, compare: Any, base: str) -> dict[
     if target == "vllm":
         if family_of(got.config) == "gpt2":
             raise InputError("--for vllm: vLLM's GPT-2 takes no LoRA; merge it: --format hf")
-        method, trainable = uniform(method, got.config, got.params, trainable)
-    with whole_folder(out) as made:
+        method, trainable = with_uniform_rank(method, got.config, got.params, trainable)
+    with atomic_folder(out) as made:
         peft.hf.save(made, got.config, method, trainable, base, got.params)
-        keep(made, got.lineage)
+        write_lineage(made, got.lineage)
         if got.chats and got.tokenizer.template and not got.tokenizer.template_file:  # its base has no template
             write_tokenizer(made, got.tokenizer, chat=True)
         found = compare(got, *peft.hf.load(made, got.config, got.params))
@@ -79,7 +79,7 @@ def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / CONFIG).is_file()
 
 
-def base_of(folder: Path, base: str) -> str:
+def adapter_base(folder: Path, base: str) -> str:
     """The name of an adapter's base: the one given, or the one that its config has, here or beside the folder.
 
     Of a hub id the config's `revision` is part: `owner/name@revision`.
@@ -97,7 +97,7 @@ def base_of(folder: Path, base: str) -> str:
     return f"{name}@{revision}" if revision and is_hub_id(name) and "@" not in name else name
 
 
-def read(folder: Path, below: Any, base: str) -> Any:
+def load_adapter(folder: Path, below: Any, base: str) -> Any:
     """A loaded base with the adapter of an HF PEFT folder, as a loaded run has it."""
     params = below.merged
     method, trainable = peft.hf.load(folder, below.config, params)
@@ -108,7 +108,7 @@ def read(folder: Path, below: Any, base: str) -> Any:
     own = any((folder / name).is_file() for name in MAIN)
     tokenizer = load_tokenizer(folder) if own else below.tokenizer
     check_rows(tokenizer, below.config.V, f"{folder}: ")
-    records, mark = kept(folder), below.fingerprint
+    records, mark = read_lineage(folder), below.fingerprint
     said = str(records[-1].get("base") or "") if records else ""
     if said not in ("", mark):
         console.print(f"{folder} was tuned on a base with fingerprint {said[:12]}, but {base} has {mark[:12]}: is it "

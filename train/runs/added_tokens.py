@@ -13,7 +13,7 @@ from ...peft import Method
 from ..progress import console
 
 
-def trained(method: Method, params: Any, ids: Any) -> tuple[np.ndarray, np.ndarray]:
+def trains_rows(method: Method, params: Any, ids: Any) -> tuple[np.ndarray, np.ndarray]:
     """Whether a method can change the embedding of each id, and its logit: two arrays [len(ids)] of bool.
 
     Both are differentiated along one direction of the trainable tree, so no method has to say which rows it trains.
@@ -36,12 +36,12 @@ def trained(method: Method, params: Any, ids: Any) -> tuple[np.ndarray, np.ndarr
     return np.asarray(embedding), np.asarray(logit)
 
 
-def untrained(method: Method, params: Any, added: Mapping[str, int], rows: Sequence[Any]) -> dict[str, int]:
+def untrained_tokens(method: Method, params: Any, added: Mapping[str, int], rows: Sequence[Any]) -> dict[str, int]:
     """The added tokens whose rows this run will leave at the mean row; says which of them the rows of its data hold."""
     if not added:
         return {}
     ids = np.array(list(added.values()))
-    moves = trained(method, params, ids)
+    moves = trains_rows(method, params, ids)
     held = [np.isin(ids, np.concatenate([row[key][row[weight] > 0] for row in rows]))
             for key, weight in (("ids", "segments"), ("targets", "weights"))]  # fmt: skip
     lost = [there & ~ok for there, ok in zip(held, moves, strict=True)]

@@ -20,9 +20,9 @@ from ... import InputError, __version__
 from ...model.tree import canonical, is_stacked, named, paths
 from ..cluster import distributed
 from .. import faults
-from ...atomic import sync, write_whole
-from .manifest import find_damage, describe_files, sealed_manifest
-from .digests import digest, digests, pieces
+from ...atomic import sync, atomic_write
+from .manifest import find_damage, describe_files, encode_manifest
+from .digests import array_digest, array_digests, pieces
 from ..progress import console
 from .checkpoint_reader import CheckpointReader
 
@@ -37,8 +37,8 @@ def leaf_digests(path: str, leaf: Any) -> list[tuple[str, int, str]]:
     name, layers = canonical(path)
     if is_stacked(path):
         first = layers[0] if layers else 0  # of a slice that a method trains
-        return [(name, i, digest(layer[0])) for i, layer in enumerate(pieces(leaf, 1), first)]
-    return [(name, layers[0] if layers else -1, digest(leaf))]
+        return [(name, i, array_digest(layer[0])) for i, layer in enumerate(pieces(leaf, 1), first)]
+    return [(name, layers[0] if layers else -1, array_digest(leaf))]
 
 
 def fingerprint_of(marks: Iterable[tuple[str, int, str]]) -> str:
@@ -167,7 +167,7 @@ class CheckpointWriter(CheckpointReader):
     def _finish(self, step: int, work: Path, manifest: dict[str, Any]) -> None:
         for inner in (p for p in work.rglob("*") if p.is_dir()):
             sync(inner)
-        write_whole(work / "manifest.json", sealed_manifest(manifest))
+        atomic_write(work / "manifest.json", encode_manifest(manifest))
         faults.at("save.manifest", step)
         self.guard()
         self.put_aside(step)
@@ -197,5 +197,5 @@ class CheckpointWriter(CheckpointReader):
 
 
 def _described(flat: dict[str, Any]) -> dict[str, Any]:
-    found = digests(flat)
+    found = array_digests(flat)
     return {path: {"shape": list(x.shape), "dtype": str(x.dtype), "sha256": found[path]} for path, x in flat.items()}

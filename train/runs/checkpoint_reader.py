@@ -16,7 +16,7 @@ from ...model.tree import canonical, paths
 from ..cluster import distributed
 from . import layout
 from .manifest import describe_files, find_damage, read_manifest
-from .digests import digests
+from .digests import array_digests
 from ..progress import console
 
 
@@ -90,10 +90,10 @@ class CheckpointReader:
             raise InputError(f"{bad}: damaged; {self._others(step)}")
         saved = {path: jax.ShapeDtypeStruct(tuple(x["shape"]), x["dtype"]) for path, x in leaves.items()}
         wanted = {path: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(x)) for path, x in wanted.items()}
-        relaid = set(saved) != set(wanted) and layout.same_values(saved, wanted)
+        relaid = set(saved) != set(wanted) and layout.same_layers(saved, wanted)
         if not relaid:
             _agree(where, wanted, saved)
-        target, flat = layout.like(saved, wanted) if relaid else wanted, {}
+        target, flat = layout.saved_targets(saved, wanted) if relaid else wanted, {}
         for name in dict.fromkeys(canonical(path)[0] if each else "" for path in wanted):
             these, of = ({p: x for p, x in t.items() if name in ("", canonical(p)[0])} for t in (target, wanted))
             try:
@@ -101,7 +101,7 @@ class CheckpointReader:
             except InputError as error:
                 why = self.damage(step) or "no file of it changed" if distributed.count() == 1 else "damaged"
                 raise InputError(f"{error}; {why}; {self._others(step)}") from error
-            found = layout.converted(found, of) if relaid else found
+            found = layout.convert_arrays(found, of) if relaid else found
             flat |= {p: each(p, x) for p, x in found.items()} if each else found
         return jax.tree.unflatten(jax.tree.structure(like), [flat[path] for path in wanted])
 
@@ -121,7 +121,7 @@ class CheckpointReader:
                 found = reader.restore(where.absolute(), args=args)
         except Exception as error:
             raise InputError(f"{where}: the arrays cannot be read ({str(error).splitlines()[0][:200]})") from error
-        for path, now in digests(found).items() if check else ():
+        for path, now in array_digests(found).items() if check else ():
             if now != leaves[path]["sha256"]:
                 raise InputError(f"{where}: {path} is not what was saved (its sha256 differs)")
         return found
@@ -155,7 +155,7 @@ def _agree(where: Path, wanted: dict[str, Any], saved: dict[str, Any]) -> None:
             raise InputError(f"{where}: {path} is {got.dtype}{list(got.shape)}, wanted {x.dtype}{list(x.shape)}")
 
 
-def sidecars(folder: Path, tokenizer: Any) -> dict[str, Any]:
+def describe_sidecars(folder: Path, tokenizer: Any) -> dict[str, Any]:
     """Size and digest of the files beside the checkpoints that never change."""
     return describe_files(folder, names=sorted({*tokenizer.files, tokenizer.file, "held_out.npz"}))
 

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from ..cluster import distributed
 
-PIECE = 256 << 20  # bytes of an array that are on the host at once
+PIECE_BYTES = 256 << 20  # bytes of an array that are on the host at once
 
 
 def pieces(x: Any, rows: int = 0) -> Iterator[Any]:
@@ -28,8 +28,8 @@ def pieces(x: Any, rows: int = 0) -> Iterator[Any]:
         return
     if x.is_fully_replicated:
         x = x.addressable_data(0)
-    rows = rows or max(PIECE * len(x) // x.nbytes, 1)
-    if x.is_fully_addressable and x.nbytes <= PIECE:
+    rows = rows or max(PIECE_BYTES * len(x) // x.nbytes, 1)
+    if x.is_fully_addressable and x.nbytes <= PIECE_BYTES:
         x, step = np.asarray(x), rows
         yield from (x[i : i + step] for i in range(0, len(x), step))
         return
@@ -50,7 +50,7 @@ def _cut(mesh: Any, hosts: bool, rows: int) -> Any:
     return jax.jit(cut, out_shardings=whole)
 
 
-def digest(array: Any, mine: bool = True) -> str:
+def array_digest(array: Any, mine: bool = True) -> str:
     """sha256 of an array's dtype, shape and bytes, for any sharding; "" if another process computes it."""
     shape = list(np.shape(array))
     found = hashlib.sha256(f"{array.dtype}{shape}".encode())
@@ -62,15 +62,15 @@ def digest(array: Any, mine: bool = True) -> str:
     return found.hexdigest() if mine else ""
 
 
-def digests(flat: Mapping[str, Any]) -> dict[str, str]:
+def array_digests(flat: Mapping[str, Any]) -> dict[str, str]:
     """{path: digest}; each process hashes every n-th leaf."""
     n, me = distributed.count(), distributed.index()
-    mine = [digest(x, i % n == me) for i, x in enumerate(flat.values())]
+    mine = [array_digest(x, i % n == me) for i, x in enumerate(flat.values())]
     said = [text.split(",") for text in distributed.barrier_gather("digests", ",".join(mine))]
     return {path: said[i % n][i] for i, path in enumerate(flat)}
 
 
-def contents(folder: Path) -> str:
+def folder_digest(folder: Path) -> str:
     """What a folder of a base holds, by the names and sizes of its files and what its manifests say."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix in (".json", ".safetensors"))
     said = [(p.name, p.read_text("utf-8") if p.name == "manifest.json" else p.stat().st_size) for p in files]

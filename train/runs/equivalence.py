@@ -11,13 +11,13 @@ from ... import InputError
 from ...model import forward
 from ...peft import Subset
 from ..progress import console
-from .load import Loaded
+from .load import LoadedRun
 
 # Mean KL (nats a token) up to which two models pass for one, by the dtype that the weights were rounded to.
 BOUNDS = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 2e-2}
 
 
-def probe_ids(got: Loaded, rows: int = 4, T: int = 64) -> np.ndarray:
+def probe_ids(got: LoadedRun, rows: int = 4, T: int = 64) -> np.ndarray:
     """Ids [rows, T] to compare models on: held-out text of the base if it has any, else random ones."""
     T = min(T, got.config.context)
     held = [row["ids"][:T] for domain in got.held_out.values() for row in domain.rows]
@@ -26,23 +26,23 @@ def probe_ids(got: Loaded, rows: int = 4, T: int = 64) -> np.ndarray:
     return np.random.default_rng(0).integers(0, got.tokenizer.vocab_size, (rows, T))
 
 
-def logits_of(got: Loaded, ids: np.ndarray) -> np.ndarray:
+def run_logits(got: LoadedRun, ids: np.ndarray) -> np.ndarray:
     """What base + adapter computes for ids, fp32."""
     model, bound, context = got.bound
     return np.asarray(jax.jit(lambda b: forward(model, b, jnp.asarray(ids), context=context)[0])(bound), np.float32)
 
 
-def base_logits(got: Loaded, ids: np.ndarray) -> tuple[np.ndarray | None, float]:
+def base_logits(got: LoadedRun, ids: np.ndarray) -> tuple[np.ndarray | None, float]:
     """(what the base alone computes for ids, the largest KL that is rounding there); (None, 0) where nothing is tuned.
 
     Rounding: a hundredth of what passes for the same model in the dtype that it is computed in.
     """
     if got.run.phase == "pretrain":
         return None, 0.0
-    return logits_of(dataclasses.replace(got, method=Subset("all"), trainable={}), ids), BOUNDS[got.config.dtype] / 100
+    return run_logits(dataclasses.replace(got, method=Subset("all"), trainable={}), ids), BOUNDS[got.config.dtype] / 100
 
 
-def compare(
+def compare_logits(
     before: np.ndarray, after: np.ndarray, bound: float, what: str, base: np.ndarray | None = None, noise: float = 0.0
 ) -> dict[str, float]:
     """{largest difference of logits, mean and largest KL(before || after) in nats a token}; says them.
@@ -81,6 +81,6 @@ def _log_softmax(x: np.ndarray) -> np.ndarray:
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
 
-def widest(params: Any) -> str:
+def main_dtype(params: Any) -> str:
     """The dtype most of the bytes have."""
     return max(jax.tree.leaves(params), key=lambda x: x.nbytes).dtype.name

@@ -11,7 +11,7 @@ import jax
 import tyro
 
 from ... import InputError
-from ...atomic import whole_folder
+from ...atomic import atomic_folder
 from ...bounds import Bounds, Checked, Positive
 from ...data.tokenizers.added_tokens import add_tokens
 from ...data.tokenizers.sentencepiece_bpe import for_transformers
@@ -23,12 +23,12 @@ from . import adapters
 from .adapters import Target
 from .checkpoint import CheckpointWriter, fingerprint, leaf_digests, fingerprint_of
 from ..config import to_json
-from .equivalence import BOUNDS, base_logits, compare, logits_of, probe_ids, widest
+from .equivalence import BOUNDS, base_logits, compare_logits, run_logits, probe_ids, main_dtype
 from ..inputs import save_held_out
-from .lineage import code, keep
+from .lineage import code_version, write_lineage
 from ..progress import console
-from .load import Loaded, is_hugging_face, load_hugging_face, load_run, resolve_path
-from .checkpoint_reader import sidecars
+from .load import LoadedRun, is_hugging_face, load_hugging_face, load_run, resolve_path
+from .checkpoint_reader import describe_sidecars
 from .tokenizer_files import write_tokenizer
 
 Arg = Annotated[str, tyro.conf.Positional]
@@ -36,17 +36,17 @@ DType = Literal["", "float32", "bfloat16", "float16"]
 Verify = Literal["full", "fast", "off"]
 
 
-def folded(got: Loaded, dtype: str) -> Any:
+def merged_params(got: LoadedRun, dtype: str) -> Any:
     """Base + adapter as one base, in `dtype`, or each parameter in the dtype that the base has it in."""
     merged = merge(got.method, got.params, got.trainable, dtype or None)
     return jax.tree.map(lambda m, b: m.astype(dtype or b.dtype), merged, got.params)
 
 
 def write_base(
-    out: Path, got: Loaded, params: Any, recipe: str, came: dict[str, Any], name: str = ""
+    out: Path, got: LoadedRun, params: Any, recipe: str, came: dict[str, Any], name: str = ""
 ) -> str:  # fmt: skip
     """A run directory that holds a base, to be known as `name`; returns its fingerprint."""
-    stored = widest(params)
+    stored = main_dtype(params)
     config = dataclasses.replace(got.config, param_dtype=stored)
     if config.family:  # what it is multiplied in is decided where it runs: runs.numerics
         config = dataclasses.replace(config, dtype=stored)
@@ -62,9 +62,9 @@ def write_base(
     meta = {k: v for k, v in got.manifest.items() if k not in left} | {
         "phase": "pretrain",
         "base": "",
-        "code": code(),
+        "code": code_version(),
         "config": json.loads(to_json(run)),
-        "sidecars": sidecars(out, got.tokenizer),
+        "sidecars": describe_sidecars(out, got.tokenizer),
         **came,
     }
     checkpoints = CheckpointWriter(out / "checkpoints")
@@ -73,18 +73,18 @@ def write_base(
     return fingerprint(params)
 
 
-def checked(out: Path, got: Loaded, dtype: str, bound: float, write: Callable[[Path, Any], Any]) -> dict[str, Any]:
+def write_verified(out: Path, got: LoadedRun, dtype: str, bound: float, write: Callable[[Path, Any], Any]) -> dict[str, Any]:
     """Have `write(folder, params)` write base + adapter as one base, read that back, compare, and give it its name.
 
     One of the two models is in memory at a time. Raises InputError, and leaves nothing, if they differ too much.
     """
     ids = probe_ids(got)
-    before, alone, merged = logits_of(got, ids), base_logits(got, ids), folded(got, dtype)
-    with whole_folder(out) as made:
-        said, bound = write(made, merged), bound or BOUNDS[widest(merged)]
+    before, alone, merged = run_logits(got, ids), base_logits(got, ids), merged_params(got, dtype)
+    with atomic_folder(out) as made:
+        said, bound = write(made, merged), bound or BOUNDS[main_dtype(merged)]
         del merged, got
         what = f"{out} read back against what it was made of"
-        found = compare(before, logits_of(load_run(made), ids), bound, what, *alone)
+        found = compare_logits(before, run_logits(load_run(made), ids), bound, what, *alone)
     return {"out": str(out), **said, **found}
 
 
@@ -109,7 +109,7 @@ class Merge(Checked):
             return {"fingerprint": write_base(made, got, params, "merged", said, str(out))}
 
         got = load_run(self.folder, base=self.base, verify=self.verify)
-        found = checked(out, got, self.dtype, self.bound, write)
+        found = write_verified(out, got, self.dtype, self.bound, write)
         console.print(f"wrote {out}/: a base with fingerprint {found['fingerprint'][:12]}", soft_wrap=True)
         return found
 
@@ -136,38 +136,38 @@ class Export(Checked):
         out = empty(self.out)
 
         def write(made: Path, params: Any) -> dict[str, Any]:
-            like, t = origin(got), for_transformers(got.tokenizer)
+            like, t = hf_origin(got), for_transformers(got.tokenizer)
             named = {k: getattr(t, k) if f"{k}_token" in t.names else None for k in ("bos", "eos", "pad")}
             tokens = {} if like else {f"{k}_token_id": i for k, i in named.items()}
             hf.save(made, got.config, params, like, int(self.shard_gb * 1e9), **tokens)
             write_tokenizer(made, got.tokenizer, got.chats or t is not got.tokenizer)
-            keep(made, got.lineage)
+            write_lineage(made, got.lineage)
             return {}
 
         got = load_run(self.folder, base=self.base, verify=self.verify)
         if self.format == "hf-peft":
             base = base_name(got, self.base)
-            found = adapters.write(got, out, self.target, self.same, base)
+            found = adapters.export_adapter(got, out, self.target, self.same, base)
             if not is_hugging_face(base):
-                dtype = "" if got.mark else f" --dtype {widest(got.params)}"
+                dtype = "" if got.mark else f" --dtype {main_dtype(got.params)}"
                 console.print(f"its base is a run, which HF PEFT cannot read: graftax export {base} --out BASE{dtype}, "
                               "then give BASE to PeftModel.from_pretrained", soft_wrap=True)  # fmt: skip
             return found
         if self.target:
             raise InputError("--for vllm is of --format hf-peft; vLLM reads a merged model as it is")
-        found = checked(out, got, self.dtype, self.bound, write)
+        found = write_verified(out, got, self.dtype, self.bound, write)
         console.print(f"wrote {out}/: {', '.join(sorted(p.name for p in out.iterdir()))}", soft_wrap=True)
         return found
 
-    def same(self, got: Loaded, method: Any, trainable: Any) -> dict[str, float]:
+    def same(self, got: LoadedRun, method: Any, trainable: Any) -> dict[str, float]:
         """Compare a run with what was read back of its adapter."""
         ids, again = probe_ids(got), dataclasses.replace(got, method=method, trainable=trainable)
         what = f"{self.out} read back against {self.folder}"
         bound, alone = self.bound or BOUNDS["float32"], base_logits(got, ids)
-        return compare(logits_of(got, ids), logits_of(again, ids), bound, what, *alone)
+        return compare_logits(run_logits(got, ids), run_logits(again, ids), bound, what, *alone)
 
 
-def base_name(got: Loaded, moved: str = "") -> str:
+def base_name(got: LoadedRun, moved: str = "") -> str:
     """The name that an adapter's config gives its base: of an imported model while the parameters are those of the base
     by fingerprint, else the run that the adapter was tuned on. moved: where that is now."""
     name, found = resolve_path(moved or got.run.base), []
@@ -177,14 +177,14 @@ def base_name(got: Loaded, moved: str = "") -> str:
         found.extend(leaf_digests(path, leaf))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
-    if is_hugging_face(name) or not (folder := origin(got)):
+    if is_hugging_face(name) or not (folder := hf_origin(got)):
         return name
     with contextlib.suppress(InputError):  # the model is damaged by now, or another one
         hf.load(folder, each=each)
     return got.manifest["imported"] if fingerprint_of(found) == got.manifest["base"] else name
 
 
-def origin(got: Loaded) -> Path | None:
+def hf_origin(got: LoadedRun) -> Path | None:
     """The Hugging Face folder that a base came from, changed since or not, if it is still there."""
     name = got.manifest.get("imported", "")
     try:
@@ -226,7 +226,7 @@ class Import(Checked):
             console.print(f"token {token!r}: id {i}{'' if token in new else ', as before'}", markup=False)
         got = dataclasses.replace(got, config=config, tokenizer=tokenizer, params=params)
         got.manifest.update(tokenizer=tokenizer.digest, added_tokens=new)
-        with whole_folder(out) as made:
+        with atomic_folder(out) as made:
             mark = write_base(made, got, params, "imported", {}, str(out))
         console.print(f"wrote {out}/: a base with fingerprint {mark[:12]}", soft_wrap=True)
         return {"out": str(out), "fingerprint": mark, "V": V, "tokens": ids}

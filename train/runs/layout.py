@@ -19,7 +19,7 @@ from ...model.tree import canonical, in_layers, paths
 Flat = Mapping[str, Any]
 
 
-def parts(path: str, shape: tuple[int, ...]) -> list[tuple[tuple[str, int], int | None]]:
+def layer_positions(path: str, shape: tuple[int, ...]) -> list[tuple[tuple[str, int], int | None]]:
     """[((name, layer), place on the first axis)] of the layers that the array at a path holds; layer -1: none."""
     name, layers = canonical(path)
     unrolled = layers is not None and len(layers) == 1 and name != path and "[" not in path
@@ -28,22 +28,22 @@ def parts(path: str, shape: tuple[int, ...]) -> list[tuple[tuple[str, int], int 
     return [((name, layer), i) for i, layer in enumerate(layers or range(shape[0]))]
 
 
-def same_values(a: Flat, b: Flat) -> bool:
+def same_layers(a: Flat, b: Flat) -> bool:
     """Whether two trees hold the same layers, of the same shapes and dtypes, under whatever paths."""
 
     def one(tree: Flat) -> dict[tuple[str, int], Any]:
         return {key: (tuple(x.shape[at is not None :]), str(x.dtype))
-                for path, x in tree.items() for key, at in parts(path, tuple(x.shape))}  # fmt: skip
+                for path, x in tree.items() for key, at in layer_positions(path, tuple(x.shape))}  # fmt: skip
 
     return one(a) == one(b)
 
 
-def like(saved: Flat, wanted: Flat) -> dict[str, Any]:
+def saved_targets(saved: Flat, wanted: Flat) -> dict[str, Any]:
     """The shapes of `saved` with the shardings of the leaves of `wanted` that will hold their values."""
-    where = {key: (x.sharding, at) for path, x in wanted.items() for key, at in parts(path, x.shape)}
+    where = {key: (x.sharding, at) for path, x in wanted.items() for key, at in layer_positions(path, x.shape)}
     found = {}
     for path, x in saved.items():
-        key, at = parts(path, tuple(x.shape))[0]
+        key, at = layer_positions(path, tuple(x.shape))[0]
         split, held = where[key]
         if isinstance(split, NamedSharding) and (at is None) != (held is None):
             spec = P(None, *split.spec) if held is None else P(*split.spec[1:])
@@ -52,16 +52,16 @@ def like(saved: Flat, wanted: Flat) -> dict[str, Any]:
     return found
 
 
-def converted(arrays: dict[str, Any], wanted: Flat) -> dict[str, Any]:
+def convert_arrays(arrays: dict[str, Any], wanted: Flat) -> dict[str, Any]:
     """The values of `arrays` under the paths, and on the shardings, of `wanted`; `arrays` is used up."""
-    source = {key: (path, at) for path, x in arrays.items() for key, at in parts(path, x.shape)}
+    source = {key: (path, at) for path, x in arrays.items() for key, at in layer_positions(path, x.shape)}
     left = Counter(path for path, _ in source.values())
     found = {}
     for path, x in wanted.items():
         if path in arrays and arrays[path].shape == tuple(x.shape):
             found[path] = arrays.pop(path)
             continue
-        keys = parts(path, tuple(x.shape))
+        keys = layer_positions(path, tuple(x.shape))
         taken = [source[key] for key, _ in keys]
         made = _join(x.sharding, tuple(at is None for _, at in taken), keys[0][1] is not None)
         found[path] = made([arrays[p] for p, _ in taken], [at or 0 for _, at in taken])
@@ -84,7 +84,7 @@ def _join(where: Any, whole: tuple[bool, ...], stacked: bool) -> Any:
     return jax.jit(join, out_shardings=where)
 
 
-def sharded(shapes: Any, split: Any) -> Any:
+def with_shardings(shapes: Any, split: Any) -> Any:
     """Shapes with shardings, which a restore follows."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, split)
 
@@ -102,6 +102,6 @@ def convert_layout(config: Config, params: Any, layers: str, mesh: Any = None, k
     shapes = jax.eval_shape(partial(quantize, kind=kind), shapes_of(config)) if kind else shapes_of(config)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     split = shardings(mesh, shapes) if mesh is not None else jax.tree.map(lambda _: here, shapes)
-    wanted = dict(paths(sharded(shapes, split)))
-    made = converted(dict(paths(params)), wanted)
+    wanted = dict(paths(with_shardings(shapes, split)))
+    made = convert_arrays(dict(paths(params)), wanted)
     return config, jax.tree.unflatten(jax.tree.structure(shapes), [made[path] for path in wanted])

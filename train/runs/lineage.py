@@ -15,11 +15,11 @@ from ... import InputError
 from ...bounds import Checked
 from ..progress import console
 
-KEPT = "lineage.json"  # beside a model that is no run directory
+LINEAGE = "lineage.json"  # beside a model that is no run directory
 
 
 @functools.cache
-def code() -> str:
+def code_version() -> str:
     """The commit of this code, with `+` if files differ from it; "" for an installed package."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
@@ -33,14 +33,14 @@ def code() -> str:
     return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
-def values(manifest: dict[str, Any]) -> str:
+def trained_digest(manifest: dict[str, Any]) -> str:
     """sha256 over the digests of what a checkpoint trained: of its values, without reading them."""
     leaves = manifest.get("leaves", {}).get("trainable", {})
     pairs = sorted((path, leaf["sha256"]) for path, leaf in leaves.items())
     return hashlib.sha256(json.dumps(pairs).encode()).hexdigest() if pairs else ""
 
 
-def record(folder: Any, run: Any, manifest: dict[str, Any]) -> dict[str, Any]:
+def phase_record(folder: Any, run: Any, manifest: dict[str, Any]) -> dict[str, Any]:
     """What is kept of one phase: what ran, on which data, what it stood on, and the digest of what it made."""
     return {
         "run": str(Path(folder).resolve()),
@@ -49,29 +49,29 @@ def record(folder: Any, run: Any, manifest: dict[str, Any]) -> dict[str, Any]:
         "method": type(run.method).__name__.lower(),
         "step": manifest.get("step", 0),
         "seed": run.seed,
-        "values": values(manifest),
+        "values": trained_digest(manifest),
         **{key: manifest.get(key, "") for key in ("base", "data", "tokenizer", "versions", "code")},
     }
 
 
-def chain(folder: Any, run: Any, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+def lineage_of(folder: Any, run: Any, manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """The records of a run and of all before it, the oldest first."""
-    return [*manifest.get("lineage", []), record(folder, run, manifest)]
+    return [*manifest.get("lineage", []), phase_record(folder, run, manifest)]
 
 
-def kept(folder: Path) -> list[dict[str, Any]]:
+def read_lineage(folder: Path) -> list[dict[str, Any]]:
     """The chain that `graftax export` wrote beside a model; [] for one from elsewhere, or if it cannot be read."""
     try:
-        found = json.loads((folder / KEPT).read_text("utf-8"))
+        found = json.loads((folder / LINEAGE).read_text("utf-8"))
     except (OSError, ValueError):
         return []
     whole = isinstance(found, list) and all(isinstance(r, dict) and "phase" in r for r in found)
     return found if whole else []
 
 
-def keep(folder: Path, records: list[dict[str, Any]]) -> None:
+def write_lineage(folder: Path, records: list[dict[str, Any]]) -> None:
     """Write the chain beside a model."""
-    (folder / KEPT).write_text(json.dumps(records, indent=1) + "\n", "utf-8")
+    (folder / LINEAGE).write_text(json.dumps(records, indent=1) + "\n", "utf-8")
 
 
 def run_status(entry: dict[str, Any]) -> str:
@@ -83,7 +83,7 @@ def run_status(entry: dict[str, Any]) -> str:
         return "" if Path(entry["run"]).exists() else "not here"
     if entry["step"] not in checkpoints.steps():
         return "not here"
-    return "unchanged" if values(checkpoints.manifest(entry["step"])) == entry["values"] else "changed since"
+    return "unchanged" if trained_digest(checkpoints.manifest(entry["step"])) == entry["values"] else "changed since"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Lineage(Checked):
         from .load import check_run, is_hugging_face
 
         folder = Path(self.folder)
-        if found := kept(folder):
+        if found := read_lineage(folder):
             return found
         if (folder / "adapter_config.json").exists() or is_hugging_face(folder):
             blank = dict.fromkeys(("recipe", "method", "values", "base", "data", "tokenizer", "versions", "code"), "")
@@ -124,4 +124,4 @@ class Lineage(Checked):
         checkpoints = CheckpointWriter(folder / "checkpoints")
         if not checkpoints.steps():
             raise InputError(f"{folder}: no checkpoint was saved, so nothing came of this run")
-        return chain(folder, from_json(folder / "config.json"), checkpoints.manifest(checkpoints.steps()[-1]))
+        return lineage_of(folder, from_json(folder / "config.json"), checkpoints.manifest(checkpoints.steps()[-1]))

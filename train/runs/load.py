@@ -26,14 +26,14 @@ from . import adapters, report
 from .checkpoint import CheckpointWriter, fingerprint, leaf_digests, fingerprint_of
 from ..config import Data, Run, from_json, check_config_unchanged, method_to_dict
 from ..inputs import check_rows, check_tokenizer, load_held_out
-from .layout import set_layout, convert_layout, sharded
-from .lineage import chain, kept
+from .layout import set_layout, convert_layout, with_shardings
+from .lineage import lineage_of, read_lineage
 from ..progress import console
 from .checkpoint_reader import check_sidecars
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
+class LoadedRun:
     """A run as it can be used: `params` is the base it stands on, `method` and `trainable` what it added."""
 
     folder: Path
@@ -50,7 +50,7 @@ class Loaded:
     @property
     def lineage(self) -> list[dict[str, Any]]:
         """The records of this run and of all that it was made of."""
-        return chain(self.folder, self.run, self.manifest)
+        return lineage_of(self.folder, self.run, self.manifest)
 
     @property
     def chats(self) -> bool:
@@ -133,7 +133,7 @@ def quantize_on_load(kind: str, mesh: Any) -> tuple[Callable[[str, Any], Any], l
     return each, found
 
 
-def quantize_base(got: Loaded, kind: str, mesh: Any) -> Loaded:
+def quantize_base(got: LoadedRun, kind: str, mesh: Any) -> LoadedRun:
     """Base and adapter as one quantised base; here all of it is in memory before."""
     each, _ = quantize_on_load(kind, mesh)
     params = nested({path: each(path, leaf) for path, leaf in named(got.merged).items()})
@@ -147,7 +147,7 @@ def resolve_path(name: str | Path) -> str:
 
 def load_hugging_face(
     name: str | Path, mesh: Any = None, dtype: Any = None, check: bool = True, layers: str = "", quantize: str = ""
-) -> Loaded:
+) -> LoadedRun:
     """A Hugging Face checkpoint as a base: parameters on the mesh in the dtype they have on disk, its tokenizer."""
     began, folder = time.perf_counter(), fetch(str(name))
     tokenizer = load_tokenizer(folder)
@@ -162,9 +162,9 @@ def load_hugging_face(
     data = Data(T=min(512, config.context))
     run = Run(phase="pretrain", recipe="imported", out=str(name), model=config, data=data)
     manifest = {"step": 0, "base": "", "phase": "pretrain", "tokenizer": tokenizer.digest, "imported": resolve_path(name),
-                "lineage": kept(folder)}  # fmt: skip
+                "lineage": read_lineage(folder)}  # fmt: skip
     mark = fingerprint_of(found) if quantize else ""
-    return Loaded(folder, run, with_compute_dtype(config), params, Subset("all"), {}, tokenizer, {}, manifest, mark)
+    return LoadedRun(folder, run, with_compute_dtype(config), params, Subset("all"), {}, tokenizer, {}, manifest, mark)
 
 
 def _as_written(like: dict[str, Any], leaves: dict[str, Any]) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def _chosen(folder: Path, steps: list[int], step: int | None) -> int:
     return steps[-1] if step is None else step
 
 
-def _below(folder: Path, run: Run, manifest: dict[str, Any], base: str, mesh: Any, layers: str, verify: str) -> Loaded:
+def _below(folder: Path, run: Run, manifest: dict[str, Any], base: str, mesh: Any, layers: str, verify: str) -> LoadedRun:
     """The base that a run was tuned on. Raises InputError if there is none, or another one."""
     try:
         below = load_run(base, mesh, layers=layers, quantize=run.quantize, verify=verify)
@@ -196,7 +196,7 @@ def _below(folder: Path, run: Run, manifest: dict[str, Any], base: str, mesh: An
 def load_run(
     folder: str | Path, mesh: Any = None, step: int | None = None, base: str = "", layers: str = "", quantize: str = "",
     verify: str = "full",
-) -> Loaded:  # fmt: skip
+) -> LoadedRun:  # fmt: skip
     """Load a run at its newest checkpoint, or at `step`; `base` says where its base is now, if it moved.
 
     layers: stacked or unrolled; empty: as the run has them.
@@ -207,8 +207,8 @@ def load_run(
     of them, for a run without a checkpoint, and for a base with another fingerprint.
     """
     if adapters.is_adapter(folder):
-        name = adapters.base_of(Path(folder), base)
-        got = adapters.read(Path(folder), load_run(name, mesh, layers=layers, verify=verify), name)
+        name = adapters.adapter_base(Path(folder), base)
+        got = adapters.load_adapter(Path(folder), load_run(name, mesh, layers=layers, verify=verify), name)
         return quantize_base(got, quantize, mesh) if quantize else got
     if is_hugging_face(folder):
         return load_hugging_face(folder, mesh, layers=layers, quantize=quantize)
@@ -235,7 +235,7 @@ def load_run(
         like = jax.eval_shape(make, shapes)
     like = like if below else _as_written(like, manifest["leaves"].get("trainable", {}))
     if mesh is not None:
-        like = sharded(like, infer_adapter_shardings(mesh, make, shapes, shardings(mesh, shapes)))
+        like = with_shardings(like, infer_adapter_shardings(mesh, make, shapes, shardings(mesh, shapes)))
     each, found = quantize_on_load(quantize, mesh) if quantize and below is None else (None, [])
     trainable = checkpoints.restore(step, "trainable", like, each, verify)
     checkpoints.close()
@@ -244,7 +244,7 @@ def load_run(
     check_rows(tokenizer, config.V, f"{folder}: ")
     tokenizer = dataclasses.replace(tokenizer, date=run.date)
     held_out = below.held_out if below else load_held_out(folder / "held_out.npz")
-    got = Loaded(folder, run, config, params, method, trainable, tokenizer, held_out, manifest)
+    got = LoadedRun(folder, run, config, params, method, trainable, tokenizer, held_out, manifest)
     if each:
         return dataclasses.replace(got, trainable={}, mark=fingerprint_of(found))
     return quantize_base(got, quantize, mesh) if quantize and below else got

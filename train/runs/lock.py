@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ... import InputError
-from ...atomic import left_over, write_whole
+from ...atomic import is_leftover, atomic_write
 from ..progress import console
 
-NAME = "lock"
+LOCK = "lock"
 BEAT, DEAD = 15.0, 120.0  # seconds between signs of life, and without one until a writer on another host is dead
 
 
@@ -46,7 +46,7 @@ class Lock:
     """Held from `with` to its end; says every BEAT seconds that its holder lives."""
 
     def __init__(self, folder: Path, take: bool = False):
-        self.path, self.take, self.over = folder / NAME, take, threading.Event()
+        self.path, self.take, self.over = folder / LOCK, take, threading.Event()
         pid, key = os.getpid(), secrets.token_hex(8)  # two runs of one process are two writers
         self.mine = {"pid": pid, "host": host(), "started": started(pid), "key": key, "since": time.strftime("%F %T")}
 
@@ -61,10 +61,10 @@ class Lock:
                 )
             if there:
                 console.print(f"{self.path}: taken over from {_who(there)}, which is gone", soft_wrap=True)
-            for path in filter(lambda path: left_over(path.name), self.path.parent.iterdir()):  # by killed writers
+            for path in filter(lambda path: is_leftover(path.name), self.path.parent.iterdir()):  # by killed writers
                 with contextlib.suppress(OSError):
                     path.unlink()
-            write_whole(self.path, json.dumps(self.mine) + "\n")
+            atomic_write(self.path, json.dumps(self.mine) + "\n")
         threading.Thread(target=self._beat, daemon=True).start()
         return self
 

@@ -15,7 +15,7 @@ from ...model.hf.files import read_json
 _SEAL = "sha256"  # of the rest of the manifest
 
 
-def sealed_manifest(manifest: dict[str, Any]) -> str:
+def encode_manifest(manifest: dict[str, Any]) -> str:
     """manifest.json, with the digest of all that it says."""
     body = {key: value for key, value in manifest.items() if key != _SEAL}
     return json.dumps({**body, _SEAL: _digest(body)}, indent=1) + "\n"
