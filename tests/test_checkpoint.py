@@ -12,8 +12,9 @@ from graftax.model.sharding import make_mesh, shardings
 from graftax.model.tree import named, paths
 from graftax.train.optim import make_optimizer
 from graftax.train.runs.checkpoint import CheckpointWriter, fingerprint
-from graftax.train.runs.layout import convert_layout, with_shardings
-from graftax.train.runs import digests, layout
+from graftax.model.layout import convert_layout, with_shardings
+from graftax.train.runs import digests
+from graftax.model import layout
 from graftax.train.step import init_state
 from tiny import CASES, OPTIM, make_base, same
 

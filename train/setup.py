@@ -20,7 +20,7 @@ from .progress import console
 from .runs import report
 from .runs.added_tokens import untrained_tokens
 from .runs.digests import folder_digest
-from .runs.layout import set_layout
+from ..model.layout import set_layout
 from .runs.load import resolve_path, with_compute_dtype
 from .step import State
 

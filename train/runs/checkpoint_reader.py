@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from ... import InputError
 from ...model.tree import canonical, paths
 from ..cluster import distributed
-from . import layout
+from ...model import layout
 from .manifest import describe_files, find_damage, read_manifest
 from .digests import array_digests
 from ..progress import console

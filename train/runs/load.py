@@ -26,7 +26,7 @@ from . import adapters, report
 from .checkpoint import CheckpointWriter, fingerprint, leaf_digests, fingerprint_of
 from ..config import Data, Run, from_json, check_config_unchanged, method_to_dict
 from ..inputs import check_rows, check_tokenizer, load_held_out
-from .layout import set_layout, convert_layout, with_shardings
+from ...model.layout import set_layout, convert_layout, with_shardings
 from .lineage import lineage_of, read_lineage
 from ..progress import console
 from .checkpoint_reader import check_sidecars

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ...model import Config, shapes_of
-from ...model.quantize import quantize
-from ...model.sharding import shardings
-from ...model.tree import canonical, in_layers, paths
+from .config import Config
+from .init import shapes_of
+from .quantize import quantize
+from .sharding import shardings
+from .tree import canonical, in_layers, paths
 
 Flat = Mapping[str, Any]
 
