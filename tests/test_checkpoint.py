@@ -11,9 +11,10 @@ from graftax.model import shapes_of
 from graftax.model.sharding import make_mesh, shardings
 from graftax.model.tree import named, paths
 from graftax.train.optim import make_optimizer
-from graftax.train.runs.checkpoint import CheckpointWriter, fingerprint
+from graftax.train.runs.checkpoint import CheckpointWriter
+from graftax.train.runs.manifest import fingerprint
 from graftax.model.layout import convert_layout, with_shardings
-from graftax.train.runs import digests
+from graftax.train.runs import manifest
 from graftax.model import layout
 from graftax.train.step import init_state
 from tiny import CASES, OPTIM, make_base, same

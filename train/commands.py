@@ -27,7 +27,7 @@ from .inputs import check_file, judged, say, task_of, trained_on
 from .optim import make_optimizer
 from .progress import console
 from .runs import report
-from .runs.export import Verify
+from .runs.checkpoint import Verify
 from .runs.load import LoadedRun, load_run
 
 Arg = Annotated[str, tyro.conf.Positional]

@@ -25,7 +25,7 @@ from .program import KEYS, check_batch, lower
 from .progress import Log, NoLog, console, step_flops
 from .runs import record
 from .runs.checkpoint import CheckpointWriter
-from .runs.checkpoint_reader import describe_sidecars
+from .runs.manifest import describe_sidecars
 from .runs.lineage import code_version
 from .runs.lock import Lock
 from .runs.record import evaluate

@@ -19,9 +19,10 @@ from .program import layout
 from .progress import console
 from .runs import report
 from .runs.added_tokens import untrained_tokens
-from .runs.digests import folder_digest
+from .runs.files import folder_digest
 from ..model.layout import set_layout
-from .runs.load import resolve_path, with_compute_dtype
+from .runs.files import resolve_path
+from .runs.load import with_compute_dtype
 from .step import State
 
 

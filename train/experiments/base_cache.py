@@ -21,7 +21,8 @@ from ..optim import schedule
 from ..program import start
 from ..runs.added_tokens import untrained_tokens
 from ..runs.checkpoint import CheckpointWriter
-from ..runs.load import LoadedRun, resolve_path, with_compute_dtype
+from ..runs.load import LoadedRun, with_compute_dtype
+from ..runs.files import resolve_path
 from ..runs.record import rows_loss
 from ..setup import TrainSetup, resolve_method
 from ..step import init_state

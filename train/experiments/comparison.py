@@ -18,7 +18,8 @@ from ..bench.table import cpu
 from ..cluster.signals import Stop
 from ..config import Run, from_json
 from ..progress import clock, console
-from ..runs.checkpoint import CheckpointWriter, versions
+from ..runs.checkpoint import CheckpointWriter
+from ..runs.manifest import versions
 from ..runs.lineage import code_version, trained_digest
 from ...atomic import atomic_write
 from .base_cache import BaseCache

@@ -21,7 +21,8 @@ from ..program import KEYS, Layout, base_shapes, check_batch, layout, lower
 from ..progress import step_flops
 from ..runs.checkpoint import CheckpointWriter
 from ...model.layout import set_layout as stacked_or_not
-from ..runs.load import check_run, is_hugging_face, with_compute_dtype
+from ..runs.files import check_run, is_hugging_face
+from ..runs.load import with_compute_dtype
 from . import hlo, roofline
 from .estimate import links, shard, traced
 from .topology import Target, silent

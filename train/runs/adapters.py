@@ -74,9 +74,6 @@ def export_adapter(got: Any, out: Path, target: Target, compare: Any, base: str)
     return {"out": str(out), "base": base, **found}
 
 
-def is_adapter(folder: str | Path) -> bool:
-    """Whether a folder is what HF PEFT's save_pretrained wrote."""
-    return (Path(folder) / CONFIG).is_file()
 
 
 def adapter_base(folder: Path, base: str) -> str:

@@ -23,13 +23,14 @@ from ...model.sharding import infer_adapter_shardings, shardings
 from ...model.tree import canonical, named, nested
 from ...peft import Method, Subset, merge
 from . import adapters, report
-from .checkpoint import CheckpointWriter, fingerprint, leaf_digests, fingerprint_of
+from .checkpoint import CheckpointWriter
+from .manifest import fingerprint, leaf_digests, fingerprint_of
 from ..config import Data, Run, from_json, check_config_unchanged, method_to_dict
 from ..inputs import check_rows, check_tokenizer, load_held_out
 from ...model.layout import set_layout, convert_layout, with_shardings
 from .lineage import lineage_of, read_lineage
 from ..progress import console
-from .checkpoint_reader import check_sidecars
+from .manifest import check_sidecars
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,26 +91,8 @@ class LoadedRun:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def is_hugging_face(name: str | Path) -> bool:
-    """Whether a name is a Hugging Face folder, or a hub id that no folder here has."""
-    path = Path(name)
-    if path.is_dir():
-        config = path / "config.json"
-        return config.is_file() and (b'"model_type"' in config.read_bytes() or any(path.glob("*.safetensors*")))
-    return is_hub_id(str(name))
 
 
-def check_run(folder: str | Path) -> Path:
-    """The folder, if it is a run directory."""
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        what = "is no run directory and no Hugging Face model: it has no config.json"
-        gone = f"does not exist{nearest_folder(folder)}"
-        raise InputError(
-            f"{folder} {what if folder.exists() else gone}; give the folder that `graftax pretrain` or "
-            "`graftax finetune` printed, a folder with config.json and safetensors, or a hub id owner/name"
-        )
-    return folder
 
 
 def with_compute_dtype(config: Config, dtype: str = "", remat: Any = "") -> Config:
@@ -140,9 +123,6 @@ def quantize_base(got: LoadedRun, kind: str, mesh: Any) -> LoadedRun:
     return dataclasses.replace(got, params=params, method=Subset("all"), trainable={}, mark=got.fingerprint)
 
 
-def resolve_path(name: str | Path) -> str:
-    """A base's name as a run writes it down: a folder by its whole path, so that it is found from anywhere."""
-    return str(Path(name).resolve()) if Path(name).exists() else str(name)
 
 
 def load_hugging_face(

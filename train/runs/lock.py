@@ -17,7 +17,6 @@ from ... import InputError
 from ...atomic import is_leftover, atomic_write
 from ..progress import console
 
-LOCK = "lock"
 BEAT, DEAD = 15.0, 120.0  # seconds between signs of life, and without one until a writer on another host is dead
 
 

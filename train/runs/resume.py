@@ -14,10 +14,10 @@ from ...data.tokenizers.chat import today
 from ..cluster import distributed
 from .checkpoint import CheckpointWriter
 from ..config import RUNTIME_FIELDS, Run, flatten, from_json, short, to_json
-from .lock import LOCK
+from .files import LOCK
 from ..setup import TrainSetup
 from ..progress import console
-from .checkpoint_reader import CheckpointReader
+from .checkpoint import CheckpointReader
 
 # What --accept lets change -> the fields of config.json that it is made of.
 _PARTS = {

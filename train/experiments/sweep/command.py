@@ -20,7 +20,8 @@ from ....model.hf.files import read_json
 from ....peft import Subset
 from ...cluster.signals import Stop
 from ...config import Run, flatten, short, to_json
-from ...runs.lock import LOCK, Lock
+from ...runs.files import LOCK
+from ...runs.lock import Lock
 from ....atomic import atomic_write
 from ...runs.record import make
 from ..base_cache import BaseCache
