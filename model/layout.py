@@ -1,4 +1,8 @@
-"""Stacked and unrolled layers: the same values under other paths. Trees in the upper half are flat, {path: leaf}."""
+"""Conversion between stacked and unrolled layers: the same values under other paths.
+
+A stacked array `layers/mlp/up` has the layers on its first axis, a slice of it that a method trains is
+`layers/mlp/up[4:8]`, and unrolled layers are `layers/4/mlp/up`, ... Trees are flat here: {path: array or shape}.
+"""
 
 import dataclasses
 from collections import Counter
@@ -21,7 +25,10 @@ Flat = Mapping[str, Any]
 
 
 def layer_positions(path: str, shape: tuple[int, ...]) -> list[tuple[tuple[str, int], int | None]]:
-    """[((name, layer), place on the first axis)] of the layers that the array at a path holds; layer -1: none."""
+    """Return [((name, layer), index)] of the layers in the array at a path.
+
+    layer: -1 outside the layers. index: the place on the first axis, or None for an array of a single layer.
+    """
     name, layers = canonical(path)
     unrolled = layers is not None and len(layers) == 1 and name != path and "[" not in path
     if not in_layers(path) or unrolled or not shape:
@@ -30,79 +37,90 @@ def layer_positions(path: str, shape: tuple[int, ...]) -> list[tuple[tuple[str, 
 
 
 def same_layers(a: Flat, b: Flat) -> bool:
-    """Whether two trees hold the same layers, of the same shapes and dtypes, under whatever paths."""
+    """Return whether two trees hold the same layers, with the same shapes and dtypes, in whatever layout."""
 
-    def one(tree: Flat) -> dict[tuple[str, int], Any]:
-        return {key: (tuple(x.shape[at is not None :]), str(x.dtype))
-                for path, x in tree.items() for key, at in layer_positions(path, tuple(x.shape))}  # fmt: skip
+    def layers(tree: Flat) -> dict[tuple[str, int], Any]:
+        return {
+            key: (tuple(x.shape[index is not None :]), str(x.dtype))
+            for path, x in tree.items()
+            for key, index in layer_positions(path, tuple(x.shape))
+        }
 
-    return one(a) == one(b)
+    return layers(a) == layers(b)
 
 
-def saved_targets(saved: Flat, wanted: Flat) -> dict[str, Any]:
-    """The shapes of `saved` with the shardings of the leaves of `wanted` that will hold their values."""
-    where = {key: (x.sharding, at) for path, x in wanted.items() for key, at in layer_positions(path, x.shape)}
-    found = {}
+def saved_targets(saved: Flat, target: Flat) -> dict[str, Any]:
+    """Return the shapes of `saved` with the shardings of those leaves of `target` that will hold their values."""
+    places = {key: (x.sharding, index) for path, x in target.items() for key, index in layer_positions(path, x.shape)}
+    targets = {}
     for path, x in saved.items():
-        key, at = layer_positions(path, tuple(x.shape))[0]
-        split, held = where[key]
-        if isinstance(split, NamedSharding) and (at is None) != (held is None):
-            spec = P(None, *split.spec) if held is None else P(*split.spec[1:])
-            split = NamedSharding(split.mesh, spec, memory_kind=split.memory_kind)
-        found[path] = jax.ShapeDtypeStruct(tuple(x.shape), x.dtype, sharding=split)
-    return found
+        key, index = layer_positions(path, tuple(x.shape))[0]
+        sharding, target_index = places[key]
+        if isinstance(sharding, NamedSharding) and (index is None) != (target_index is None):
+            spec = P(None, *sharding.spec) if target_index is None else P(*sharding.spec[1:])
+            sharding = NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+        targets[path] = jax.ShapeDtypeStruct(tuple(x.shape), x.dtype, sharding=sharding)
+    return targets
 
 
-def convert_arrays(arrays: dict[str, Any], wanted: Flat) -> dict[str, Any]:
-    """The values of `arrays` under the paths, and on the shardings, of `wanted`; `arrays` is used up."""
-    source = {key: (path, at) for path, x in arrays.items() for key, at in layer_positions(path, x.shape)}
-    left = Counter(path for path, _ in source.values())
-    found = {}
-    for path, x in wanted.items():
+def convert_arrays(arrays: dict[str, Any], target: Flat) -> dict[str, Any]:
+    """Return the values of `arrays` under the paths and shardings of `target`. `arrays` is consumed: its entries are
+    removed, and converted ones are freed as soon as all their layers have been copied."""
+    source = {key: (path, index) for path, x in arrays.items() for key, index in layer_positions(path, x.shape)}
+    uncopied = Counter(path for path, _ in source.values())
+    converted = {}
+    for path, x in target.items():
         if path in arrays and arrays[path].shape == tuple(x.shape):
-            found[path] = arrays.pop(path)
+            converted[path] = arrays.pop(path)
             continue
-        keys = layer_positions(path, tuple(x.shape))
-        taken = [source[key] for key, _ in keys]
-        made = _join(x.sharding, tuple(at is None for _, at in taken), keys[0][1] is not None)
-        found[path] = made([arrays[p] for p, _ in taken], [at or 0 for _, at in taken])
-        left.subtract(p for p, _ in taken)
-        for p, _ in taken:
-            if not left[p] and p in arrays:
-                arrays.pop(p).delete()
-    return found
+        positions = layer_positions(path, tuple(x.shape))
+        origins, indices = zip(*(source[key] for key, _ in positions), strict=True)
+        join = _join(x.sharding, tuple(index is None for index in indices), positions[0][1] is not None)
+        converted[path] = join([arrays[origin] for origin in origins], [index or 0 for index in indices])
+        uncopied.subtract(origins)
+        for origin in origins:
+            if not uncopied[origin] and origin in arrays:
+                arrays.pop(origin).delete()
+    return converted
 
 
 @cache
-def _join(where: Any, whole: tuple[bool, ...], stacked: bool) -> Any:
-    """arrays, places -> one layer of each array (all of it, or at a place), stacked or the only one."""
+def _join(sharding: Any, whole: tuple[bool, ...], stack: bool) -> Any:
+    """Return a compiled function (arrays, indices) -> their layers, stacked, or the only one. A layer is a whole array
+    or the part of one at an index."""
 
-    def join(arrays: list[Any], at: list[Any]) -> Any:
-        layers = [x if w else jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
-                  for x, w, i in zip(arrays, whole, at, strict=True)]  # fmt: skip
-        return jnp.stack(layers) if stacked else layers[0]
+    def join(arrays: list[Any], indices: list[Any]) -> Any:
+        layers = [
+            x if is_whole else jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+            for x, is_whole, i in zip(arrays, whole, indices, strict=True)
+        ]
+        return jnp.stack(layers) if stack else layers[0]
 
-    return jax.jit(join, out_shardings=where)
+    return jax.jit(join, out_shardings=sharding)
 
 
-def with_shardings(shapes: Any, split: Any) -> Any:
-    """Shapes with shardings, which a restore follows."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, split)
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """Return shapes that carry shardings, as a target of a restore."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def set_layout(config: Config, layers: str) -> Config:
-    """The config with its layers stacked or unrolled, as a run asks for."""
+    """Return the config with its layers `stacked` or `unrolled`; "" leaves them as they are."""
     return dataclasses.replace(config, scan=layers == "stacked") if layers else config
 
 
 def convert_layout(config: Config, params: Any, layers: str, mesh: Any = None, kind: str = "") -> tuple[Config, Any]:
-    """A base with its layers stacked or unrolled; what had to be moved of `params` is used up."""
+    """Return a base with its layers `stacked` or `unrolled` ("": as they are). Those of `params` that change are freed.
+
+    kind: what the matrices are quantised as.
+    """
     if set_layout(config, layers) == config:
         return config, params
     config = set_layout(config, layers)
-    shapes = jax.eval_shape(partial(quantize, kind=kind), shapes_of(config)) if kind else shapes_of(config)
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    split = shardings(mesh, shapes) if mesh is not None else jax.tree.map(lambda _: here, shapes)
-    wanted = dict(paths(with_shardings(shapes, split)))
-    made = convert_arrays(dict(paths(params)), wanted)
-    return config, jax.tree.unflatten(jax.tree.structure(shapes), [made[path] for path in wanted])
+    shapes = shapes_of(config)
+    shapes = jax.eval_shape(partial(quantize, kind=kind), shapes) if kind else shapes
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    split = shardings(mesh, shapes) if mesh is not None else jax.tree.map(lambda _: device, shapes)
+    target = dict(paths(with_shardings(shapes, split)))
+    converted = convert_arrays(dict(paths(params)), target)
+    return config, jax.tree.unflatten(jax.tree.structure(shapes), [converted[path] for path in target])

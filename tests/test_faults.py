@@ -25,8 +25,8 @@ from graftax.train.config import Optim, Run, from_json
 from graftax.train.loop import row_sum, train
 from graftax.train.optim import schedule
 from graftax.train.progress import read_metrics
-from graftax.train.runs.checkpoint import CheckpointWriter
 from graftax.train.runs import record
+from graftax.train.runs.checkpoint import CheckpointWriter
 from graftax.train.runs.load import load_run
 from test_faults_input import said
 
@@ -148,7 +148,7 @@ def test_what_changed_is_said_in_words(change, words, cut, runs, tmp_path, monke
 
 
 def _rewrite(path, change):
-    from graftax.train.runs.manifest import read_manifest, encode_manifest
+    from graftax.train.runs.manifest import encode_manifest, read_manifest
 
     manifest = read_manifest(path)
     change(manifest)

@@ -24,9 +24,8 @@ from graftax.train.inputs import task_of
 from graftax.train.loop import train
 from graftax.train.optim import schedule
 from graftax.train.runs.checkpoint import CheckpointWriter
-from graftax.train.runs.manifest import fingerprint
 from graftax.train.runs.load import load_run
-from graftax.train.runs.manifest import encode_manifest
+from graftax.train.runs.manifest import encode_manifest, fingerprint
 from tiny import CONFIG, close
 
 MODEL = dataclasses.replace(CONFIG, V=400, context=64)

@@ -130,7 +130,10 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], Any]]] = {
     ),
     "eval": ("held-out loss and a task's score of a run: graftax eval RUN", _lazy("Eval")),
     "generate": ("text from a run or a Hugging Face model: graftax generate RUN --prompt TEXT", _lazy("Generate")),
-    "merge": ("fold an adapter into its base, and check: graftax merge RUN --out FOLDER", _lazy("Merge", "runs.commands")),
+    "merge": (
+        "fold an adapter into its base, and check: graftax merge RUN --out FOLDER",
+        _lazy("Merge", "runs.commands"),
+    ),
     "import": (
         "a run directory from a Hugging Face model: graftax import FOLDER_OR_HUB_ID --out RUN",
         _lazy("Import", "runs.commands"),

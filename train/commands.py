@@ -28,7 +28,8 @@ from .optim import make_optimizer
 from .progress import console
 from .runs import report
 from .runs.checkpoint import Verify
-from .runs.load import LoadedRun, load_run
+from .runs.load import load_run
+from .runs.loaded import LoadedRun
 
 Arg = Annotated[str, tyro.conf.Positional]
 

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import InputError
+from ..atomic import atomic_write
 from ..model.tree import paths
 from .cluster import distributed
 from .config import Run
-from .runs.load import LoadedRun, load_run
-from ..atomic import atomic_write
+from .runs.load import load_run
+from .runs.loaded import LoadedRun
 
 
 class Health:

@@ -25,9 +25,9 @@ from .program import KEYS, check_batch, lower
 from .progress import Log, NoLog, console, step_flops
 from .runs import record
 from .runs.checkpoint import CheckpointWriter
-from .runs.manifest import describe_sidecars
 from .runs.lineage import code_version
 from .runs.lock import Lock
+from .runs.manifest import describe_sidecars
 from .runs.record import evaluate
 from .runs.resume import check_out, dated, find, restore, same_run
 from .setup import TrainSetup, prepare

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from .. import InputError
-from .plan.roofline import chip_of
 from ..atomic import atomic_write
+from .plan.roofline import chip_of
 
 console = Console(stderr=True, highlight=False, markup=False, width=None if sys.stderr.isatty() else 120)
 

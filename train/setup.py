@@ -9,6 +9,7 @@ import jax
 
 from .. import InputError
 from ..model import Config, Transformer, init, shapes_of
+from ..model.layout import set_layout
 from ..model.sharding import shardings
 from ..peft import Chain, Method
 from .cluster import distributed
@@ -19,9 +20,7 @@ from .program import layout
 from .progress import console
 from .runs import report
 from .runs.added_tokens import untrained_tokens
-from .runs.files import folder_digest
-from ..model.layout import set_layout
-from .runs.files import resolve_path
+from .runs.files import folder_digest, resolve_path
 from .runs.load import with_compute_dtype
 from .step import State
 

@@ -21,8 +21,9 @@ from ..optim import schedule
 from ..program import start
 from ..runs.added_tokens import untrained_tokens
 from ..runs.checkpoint import CheckpointWriter
-from ..runs.load import LoadedRun, with_compute_dtype
 from ..runs.files import resolve_path
+from ..runs.load import with_compute_dtype
+from ..runs.loaded import LoadedRun
 from ..runs.record import rows_loss
 from ..setup import TrainSetup, resolve_method
 from ..step import init_state

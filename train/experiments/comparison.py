@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from ... import InputError, peft
+from ...atomic import atomic_write
 from ...model import Context
 from ...model.hf.files import read_json
 from ...peft import Method, Subset
@@ -19,9 +20,8 @@ from ..cluster.signals import Stop
 from ..config import Run, from_json
 from ..progress import clock, console
 from ..runs.checkpoint import CheckpointWriter
-from ..runs.manifest import versions
 from ..runs.lineage import code_version, trained_digest
-from ...atomic import atomic_write
+from ..runs.manifest import versions
 from .base_cache import BaseCache
 from .results_log import Line, ResultsLog, found
 from .step_costs import costs

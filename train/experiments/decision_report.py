@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.table import Table
 
-from ..progress import clock, console
 from ...atomic import atomic_write
+from ..progress import clock, console
 from ..runs.report import size
 from .compare_report import CHOSEN, LOST, TableGrid, facts, judged, label, number, runs, samples, word
 from .learning_curve import Outlook, draw, outlook

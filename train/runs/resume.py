@@ -12,12 +12,11 @@ from ... import InputError
 from ...atomic import is_leftover
 from ...data.tokenizers.chat import today
 from ..cluster import distributed
-from .checkpoint import CheckpointWriter
 from ..config import RUNTIME_FIELDS, Run, flatten, from_json, short, to_json
-from .files import LOCK
-from ..setup import TrainSetup
 from ..progress import console
-from .checkpoint import CheckpointReader
+from ..setup import TrainSetup
+from .checkpoint import CheckpointReader, CheckpointWriter
+from .files import LOCK
 
 # What --accept lets change -> the fields of config.json that it is made of.
 _PARTS = {
@@ -98,7 +97,11 @@ def same_run(phase: TrainSetup, manifest: dict[str, Any]) -> list[str]:
     digests = {"data": phase.data_digest, "tokenizer": phase.tokenizer.digest, "base": phase.base}
     taken = []
     for what, fields in _PARTS.items():
-        changed = {k for k in {*then, *now} if k.startswith(fields) and then.get(k) != now.get(k)} - RUNTIME_FIELDS - _ELSEWHERE
+        changed = (
+            {k for k in {*then, *now} if k.startswith(fields) and then.get(k) != now.get(k)}
+            - RUNTIME_FIELDS
+            - _ELSEWHERE
+        )
         words = [f"{k} {short(then.get(k))} -> {short(now.get(k))}" for k in sorted(changed) if then]
         if what in digests:
             old, new = manifest.get(what, ""), digests[what]

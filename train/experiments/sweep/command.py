@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .... import InputError
-from ....atomic import is_leftover
+from ....atomic import atomic_write, is_leftover
 from ....bounds import Checked
 from ....data.tokenizers.chat import today
 from ....model.hf.files import read_json
@@ -22,7 +22,6 @@ from ...cluster.signals import Stop
 from ...config import Run, flatten, short, to_json
 from ...runs.files import LOCK
 from ...runs.lock import Lock
-from ....atomic import atomic_write
 from ...runs.record import make
 from ..base_cache import BaseCache
 from .results import report

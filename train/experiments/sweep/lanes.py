@@ -12,12 +12,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from .... import InputError
+from ....atomic import atomic_write
 from ...loop import Runner
 from ...program import compiler_options, start
 from ...progress import Metrics
 from ...runs import record
 from ...runs.checkpoint import CheckpointWriter
-from ....atomic import atomic_write
 from ...runs.resume import same_run
 from ...setup import TrainSetup
 from ..base_cache import BaseCache

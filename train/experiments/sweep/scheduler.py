@@ -11,13 +11,13 @@ from typing import Any
 import jax
 
 from .... import InputError
+from ....atomic import atomic_write
 from ....model.hf.files import read_json
 from ... import faults
 from ...cluster.signals import Stop, Stopped
 from ...evaluate import longest_answer, outputs
 from ...health import must_be_finite
 from ...progress import clock, console
-from ....atomic import atomic_write
 from ...runs.record import bound, losses, noted, of_saved, summary
 from ..base_cache import BaseCache
 from .groups import Group, groups
