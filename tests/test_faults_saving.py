@@ -402,7 +402,9 @@ def test_two_writers_of_one_new_folder(tmp_path):
             (one / "one").write_text("")
 
     (tmp_path / "file").write_text("")
-    said(lambda: atomic_folder(tmp_path / "file" / "out").__enter__(), "cannot be written (Not a directory)", "choose a")
+    said(
+        lambda: atomic_folder(tmp_path / "file" / "out").__enter__(), "cannot be written (Not a directory)", "choose a"
+    )
     (tmp_path / "file").unlink()
     said(
         late,

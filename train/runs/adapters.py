@@ -1,6 +1,5 @@
 """HF PEFT adapters: a run's adapter as a folder of HF PEFT, and such a folder as a run."""
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -81,12 +80,9 @@ def with_uniform_rank(method: Method, config: Any, params: Any, trainable: Any) 
         )
     uniform = {}
     for key, t in trainable.items():
-        b = method.factor(params, key, t) * t["b"]
-        more, stacked = R - b.shape[-2], [(0, 0)] * (b.ndim - 2)
-        uniform[key] = {
-            "a": jnp.pad(t["a"], [*stacked, (0, 0), (0, more)]),
-            "b": jnp.pad(b, [*stacked, (0, more), (0, 0)]),
-        }
+        a, b = t["a"], method.factor(params, key, t) * t["b"]
+        more, stacked = (0, R - b.shape[-2]), [(0, 0)] * (b.ndim - 2)
+        uniform[key] = {"a": jnp.pad(a, [*stacked, (0, 0), more]), "b": jnp.pad(b, [*stacked, more, (0, 0)])}
     return LoRA(rank=R, alpha=R, where=method.where), uniform
 
 
@@ -127,15 +123,7 @@ def load_adapter(folder: Path, base: LoadedRun, base_name: str) -> LoadedRun:
             f"{base.fingerprint[:12]}: is it the right one? (Another dtype gives another fingerprint.)",
             soft_wrap=True,
         )
-    manifest = {
-        "step": 0,
-        "phase": "finetune",
-        "base": base.fingerprint,
-        "tokenizer": tokenizer.digest,
-        "lineage": records or base.lineage,
-    }
+    manifest = {"step": 0, "phase": "finetune", "base": base.fingerprint, "tokenizer": tokenizer.digest}
+    manifest |= {"lineage": records or base.lineage}
     manifest |= {key: base.manifest[key] for key in ("imported", "added_tokens") if key in base.manifest}
-    return dataclasses.replace(
-        base, folder=folder, run=run, params=params, method=method, trainable=trainable, tokenizer=tokenizer,
-        manifest=manifest,
-    )  # fmt: skip
+    return LoadedRun(folder, run, base.config, params, method, trainable, tokenizer, base.held_out, manifest)

@@ -15,21 +15,20 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import orbax.checkpoint as ocp
 
 from ... import InputError
 from ...atomic import atomic_write, sync
-from ...model import layout
-from ...model.tree import canonical, paths
+from ...model.tree import paths
 from .. import faults
 from ..cluster import distributed
 from ..progress import console
+from .arrays import UnreadableArrays, all_processes, read_arrays, read_item, with_sharding
 from .manifest import array_digests, describe_files, encode_manifest, find_damage, read_manifest, versions
 
 Verify = Literal["full", "fast", "off"]  # check every digest, the sizes of the files, or the manifest alone
@@ -87,7 +86,8 @@ class CheckpointReader:
         for item, leaves in manifest["leaves"].items():
             for path, leaf in leaves.items():
                 try:
-                    self._read(step, item, {path: _target(leaf["shape"], leaf["dtype"])}, leaves)
+                    target = {path: with_sharding(leaf["shape"], leaf["dtype"])}
+                    read_arrays(self.folder / str(step) / item, target, leaves)
                 except InputError:
                     lost.append(f"{item}/{path}")
         more = f" and {len(lost) - limit} more" if len(lost) > limit else ""
@@ -96,87 +96,23 @@ class CheckpointReader:
     def restore(
         self, step: int, item: str, like: Any, each: Callable[[str, Any], Any] | None = None, verify: str = "full"
     ) -> Any:
-        """Return an item saved at a step, with the structure, dtypes and shardings of `like`.
+        """Return an item saved at a step as `read_item` does, with the structure, dtypes and shardings of `like`.
 
-        Stacked layers are restored into unrolled ones and vice versa. With `each`, one parameter (of all layers) is
-        read at a time, and `each(path, array)` replaces it. verify: `full` checks the digest of every array, `fast`
-        the sizes of the files. Raises InputError for damage and for another structure.
+        verify: `full` checks the digest of every array, `fast` the sizes of the files, `off` only the manifest. Raises
+        InputError for damage and for another structure.
         """
-        target = {path: _target(x.shape, x.dtype, getattr(x, "sharding", None)) for path, x in paths(like)}
         leaves = self.manifest(step)["leaves"].get(item, {})
         if damage := self.damage(step, "off" if verify == "off" else "fast"):
             raise InputError(f"{damage}: damaged; {self._remedy(step)}")
-        source = {path: jax.ShapeDtypeStruct(tuple(x["shape"]), x["dtype"]) for path, x in leaves.items()}
-        convert = set(source) != set(target) and layout.same_layers(source, target)
-        if convert:
-            source = layout.saved_targets(source, target)
-        else:
-            _check_structure(f"{self.folder / str(step) / item}", target, source)
-            source = target
-        restored, sources = {}, _by_parameter(source) if each else {"": source}
-        for name, part in (_by_parameter(target) if each else {"": target}).items():
-            try:
-                arrays = self._read(step, item, sources[name], leaves, check=verify == "full")
-            except InputError as error:
-                why = "damaged" if distributed.count() > 1 else self.damage(step) or "no file of it changed"
-                raise InputError(f"{error}; {why}; {self._remedy(step)}") from error
-            arrays = layout.convert_arrays(arrays, part) if convert else arrays
-            restored |= {path: each(path, x) for path, x in arrays.items()} if each else arrays
-        return jax.tree.unflatten(jax.tree.structure(like), [restored[path] for path in target])
+        try:
+            return read_item(self.folder / str(step) / item, like, leaves, each, check=verify == "full")
+        except UnreadableArrays as error:
+            why = "damaged" if distributed.count() > 1 else self.damage(step) or "no file of it changed"
+            raise InputError(f"{error}; {why}; {self._remedy(step)}") from error
 
     def _remedy(self, step: int) -> str:
         others = ", ".join(str(s) for s in self.steps() if s != step)
         return "restore that file" + (f", or load another step ({others})" if others else "")
-
-    def _read(self, step: int, item: str, target: Any, leaves: Any, check: bool = True) -> dict[str, Any]:
-        """Read those arrays of an item that `target` names, in their saved layout, and check their digests."""
-        where = self.folder / str(step) / item
-        restore_args: Any = ocp.checkpoint_utils.construct_restore_args(target)
-        args = ocp.args.PyTreeRestore(target, restore_args, partial_restore=True)
-        try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_processes(item)) as reader:
-                arrays = reader.restore(where.absolute(), args=args)
-        except Exception as error:
-            raise InputError(f"{where}: the arrays cannot be read ({str(error).splitlines()[0][:200]})") from error
-        for path, digest in array_digests(arrays).items() if check else ():
-            if digest != leaves[path]["sha256"]:
-                raise InputError(f"{where}: {path} is not what was saved (its sha256 differs)")
-        return arrays
-
-
-def _processes(item: str) -> Any:
-    """Return Orbax options that name all processes: without names its barriers have no prefix and other time limits."""
-    everyone = set(range(distributed.count()))
-    return ocp.options.MultiprocessingOptions(active_processes=everyone, barrier_sync_key_prefix=item)
-
-
-def _target(shape: Any, dtype: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
-    """Return a shape with a sharding, by default on the first device."""
-    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
-
-
-def _by_parameter(tree: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Group {path: leaf} by the parameter's name without layer indices."""
-    groups: dict[str, dict[str, Any]] = {}
-    for path, leaf in tree.items():
-        groups.setdefault(canonical(path)[0], {})[path] = leaf
-    return groups
-
-
-def _check_structure(where: str, target: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Raise InputError naming the first leaf in which the saved tree and the target differ."""
-    if differing := sorted(set(saved) ^ set(target)):
-        verb = "has no" if differing[0] in target else "has an unexpected"
-        raise InputError(
-            f"{where}: the checkpoint {verb} {differing[0]} ({len(differing)} leaves differ); did the method or the "
-            "model change?"
-        )
-    for path, x in target.items():
-        if (saved[path].shape, saved[path].dtype) != (x.shape, x.dtype):
-            raise InputError(
-                f"{where}: {path} is {saved[path].dtype}{list(saved[path].shape)}, expected {x.dtype}{list(x.shape)}"
-            )
 
 
 class CheckpointWriter(CheckpointReader):
@@ -189,7 +125,7 @@ class CheckpointWriter(CheckpointReader):
         super().__init__(folder)
         self.keep, self.guard = keep, guard
         self._pool = ThreadPoolExecutor(1)
-        self._savers: dict[str, ocp.StandardCheckpointer] = {}  # one for each item, so that items are saved in parallel
+        self._savers: dict[str, ocp.StandardCheckpointer] = {}  # one for each item: items are saved in parallel
         self._pending: tuple[int, Future[None]] | None = None  # the step and result of the save under way
 
     def __enter__(self) -> "CheckpointWriter":
@@ -222,7 +158,7 @@ class CheckpointWriter(CheckpointReader):
             distributed.barrier_gather("the folder of a checkpoint")
             for item, flat in arrays.items():
                 if item not in self._savers:
-                    self._savers[item] = ocp.StandardCheckpointer(multiprocessing_options=_processes(item))
+                    self._savers[item] = ocp.StandardCheckpointer(multiprocessing_options=all_processes(item))
                 self._savers[item].save((work / item).absolute(), flat)
         except Exception as error:
             self._delete(work)
@@ -299,7 +235,7 @@ class CheckpointWriter(CheckpointReader):
         if damage := find_damage(self.folder / str(step), manifest["files"], full=False):
             raise OSError(f"{damage[0]}; no older checkpoint was deleted")
         for old in sorted({*self.steps()} - {*self.steps()[-self.keep :], self.best()}):
-            shutil.rmtree((self.folder / str(old)).rename(self.folder / f"{old}.partial"))  # complete or absent
+            shutil.rmtree((self.folder / str(old)).rename(self.folder / f"{old}.partial"))
 
     def _save_error(self, step: int, error: Exception) -> InputError:
         """Return an InputError that says why a step was not saved, and which one is the newest."""

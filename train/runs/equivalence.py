@@ -57,11 +57,8 @@ def compare_logits(
     V = min(before.shape[-1], after.shape[-1])  # a vocabulary may have been padded
     before, after = before[..., :V], after[..., :V]
     kl = _kl_divergence(before, after)
-    result = {
-        "max_difference": float(np.abs(before - after).max()),
-        "kl_mean": float(kl.mean()),
-        "kl_max": float(kl.max()),
-    }
+    result = {"max_difference": float(np.abs(before - after).max())}
+    result |= {"kl_mean": float(kl.mean()), "kl_max": float(kl.max())}
     text = (
         f"{title}: logits differ by at most {result['max_difference']:.2e}, KL {result['kl_mean']:.2e} nats per token "
         f"(largest {result['kl_max']:.2e}) on {before.shape[0]} x {before.shape[1]} tokens"

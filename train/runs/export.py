@@ -44,23 +44,16 @@ def write_base(out: Path, loaded: LoadedRun, params: Any, recipe: str, meta: dic
     config = dataclasses.replace(loaded.config, param_dtype=main_dtype(params))
     if config.family:  # `with_compute_dtype` chooses the dtype of its products where it is loaded
         config = dataclasses.replace(config, dtype=config.param_dtype)
-    run = dataclasses.replace(
-        loaded.run, phase="pretrain", model=config, method=Subset("all"), base="", quantize="", recipe=recipe,
-        out=name or str(out),
-    )  # fmt: skip
+    run = dataclasses.replace(loaded.run, phase="pretrain", recipe=recipe, out=name or str(out), base="", quantize="")
+    run = dataclasses.replace(run, model=config, method=Subset("all"))
     out.mkdir(parents=True, exist_ok=True)
     (out / CONFIG).write_text(to_json(run), "utf-8")
     loaded.tokenizer.save(out)
     save_held_out(out / HELD_OUT, loaded.held_out)
     replaced = ("step", "score", "versions", "leaves", "files", "accepted", "rows")
-    meta = {k: v for k, v in loaded.manifest.items() if k not in replaced} | {
-        "phase": "pretrain",
-        "base": "",
-        "code": code_version(),
-        "config": json.loads(to_json(run)),
-        "sidecars": describe_sidecars(out, loaded.tokenizer),
-        **meta,
-    }
+    kept = {k: v for k, v in loaded.manifest.items() if k not in replaced}
+    kept |= {"phase": "pretrain", "base": "", "code": code_version(), "config": json.loads(to_json(run))}
+    meta = kept | {"sidecars": describe_sidecars(out, loaded.tokenizer)} | meta
     with CheckpointWriter(out / CHECKPOINTS) as checkpoints:
         checkpoints.save(loaded.manifest["step"], {"trainable": named(params)}, meta)
     return fingerprint(params)

@@ -31,6 +31,8 @@ from .lineage import read_lineage
 from .loaded import LoadedRun
 from .manifest import check_sidecars, fingerprint_of, leaf_digests
 
+Restore = Callable[..., Any]  # (target, each=None) -> the trainable arrays of a checkpoint
+
 
 def load_run(
     folder: str | Path,
@@ -51,20 +53,23 @@ def load_run(
 
     Raises InputError for any other folder, a run without a checkpoint, and a base with another fingerprint.
     """
-    if is_hugging_face(folder) and not is_adapter(folder):
-        return load_hugging_face(folder, mesh, layers=layers, quantize=quantize)
     if is_adapter(folder):
         name = adapter_base(Path(folder), base)
         loaded = load_adapter(Path(folder), load_run(name, mesh, layers=layers, verify=verify), name)
+    elif is_hugging_face(folder):
+        return load_hugging_face(folder, mesh, layers=layers, quantize=quantize)
     else:
         folder = check_run(folder)
         run, checkpoints = from_json(folder / CONFIG), CheckpointReader(folder / CHECKPOINTS)
         step = _choose_step(folder, checkpoints.steps(), step)
-        check_config_unchanged(run, checkpoints.manifest(step), folder)
-        check_sidecars(folder, checkpoints.manifest(step), verify)
+        manifest = checkpoints.manifest(step)
+        check_config_unchanged(run, manifest, folder)
+        check_sidecars(folder, manifest, verify)
+        restore = partial(checkpoints.restore, step, "trainable", verify=verify)
         if run.phase == "pretrain":
-            return _load_pretrained(folder, run, checkpoints, step, mesh, layers, quantize, verify)
-        loaded = _load_finetuned(folder, run, checkpoints, step, mesh, base or run.base, layers or run.layers, verify)
+            return _load_pretrained(folder, run, manifest, restore, mesh, layers, quantize)
+        below = _load_base(folder, manifest, base or run.base, mesh, layers or run.layers, run.quantize, verify)
+        loaded = _load_finetuned(folder, run, manifest, restore, mesh, below)
     return quantize_base(loaded, quantize, mesh) if quantize else loaded
 
 
@@ -77,20 +82,12 @@ def _choose_step(folder: Path, steps: list[int], step: int | None) -> int:
 
 
 def _load_pretrained(
-    folder: Path,
-    run: Run,
-    checkpoints: CheckpointReader,
-    step: int,
-    mesh: Any,
-    layers: str,
-    quantize: str,
-    verify: Verify,
+    folder: Path, run: Run, manifest: dict[str, Any], restore: Restore, mesh: Any, layers: str, quantize: str
 ) -> LoadedRun:
     """Load the checkpoint of a base."""
     assert run.model is not None
-    config, manifest = set_layout(run.model, layers), checkpoints.manifest(step)
-    leaves = manifest["leaves"].get("trainable", {})
-    dtypes = {canonical(path)[0]: leaf["dtype"] for path, leaf in leaves.items()}
+    config = set_layout(run.model, layers)
+    dtypes = {canonical(path)[0]: leaf["dtype"] for path, leaf in manifest["leaves"].get("trainable", {}).items()}
     target = {
         path: jax.ShapeDtypeStruct(x.shape, dtypes.get(canonical(path)[0], x.dtype))
         for path, x in named(shapes_of(config)).items()
@@ -98,46 +95,42 @@ def _load_pretrained(
     if mesh is not None:
         target = with_shardings(target, named(shardings(mesh, nested(target))))
     each, rows = quantize_on_load(quantize, mesh) if quantize else (None, [])
-    arrays = checkpoints.restore(step, "trainable", target, each, verify)
-    tokenizer = _load_tokenizer(folder, run, config, manifest)
-    return LoadedRun(
-        folder, run, with_compute_dtype(config), nested(arrays), Subset("all"), {} if quantize else arrays, tokenizer,
-        load_held_out(folder / HELD_OUT), manifest, fingerprint_of(rows) if quantize else "",
-    )  # fmt: skip
+    arrays = restore(target, each)
+    tokenizer, held_out = _load_tokenizer(folder, run, config, manifest), load_held_out(folder / HELD_OUT)
+    config, method, trainable = with_compute_dtype(config), Subset("all"), {} if quantize else arrays
+    origin = fingerprint_of(rows) if quantize else ""
+    return LoadedRun(folder, run, config, nested(arrays), method, trainable, tokenizer, held_out, manifest, origin)
 
 
-def _load_finetuned(
-    folder: Path,
-    run: Run,
-    checkpoints: CheckpointReader,
-    step: int,
-    mesh: Any,
-    base_name: str,
-    layers: str,
-    verify: Verify,
+def _load_base(
+    folder: Path, manifest: dict[str, Any], name: str, mesh: Any, layers: str, quantize: str, verify: Verify
 ) -> LoadedRun:
-    """Load the checkpoint of a fine-tune, and the base that it was tuned on."""
-    manifest = checkpoints.manifest(step)
+    """Load the base that a run was tuned on. Raises InputError if there is none, or another one."""
     try:
-        base = load_run(base_name, mesh, layers=layers, quantize=run.quantize, verify=verify)
+        base = load_run(name, mesh, layers=layers, quantize=quantize, verify=verify)
     except InputError as error:
         raise InputError(f"the base of {folder}: {error} (if it moved: --base)") from None
     if base.fingerprint != manifest["base"]:
         raise InputError(
-            f"{folder} was tuned on another base than {base_name} (fingerprint {manifest['base'][:12]}, this one has "
+            f"{folder} was tuned on another base than {name} (fingerprint {manifest['base'][:12]}, this one has "
             f"{base.fingerprint[:12]}); give its base with --base"
         )
-    if "imported" in base.manifest:
-        manifest = manifest | {"imported": base.manifest["imported"]}
+    return base
+
+
+def _load_finetuned(
+    folder: Path, run: Run, manifest: dict[str, Any], restore: Restore, mesh: Any, base: LoadedRun
+) -> LoadedRun:
+    """Load the checkpoint of a fine-tune of a loaded base."""
     params, init = base.base, partial(run.method.init, jax.random.key(0))
     shapes = jax.eval_shape(lambda params: params, params)  # an argument: traced, the base would cache tracers
     with pattern_source(folder / CONFIG):
         target = jax.eval_shape(init, shapes)
     if mesh is not None:
         target = with_shardings(target, infer_adapter_shardings(mesh, init, shapes, shardings(mesh, shapes)))
-    trainable = checkpoints.restore(step, "trainable", target, verify=verify)
-    config = with_compute_dtype(base.config, run.dtype, run.remat)
+    trainable, config = restore(target), with_compute_dtype(base.config, run.dtype, run.remat)
     tokenizer = _load_tokenizer(folder, run, config, manifest)
+    manifest = manifest | {key: base.manifest[key] for key in ("imported",) if key in base.manifest}
     return LoadedRun(folder, run, config, params, run.method, trainable, tokenizer, base.held_out, manifest)
 
 
@@ -164,23 +157,14 @@ def load_hugging_face(
         check_rows(tokenizer, config.V, f"{folder}: ")
     total, kind = sum(x.size for x in named(params).values()), config.param_dtype + (quantize and f" as {quantize}")
     size, seconds = report.size(report.nbytes(params)), time.perf_counter() - start
-    console.print(
-        f"read {name}: {config.family}, {total:,} parameters, {kind}, {size} in {seconds:.1f} s", soft_wrap=True
-    )
+    text = f"read {name}: {config.family}, {total:,} parameters, {kind}, {size} in {seconds:.1f} s"
+    console.print(text, soft_wrap=True)
     data = Data(T=min(512, config.context))
     run = Run(phase="pretrain", recipe="imported", out=str(name), model=config, data=data)
-    manifest = {
-        "step": 0,
-        "base": "",
-        "phase": "pretrain",
-        "tokenizer": tokenizer.digest,
-        "imported": resolve_path(name),
-        "lineage": read_lineage(folder),
-    }
-    return LoadedRun(
-        folder, run, with_compute_dtype(config), params, Subset("all"), {}, tokenizer, {}, manifest,
-        fingerprint_of(rows) if quantize else "",
-    )  # fmt: skip
+    manifest = {"step": 0, "phase": "pretrain", "base": "", "tokenizer": tokenizer.digest}
+    manifest |= {"imported": resolve_path(name), "lineage": read_lineage(folder)}
+    config, method, origin = with_compute_dtype(config), Subset("all"), fingerprint_of(rows) if quantize else ""
+    return LoadedRun(folder, run, config, params, method, {}, tokenizer, {}, manifest, origin)
 
 
 def with_compute_dtype(config: Config, dtype: str = "", remat: Any = "") -> Config:
@@ -209,6 +193,5 @@ def quantize_base(loaded: LoadedRun, kind: str, mesh: Any) -> LoadedRun:
     """Return base and adapter as one quantised base. The merged base is in memory while it is quantised."""
     each, _ = quantize_on_load(kind, mesh)
     params = nested({path: each(path, leaf) for path, leaf in named(loaded.merged).items()})
-    return dataclasses.replace(
-        loaded, params=params, method=Subset("all"), trainable={}, quantized_from=loaded.fingerprint
-    )
+    base = dataclasses.replace(loaded, params=params, method=Subset("all"), trainable={})
+    return dataclasses.replace(base, quantized_from=loaded.fingerprint)
