@@ -244,8 +244,8 @@ class CheckpointWriter(CheckpointReader):
         reason, steps = (str(error).splitlines() or [repr(error)])[0][:300], self.steps()
         newest = f"the newest checkpoint is of step {steps[-1]}" if steps else "there is no earlier checkpoint"
         return InputError(
-            f"{self.folder / str(step)}: this checkpoint could not be written ({reason}); {newest}; fix the cause (disk "
-            "space, permissions), then continue with --resume"
+            f"{self.folder / str(step)}: this checkpoint could not be written ({reason}); {newest}; fix the cause "
+            "(disk space, permissions), then continue with --resume"
         )
 
     def _delete(self, work: Path) -> None:
