@@ -173,7 +173,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
         checkpoints.restore(1, "trainable", tree)
     with pytest.raises(InputError, match=r"has an unexpected layers/mlp/up"):
         checkpoints.restore(1, "trainable", {})
-    with pytest.raises(InputError, match=r"float32\[64\], wanted float32\[32\]"):
+    with pytest.raises(InputError, match=r"float32\[64\], expected float32\[32\]"):
         checkpoints.restore(1, "trainable", {"layers/mlp/up": jax.numpy.arange(32.0)})
     checkpoints.close()
 

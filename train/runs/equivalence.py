@@ -12,7 +12,7 @@ from ... import InputError
 from ...model import forward
 from ...peft import Subset
 from ..progress import console
-from .load import LoadedRun
+from .loaded import LoadedRun
 
 # Largest mean KL divergence (nats per token) of two models that count as equal, by the dtype of the rounded weights.
 BOUNDS = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 2e-2}
