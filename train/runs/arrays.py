@@ -27,7 +27,7 @@ def read_item(
     and `each(path, array)` replaces it. leaves: {path: {shape, dtype, sha256}} from the manifest. check: compare the
     sha256. Raises UnreadableArrays for damage and InputError for another structure.
     """
-    target = {path: with_sharding(x.shape, x.dtype, getattr(x, "sharding", None)) for path, x in paths(like)}
+    target = {path: _with_sharding(x.shape, x.dtype, getattr(x, "sharding", None)) for path, x in paths(like)}
     source = {path: jax.ShapeDtypeStruct(tuple(x["shape"]), x["dtype"]) for path, x in leaves.items()}
     convert = set(source) != set(target) and layout.same_layers(source, target)
     if convert:
@@ -60,13 +60,32 @@ def read_arrays(where: Path, target: Any, leaves: Mapping[str, Any], check: bool
     return arrays
 
 
+def lost_parameters(folder: Path, items: Mapping[str, Any], limit: int = 3) -> str:
+    """Return, as the end of a sentence, which parameters of a damaged checkpoint cannot be read; "" if several
+    processes run, which do not try.
+
+    items: {item: {path: {shape, dtype, sha256}}} from the manifest.
+    """
+    if distributed.count() > 1:
+        return ""
+    lost = []
+    for item, leaves in items.items():
+        for path, leaf in leaves.items():
+            try:
+                read_arrays(folder / item, {path: _with_sharding(leaf["shape"], leaf["dtype"])}, leaves)
+            except UnreadableArrays:
+                lost.append(f"{item}/{path}")
+    more = f" and {len(lost) - limit} more" if len(lost) > limit else ""
+    return f"; lost: {', '.join(lost[:limit])}{more}" if lost else "; all parameters can still be read"
+
+
 def all_processes(item: str) -> Any:
     """Return Orbax options that name all processes: then its barriers have time limits."""
     everyone = set(range(distributed.count()))
     return ocp.options.MultiprocessingOptions(active_processes=everyone, barrier_sync_key_prefix=item)
 
 
-def with_sharding(shape: Any, dtype: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
+def _with_sharding(shape: Any, dtype: Any, sharding: Any = None) -> jax.ShapeDtypeStruct:
     """Return a shape with a sharding, by default on the first device."""
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)

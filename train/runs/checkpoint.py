@@ -28,8 +28,8 @@ from ...model.tree import paths
 from .. import faults
 from ..cluster import distributed
 from ..progress import console
-from .arrays import UnreadableArrays, all_processes, read_arrays, read_item, with_sharding
-from .manifest import array_digests, describe_files, encode_manifest, find_damage, read_manifest, versions
+from .arrays import UnreadableArrays, all_processes, lost_parameters, read_item
+from .manifest import describe_arrays, describe_files, encode_manifest, find_damage, read_manifest, versions
 
 Verify = Literal["full", "fast", "off"]  # check every digest, the sizes of the files, or the manifest alone
 
@@ -76,22 +76,7 @@ class CheckpointReader:
         gathered = distributed.barrier_gather("the damage of a checkpoint", json.dumps(damage))
         damage = [line for text in gathered for line in json.loads(text)]
         more = f" and {len(damage) - 1} more files" if len(damage) > 1 else ""
-        return f"{damage[0]}{more}{self._lost_parameters(step, manifest)}" if damage else ""
-
-    def _lost_parameters(self, step: int, manifest: dict[str, Any], limit: int = 3) -> str:
-        """Return which parameters can no longer be read; a run of several processes does not try."""
-        if distributed.count() > 1:
-            return ""
-        lost = []
-        for item, leaves in manifest["leaves"].items():
-            for path, leaf in leaves.items():
-                try:
-                    target = {path: with_sharding(leaf["shape"], leaf["dtype"])}
-                    read_arrays(self.folder / str(step) / item, target, leaves)
-                except InputError:
-                    lost.append(f"{item}/{path}")
-        more = f" and {len(lost) - limit} more" if len(lost) > limit else ""
-        return f"; lost: {', '.join(lost[:limit])}{more}" if lost else "; all parameters can still be read"
+        return f"{damage[0]}{more}{lost_parameters(self.folder / str(step), manifest['leaves'])}" if damage else ""
 
     def restore(
         self, step: int, item: str, like: Any, each: Callable[[str, Any], Any] | None = None, verify: str = "full"
@@ -147,7 +132,7 @@ class CheckpointWriter(CheckpointReader):
         """
         self.wait()
         arrays = {item: dict(paths(tree)) for item, tree in items.items()}
-        leaves = {item: _describe_arrays(flat) for item, flat in arrays.items()}
+        leaves = {item: describe_arrays(flat) for item, flat in arrays.items()}
         manifest = {"step": step, "score": score, **meta, "versions": versions(), "leaves": leaves}
         work = self.folder / f"{step}.partial"
         try:
@@ -259,8 +244,3 @@ class CheckpointWriter(CheckpointReader):
             time.sleep(0.1)
             if not work.exists():
                 break
-
-
-def _describe_arrays(flat: dict[str, Any]) -> dict[str, Any]:
-    digests = array_digests(flat)
-    return {path: {"shape": list(x.shape), "dtype": str(x.dtype), "sha256": digests[path]} for path, x in flat.items()}

@@ -158,6 +158,12 @@ def fingerprint_of(rows: Iterable[tuple[str, int, str]]) -> str:
     return hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()
 
 
+def describe_arrays(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Return {path: {shape, dtype, sha256}}. All processes take part."""
+    sha256 = array_digests(arrays)
+    return {p: {"shape": list(x.shape), "dtype": str(x.dtype), "sha256": sha256[p]} for p, x in arrays.items()}
+
+
 def array_digests(arrays: Mapping[str, Any]) -> dict[str, str]:
     """Return {path: digest}. All processes take part; each hashes every n-th array."""
     n, index = distributed.count(), distributed.index()
