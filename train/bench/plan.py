@@ -22,8 +22,8 @@ from ...model.quantize import quantize
 from ...model.sharding import put_batch, shardings
 from ...peft import methods
 from ..config import Data, Run
-from ..plan.planner import architecture, planned
-from ..plan.topology import target
+from ..plan.planner import make_plan, resolve_architecture
+from ..plan.topology import parse_topology
 from ..program import KEYS, base_shapes, layout, lower
 from .table import cpu
 
@@ -79,9 +79,9 @@ def resident(field: str) -> int:
 
 def measure(case: Case) -> dict[str, Any]:
     """Predict, compile, and run three steps; bytes of all devices together for what runs, of one for the rest."""
-    where = target(f"cpu:{math.prod(case.mesh)}")
-    guess, said = planned(case.run, where, compiling=False), planned(case.run, where)
-    run, config = architecture(case.run)
+    where = parse_topology(f"cpu:{math.prod(case.mesh)}")
+    guess, said = make_plan(case.run, where, compiling=False), make_plan(case.run, where)
+    run, config = resolve_architecture(case.run)
     mesh = where.mesh(case.mesh)
     with jax.set_mesh(mesh):
         laid = layout(run, mesh, base_shapes(run, config))

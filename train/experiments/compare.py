@@ -108,7 +108,7 @@ def method_of(said: str) -> Method:
 
 def compare(args: list[str]) -> dict[str, Any]:
     """The command."""
-    from ..cli import run_of, take
+    from ..flags import run_of, take
 
     if not args or "--help" in args or "-h" in args:
         print(HELP)

@@ -116,7 +116,7 @@ class Decide(Checked):
 
 def decide(args: list[str]) -> dict[str, Any]:
     """The command."""
-    from ..cli import run_of
+    from ..flags import run_of
 
     if not args or "--help" in args or "-h" in args:
         print(HELP)

@@ -11,7 +11,7 @@ import numpy as np
 from ...peft import Subset
 from ..cluster.signals import Stop
 from ..loop import compile_step
-from ..plan.estimate import traced
+from ..plan.estimate import trace_step
 from ..program import KEYS, layout
 from ..runs.report import nbytes
 from .base_cache import BaseCache
@@ -23,7 +23,7 @@ def flops(run: Any, ground: BaseCache) -> float:
     """FLOPs of a step: what its trace multiplies, recomputation too."""
     model, params = ground.model(run)
     laid = layout(run, ground.mesh, jax.eval_shape(lambda: params))
-    return traced(run, model.config, ground.mesh, laid, jax.devices()[0].platform).flops
+    return trace_step(run, model.config, ground.mesh, laid, jax.devices()[0].platform).flops
 
 
 def costs(runs: dict[str, Any], ground: BaseCache, stop: Stop, quantized: bool = False) -> Iterator[dict[str, Any]]:

@@ -81,7 +81,7 @@ class Sweep(Checked):
 
 def sweep(args: list[str]) -> dict[str, Any]:
     """The command."""
-    from ...cli import run_of, take
+    from ...flags import run_of, take
 
     if "--help" in args or "-h" in args:
         print(HELP)

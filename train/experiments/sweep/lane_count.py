@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from ...plan.estimate import traced
-from ...plan.planner import held
-from ...plan.topology import target
+from ...plan.estimate import trace_step
+from ...plan.planner import state_bytes
+from ...plan.topology import parse_topology
 from ...program import KEYS, layout
 from ...progress import clock, console
 from ...runs.report import size
@@ -25,8 +25,8 @@ def predicted(group: Group, ground: BaseCache) -> tuple[float, float]:
     """Bytes of the frozen base, and of each lane besides, by the plan's model of a step."""
     run, (model, params) = group.run, ground.model(group.run)
     laid = layout(run, ground.mesh, jax.eval_shape(lambda: params))
-    sizes = held(laid)
-    peak = traced(run, model.config, ground.mesh, laid, jax.devices()[0].platform).peak
+    sizes = state_bytes(laid)
+    peak = trace_step(run, model.config, ground.mesh, laid, jax.devices()[0].platform).peak
     return sizes["weights"], sizes["trainable"] + sizes["optimizer"] + peak
 
 
@@ -41,7 +41,7 @@ def lanes_that_fit(group: Group, ground: BaseCache, wanted: int, devices: list[A
     n = len(group.cells)
     if wanted:
         return min(wanted, n)
-    chip = target("").chip
+    chip = parse_topology("").chip
     weights, lane = predicted(group, ground)
     fit = max(int((ROOM * chip.memory - weights) / lane), 1) * len(devices)
     most = min(fit, n)

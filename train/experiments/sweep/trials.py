@@ -41,7 +41,7 @@ WANTED: dict[Any, str] = {int: "a whole number is", float: "a number is", ints: 
 
 def given(args: list[str], kinds: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """({flag: value} of those that are there, the other arguments). InputError for a value of another kind."""
-    from ...cli import take
+    from ...flags import take
 
     found = {}
     for name, kind in kinds.items():
