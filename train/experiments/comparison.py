@@ -14,10 +14,9 @@ from ...atomic import atomic_write
 from ...model import Context
 from ...model.hf.files import read_json
 from ...peft import Method, Subset
-from ..bench.peer import threads
-from ..bench.table import cpu
 from ..cluster.signals import Stop
 from ..config import Run, from_json
+from ..machine import cpu_cores, cpu_name
 from ..progress import clock, console
 from ..runs.checkpoint import CheckpointWriter
 from ..runs.lineage import code_version, trained_digest
@@ -70,7 +69,7 @@ class MethodComparison:
                 "reference": self.reference,
                 "methods": list(self.entries), "factors": list(plan.factors), "seeds": plan.seeds,
                 "rows": [plan.run.data.batch, plan.run.data.T], "rate": plan.run.optim.lr,
-                "machine": f"{threads()} cores, {cpu()}", "versions": versions(), "code": code_version(),
+                "machine": f"{cpu_cores()} cores, {cpu_name()}", "versions": versions(), "code": code_version(),
             })  # fmt: skip
         self._same(ledger.find(kind="setup")[0], base.fingerprint)
         for exam in self.exams:

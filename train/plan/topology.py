@@ -98,9 +98,15 @@ def _tpu(name: str, family: str, n: int) -> Target:
     from jax.experimental import topologies
 
     # These replace the answers of the metadata server of a TPU machine, and silence the library.
-    environment = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": f"{family}-{n}",
-             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3",
-             "TPU_LIBRARY_PATH": library}  # fmt: skip
+    environment = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": f"{family}-{n}",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TPU_LIBRARY_PATH": library,
+    }
     for key, value in environment.items():
         os.environ.setdefault(key, value)
     try:
