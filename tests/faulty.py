@@ -57,7 +57,7 @@ def runs(tmp_path_factory):
                    )  # fmt: skip
     data = dataclasses.replace(data, domains=(), tokenizer="", batch=8, task=str(folder / "colours.jsonl"))
     tune = dataclasses.replace(pretrain, phase="finetune", base=pretrain.out, data=data, model=None)
-    tune = dataclasses.replace(tune, accumulate=1, score_base=False, eval_rows=2)
+    tune = dataclasses.replace(tune, accumulate=1, eval_base_first=False, eval_rows=2)
     wide = dataclasses.replace(tune, accumulate=2, data=dataclasses.replace(data, batch=16, pack=False))
     made = {"pretrain": pretrain, "full": dataclasses.replace(tune, method=Subset("all"), keep=9),
             "lora": dataclasses.replace(tune, method=LoRA(rank=2)),

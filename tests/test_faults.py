@@ -22,8 +22,8 @@ from graftax.train import cli, faults, health, loop
 from graftax.train.cluster import distributed, signals
 from graftax.train.cluster.signals import Stop, Stopped
 from graftax.train.config import Optim, Run, from_json
-from graftax.train.loop import row_sum, train
-from graftax.train.optim import schedule
+from graftax.train.loop import stream_digest, train
+from graftax.train.optim import lr_schedule
 from graftax.train.progress import read_metrics
 from graftax.train.runs.checkpoint import CheckpointWriter
 from graftax.train.runs import record
@@ -90,7 +90,7 @@ def _rows(run, n=8 * STEPS):
 
 
 def test_other_prefetching_other_batches_the_same_rows(cut, whole, tmp_path, monkeypatch):  # noqa: F811
-    expected = f"{row_sum(np.arange(320), np.array([r['row'] for r in _rows(cut)])) % 2**256:064x}"
+    expected = f"{stream_digest(np.arange(320), np.array([r['row'] for r in _rows(cut)])) % 2**256:064x}"
     assert last(whole("lora"))["rows_digest"] == expected, "every row once, in order"
     monkeypatch.setattr(loader, "_THREADS", 1)
     monkeypatch.setattr(loader, "_AHEAD", 1)
@@ -395,14 +395,14 @@ def test_one_bad_batch_changes_nothing_and_is_counted(runs, tmp_path, monkeypatc
     assert life(monkeypatch, run, "step@5:nan") is None
     rows = [r for r in read_metrics(Path(run.out)) if "loss" in r]
     assert [r["skipped"] for r in rows] == [0, 1, 0, 0]
-    rate = schedule(run.optim, 12)  # the skipped step has used none, so later ones are one update behind
+    rate = lr_schedule(run.optim, 12)  # the skipped step has used none, so later ones are one update behind
     assert [r["lr"] for r in rows] == [pytest.approx(float(rate(i))) for i in (2, 4, 7, 10)]
     assert all(np.isfinite(r["loss"]) for r in rows)
     assert json.loads((Path(run.out) / "summary.json").read_text())["skipped"] == 1
 
 
 def test_too_many_bad_batches_stop_the_run(runs, tmp_path, monkeypatch):  # noqa: F811
-    run = dataclasses.replace(runs["lora"], out=str(tmp_path / "run"), max_bad=4)
+    run = dataclasses.replace(runs["lora"], out=str(tmp_path / "run"), max_skipped=4)
     ended = life(monkeypatch, run, "step@20-30:nan")
     assert isinstance(ended, InputError)
     for word in (run.out, "steps 20-23 in a row were left out (4 not finite)", "bad_rows.json", "--optim.lr"):
@@ -428,7 +428,7 @@ def test_a_base_that_is_not_finite(number, base, monkeypatch):
 
 
 def test_a_state_that_is_not_finite_is_not_saved(runs, tmp_path, monkeypatch):  # noqa: F811
-    run = dataclasses.replace(runs["lora"], out=str(tmp_path / "run"), max_bad=0)
+    run = dataclasses.replace(runs["lora"], out=str(tmp_path / "run"), max_skipped=0)
     real = loop.Runner.step
 
     def step(self, i, program):
@@ -445,7 +445,7 @@ def test_a_state_that_is_not_finite_is_not_saved(runs, tmp_path, monkeypatch):  
 
 
 def test_spikes_count_apart(runs, tmp_path):  # noqa: F811
-    run = dataclasses.replace(runs["lora"], out=str(tmp_path), max_bad=3)
+    run = dataclasses.replace(runs["lora"], out=str(tmp_path), max_skipped=3)
     seen = health.Health(run, [{"row": i} for i in range(80)], 0, 0)
     fine, spike = {"ok": True, "loss": 1.0, "grad_norm": 1.0}, {"ok": False, "loss": 9.0, "grad_norm": 9.0}
     broken = {"ok": False, "loss": np.nan, "grad_norm": 1.0}

@@ -29,10 +29,10 @@ from graftax.train import harness
 from graftax.train.cli import main
 from graftax.train.cluster import processes
 from graftax.train.config import Data, Optim, Run, from_json, method_from_dict, method_to_dict, to_json
-from graftax.train.evaluate import answerable
+from graftax.train.evaluate import answerable_rows
 from graftax.train.experiments.task_evaluator import TaskEvaluator
-from graftax.train.inputs import check_tokenizer, corpus_and_tokenizer, task_of, tuning_rows
-from graftax.train.optim import make_optimizer, schedule
+from graftax.train.inputs import check_tokenizer, corpus_and_tokenizer, load_task, tuning_rows
+from graftax.train.optim import make_optimizer, lr_schedule
 from tiny import CONFIG, OPTIM, make_base, make_batch, same, train_step
 
 pytestmark = pytest.mark.faults
@@ -104,7 +104,7 @@ REPAIRED = {"latin-1", "nul", "lone surrogate", "number", "too long"}  # by `rep
 
 def tuned(path, tok, policy="error", cap=1.0, V=300):
     """What a fine-tuning run reads of a file."""
-    return tuning_rows(Data(task=str(path), T=32, held_out=0.2, bad=policy, bad_cap=cap), 0, tok, V)
+    return tuning_rows(Data(task=str(path), T=32, held_out=0.2, bad=policy, max_bad_fraction=cap), 0, tok, V)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -124,8 +124,8 @@ def test_or_left_out_or_repaired_and_counted(name, policy, tok, tmp_path, capsys
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == f"--data.bad {policy}: {1 - n} of 41 rows left out, {n} repaired"
     assert lines[1].startswith(f"{'repaired' if n else 'left out'}: {path}:41: ")
-    data = Data(task=str(path), held_out=0.2, bad=policy, bad_cap=1)
-    assert task_of(data).valid == task.valid  # as `graftax eval` reads the same rows
+    data = Data(task=str(path), held_out=0.2, bad=policy, max_bad_fraction=1)
+    assert load_task(data).valid == task.valid  # as `graftax eval` reads the same rows
     clean = write(tmp_path / "clean.jsonl", good())
     if not n:  # what is left out leaves no trace
         assert sft.digest == tuned(clean, tok)[1].digest
@@ -169,7 +169,7 @@ def test_rows_that_judge_are_checked_before_the_first_step(tok, tmp_path, capsys
     other = write(tmp_path / "other.jsonl", LONG[3:])
 
     def tuned(policy, cap, **files):
-        data = Data(task=str(path), T=32, held_out=0, bad=policy, bad_cap=cap, **files)
+        data = Data(task=str(path), T=32, held_out=0, bad=policy, max_bad_fraction=cap, **files)
         return tuning_rows(data, 0, tok, 300, CONFIG, 0)
 
     words = (f"{test}:3: a prompt of ", " tokens and ", "exceed the model's context of 64", "shorten it")
@@ -195,13 +195,13 @@ def test_rows_that_judge_are_checked_before_the_first_step(tok, tmp_path, capsys
 def test_a_row_of_the_rest_is_refused_for_the_longest_answer(tok, tmp_path):
     """One row's long answer fits behind its own prompt; behind another's it does not: that one is named."""
     rows = [{"prompt": "a", "completion": "b " * 10}, {"prompt": "b " * 10, "completion": "c"}]
-    assert answerable(rows, tok, CONFIG) == rows
+    assert answerable_rows(rows, tok, CONFIG) == rows
     rows[1]["prompt"] = "b " * 27
-    said(lambda: answerable(rows, tok, CONFIG), "row 2: a prompt of ", "exceed the model's context of 64")
-    assert answerable(rows, tok, CONFIG, bad=RowErrors("skip")) == rows[:1]
-    assert answerable(rows[1:], tok, CONFIG) == rows[1:]
+    said(lambda: answerable_rows(rows, tok, CONFIG), "row 2: a prompt of ", "exceed the model's context of 64")
+    assert answerable_rows(rows, tok, CONFIG, bad=RowErrors("skip")) == rows[:1]
+    assert answerable_rows(rows[1:], tok, CONFIG) == rows[1:]
     learned = dataclasses.replace(CONFIG, rope=None, learned_positions=True)
-    said(lambda: answerable(rows[1:], tok, learned, 9), "context of 55 (9 virtual tokens taken off)")
+    said(lambda: answerable_rows(rows[1:], tok, learned, 9), "context of 55 (9 virtual tokens taken off)")
 
 
 @pytest.mark.parametrize("part", ["task", "valid", "test"])
@@ -212,7 +212,7 @@ def test_a_row_that_the_template_refuses_is_one_row(part, tmp_path, capsys):
     files = {"task": write(tmp_path / "task.jsonl", good(30))}
     other = [json.dumps({"prompt": f"other {i}", "completion": "a"}).encode() for i in range(30)]
     files[part] = write(tmp_path / "bad.jsonl", [*other, json.dumps({"messages": turns}).encode()])
-    data = Data(T=64, held_out=0, bad_cap=0.1, **{name: str(file) for name, file in files.items()})
+    data = Data(T=64, held_out=0, max_bad_fraction=0.1, **{name: str(file) for name, file in files.items()})
     read = lambda **changes: tuning_rows(dataclasses.replace(data, **changes), 0, gemma, 10**6, CONFIG)  # noqa: E731
     line = said(read, "System role not supported")
     assert line.startswith(f"{files[part]}:31: chat template ")
@@ -344,9 +344,9 @@ def test_pretraining_leaves_out_files_and_rows(tmp_path, capsys):
     write(folder / "z.jsonl", [b'{"text": 3}', b"null"])
     said(lambda: corpus(folder, tmp_path), "latin.txt:1: not UTF-8")
     capsys.readouterr()
-    assert corpus(folder, tmp_path, bad="skip", bad_cap=0.1)[0].digest == clean
+    assert corpus(folder, tmp_path, bad="skip", max_bad_fraction=0.1)[0].digest == clean
     assert "--data.bad skip: 3 of 43 rows left out, 0 repaired" in capsys.readouterr().err
-    assert corpus(folder, tmp_path, bad="replace", bad_cap=0.1)[0].digest != clean
+    assert corpus(folder, tmp_path, bad="replace", max_bad_fraction=0.1)[0].digest != clean
     assert "--data.bad replace: 1 of 43 rows left out, 2 repaired" in capsys.readouterr().err
     said(lambda: corpus(folder, tmp_path, bad="skip"), "3 of 43 rows left out", "--data.bad-cap 0.01")
 
@@ -628,8 +628,8 @@ def test_a_misspelt_folder_is_not_looked_for_on_the_hub(args, base, tmp_path, mo
 
 
 def test_what_does_not_fit_the_steps(base):
-    said(lambda: schedule(Optim(warmup=20), 20), "--optim.warmup 20: wanted fewer than the 20 steps")
-    assert schedule(Optim(warmup=19, schedule="wsd", decay=0), 20)(19) == pytest.approx(1e-3)
+    said(lambda: lr_schedule(Optim(warmup=20), 20), "--optim.warmup 20: wanted fewer than the 20 steps")
+    assert lr_schedule(Optim(warmup=19, schedule="wsd", decay=0), 20)(19) == pytest.approx(1e-3)
     method = peft.AdaLoRA(rank=13, init_rank=12)
     begun = jax.eval_shape(lambda: method.init(jax.random.key(0), base.params))
     tx = make_optimizer(Optim(), begun, 20, method)
@@ -657,8 +657,8 @@ def test_numbers_of_the_harness_and_of_a_rope():
 @pytest.mark.parametrize("value", ["", "x", "-1", "0", "nan", "1e9", "99999999", "1.5"])
 def test_seconds_of_the_environment(value, monkeypatch):
     monkeypatch.setenv("GRAFTAX_WAIT", value)
-    said(processes.wait, f"GRAFTAX_WAIT='{value}'", "wanted whole seconds, 1 to 86400")
-    said(lambda: processes.explicit("host:70000,2,0"), "wanted ADDRESS:PORT,N,I")
+    said(processes.startup_timeout, f"GRAFTAX_WAIT='{value}'", "wanted whole seconds, 1 to 86400")
+    said(lambda: processes.parse_processes("host:70000,2,0"), "wanted ADDRESS:PORT,N,I")
 
 
 # --- the command line: exit code 2, one line, nothing written ---

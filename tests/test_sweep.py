@@ -92,7 +92,7 @@ def test_rows_are_checked_before_anything_is_written(run, tmp_path):
 def test_a_lane_that_diverges_stops_alone(run, tmp_path, capsys):
     """The others are bit for bit what they are without it; it saves nothing more."""
     for name, rate in (("well", "3e-3"), ("ill", "1e38")):
-        one = dataclasses.replace(run, max_bad=4, out=str(tmp_path / name))
+        one = dataclasses.replace(run, max_skipped=4, out=str(tmp_path / name))
         execute(Sweep(one, (f"optim.lr=1e-3,{rate},2e-3",), lanes=3))
     for cell in ("000", "002"):
         assert leaves(tmp_path / "ill/cells" / cell, 12) == leaves(tmp_path / "well/cells" / cell, 12)

@@ -84,7 +84,7 @@ def _plan(model: Transformer, prompts: Sequence[Any], tails: Sequence[Any]) -> t
     return list(_groups(tails, room, len(tails) if together else 1)), room
 
 
-def readings(model: Transformer, prompts: Sequence[Any], tails: Sequence[Any]) -> int:
+def prompt_reads(model: Transformer, prompts: Sequence[Any], tails: Sequence[Any]) -> int:
     """How often `continuation_losses` reads each prompt."""
     return len(_plan(model, prompts, tails)[0])
 
@@ -114,7 +114,7 @@ def _row(prompt: Sequence[int], tails: Sequence[Sequence[int]], T: int) -> dict[
     return row
 
 
-def chat_tails(tokenizer: Any, row: dict[str, Any], answers: Sequence[str]) -> list[list[int]]:
+def answer_continuations(tokenizer: Any, row: dict[str, Any], answers: Sequence[str]) -> list[list[int]]:
     """The ids of answers, and of what ends them, behind a row's rendered prompt. InputError for a template that does
     not go on as it began."""
     own = chat_of(row, "a row with choices")  # its reply may be more than text

@@ -15,7 +15,7 @@ from .. import InputError, __version__
 from ..bounds import is_text
 from ..model.pattern import pattern_source
 from .cluster.distributed import STOPPED, run_processes
-from .config import MALLOC, Run, did_you_mean, from_json, method_class
+from .config import MALLOC_ENV, Run, did_you_mean, from_json, method_class
 from .flags import WORDS, parse, suggestion, take_json
 
 
@@ -159,9 +159,9 @@ def usage() -> str:
 
 def keep_memory() -> None:
     """On Linux, start over once with an allocator that keeps its memory (config.MALLOC); not with GRAFTAX_MALLOC=0."""
-    if sys.platform != "linux" or os.environ.get("GRAFTAX_MALLOC") == "0" or any(k in os.environ for k in MALLOC):
+    if sys.platform != "linux" or os.environ.get("GRAFTAX_MALLOC") == "0" or any(k in os.environ for k in MALLOC_ENV):
         return
-    os.execve(sys.executable, [sys.executable, "-m", "graftax.train.cli", *sys.argv[1:]], os.environ | MALLOC)
+    os.execve(sys.executable, [sys.executable, "-m", "graftax.train.cli", *sys.argv[1:]], os.environ | MALLOC_ENV)
 
 
 def keep_compilations() -> None:

@@ -16,11 +16,11 @@ from ..data.errors import Policy
 from ..model import Config, Rope
 from ..model.hf.files import read_json
 from ..peft import Method, Subset
-from .schema import build, did_you_mean
+from .schema import from_fields, did_you_mean
 
 # Environment in which glibc keeps freed memory and uses huge pages. XLA on CPU allocates a step's temporaries anew in
 # each step (as PyTorch does); with glibc's defaults their page faults cost 10-20 % of a step.
-MALLOC = {
+MALLOC_ENV = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 35),
     "MALLOC_TOP_PAD_": str(1 << 28),
@@ -29,7 +29,7 @@ MALLOC = {
 RUNTIME_FIELDS = {
     f"model.{k}" for k in ("scan", "remat", "dtype", "logits_dtype", "attention", "family")
 }  # computed, not what
-ACCEPT = ("data", "tokenizer", "base", "method", "model", "lock")  # what --accept takes
+FORCE = ("data", "tokenizer", "base", "method", "model", "lock")  # what --accept takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Data(Checked):
     tokenizer: str = ""  # a file or folder to use instead
     cache: str = "auto"  # a folder for tokenised domains; auto: the user's own (train/caches.py); empty: none
     bad: Policy = "error"  # a row that cannot be used: is an error, is left out, is repaired where that can be
-    bad_cap: Share = 0.01  # part of the rows that may be left out or repaired
+    max_bad_fraction: Share = 0.01  # part of the rows that may be left out or repaired
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,13 +123,13 @@ class Run(Checked):
     eval_every: int = 0  # steps; 0: at the end only
     eval_tokens: int = 32768  # held-out tokens of each domain; 0: all
     eval_rows: int = 0  # rows of a task's test that are generated and scored; 0: all
-    score_base: bool = True  # fine-tuning: score the task before tuning too
+    eval_base_first: bool = True  # fine-tuning: score the task before tuning too
     save_every: int = 0  # steps; 0: at the end only
     keep: Count = 2  # newest checkpoints kept, and the best
     resume: str = "never"  # auto: from the newest good checkpoint in `out`, if it has one; a step: from that one
     accept: str = ""  # what may differ from the checkpoint, with commas between (ACCEPT), or lock: take the folder over
     verify: Literal["full", "fast", "off"] = "full"  # loading: every digest, the files' sizes, the manifest alone
-    max_bad: int = 10  # steps in a row that are left out (NaN, infinity, spikes) until the run stops; 0: never
+    max_skipped: int = 10  # steps in a row that are left out (NaN, infinity, spikes) until the run stops; 0: never
     tensorboard: bool = True
     wandb: str = ""  # a Weights & Biases project to log to (pip install graftax[wandb])
 
@@ -139,9 +139,9 @@ class Run(Checked):
         if not re.fullmatch("never|auto|[0-9]+", self.resume):
             raise InputError(f"--resume {self.resume}: wanted auto, never, or the step of a checkpoint")
         for word in filter(None, self.accept.split(",")):
-            if word not in ACCEPT:
+            if word not in FORCE:
                 raise InputError(
-                    f"--accept {word}{did_you_mean(word, ACCEPT)}: wanted {', '.join(ACCEPT)}, commas between"
+                    f"--accept {word}{did_you_mean(word, FORCE)}: wanted {', '.join(FORCE)}, commas between"
                 )
         if self.quantize and self.phase == "pretrain":
             raise InputError(f"--quantize {self.quantize}: of a frozen base; pretraining has none")
@@ -181,12 +181,12 @@ def check_config_unchanged(run: Run, manifest: dict[str, Any], where: Path) -> N
     for key in sorted(set(then) & set(now) - RUNTIME_FIELDS):
         if key.startswith(("model.", "method.", "quantize", "phase")) and then[key] != now[key]:
             raise InputError(
-                f"{where / 'config.json'}: {key} is {short(now[key])}, but step {manifest['step']} was saved with "
-                f"{short(then[key])}; put that back (all of it is under 'config' in its manifest.json)"
+                f"{where / 'config.json'}: {key} is {shorten(now[key])}, but step {manifest['step']} was saved with "
+                f"{shorten(then[key])}; put that back (all of it is under 'config' in its manifest.json)"
             )
 
 
-def short(value: Any) -> str:
+def shorten(value: Any) -> str:
     """A value as JSON, cut if it is long."""
     text = json.dumps(value)
     return text if len(text) < 100 else text[:97] + "..."
@@ -212,7 +212,7 @@ def method_from_dict(tree: Any, where: str) -> Method:
         cls = method_class(name)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    return build(cls, {k: v for k, v in tree.items() if k != "name"}, f"{where}: method {name}")
+    return from_fields(cls, {k: v for k, v in tree.items() if k != "name"}, f"{where}: method {name}")
 
 
 def method_class(name: str) -> type[Method]:
@@ -238,12 +238,12 @@ def from_dict(tree: dict[str, Any], path: Path) -> Run:
     if tree.get("model") is not None:
         tree["model"] = config_from_dict(tree["model"], f"{path}: model")
     for key, cls in (("data", Data), ("optim", Optim)):
-        tree[key] = build(cls, tree.get(key, {}), f"{path}: {key}")
-    return build(Run, tree, str(path))
+        tree[key] = from_fields(cls, tree.get(key, {}), f"{path}: {key}")
+    return from_fields(Run, tree, str(path))
 
 
 def config_from_dict(tree: Any, where: str) -> Config:
     """A Config of its fields."""
     given = tree if isinstance(tree, dict) else {}
-    ropes = {k: build(Rope, given[k], f"{where}.{k}") for k in ("rope", "rope_local") if given.get(k) is not None}
-    return build(Config, given | ropes if given else tree, where)
+    ropes = {k: from_fields(Rope, given[k], f"{where}.{k}") for k in ("rope", "rope_local") if given.get(k) is not None}
+    return from_fields(Config, given | ropes if given else tree, where)

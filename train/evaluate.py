@@ -15,7 +15,7 @@ from ..data.loader import batches
 from ..data.sft import encode_examples, render_prompts
 from ..model import Config, Context, Sampling, Transformer, check_room, generate, token_losses
 from ..model.sharding import fetch
-from .choices import chat_tails, continuation_losses
+from .choices import answer_continuations, continuation_losses
 
 
 @partial(jax.jit, static_argnames=("model", "tokens", "chunk"))
@@ -45,7 +45,7 @@ def held_out_losses(
     """
     result = {}
     for name, domain in held_out.items():
-        rows = within(domain.rows, tokens)
+        rows = within_tokens(domain.rows, tokens)
         targets = sum(float(r["weights"].sum()) for r in rows)
         loss = float(row_losses(model, bound, context, rows, batch, put).sum()) / max(targets, 1)
         bytes_a_token = domain.n_bytes / sum(float(r["weights"].sum()) for r in domain.rows)
@@ -63,18 +63,18 @@ def mean_loss(losses: Mapping[str, Mapping[str, float]]) -> float:
     return sum(d["loss"] for d in losses.values()) / len(losses)
 
 
-def outputs(
+def generate_answers(
     model: Transformer, bound: Any, context: Context, tokenizer: Any, rows: Sequence[dict[str, Any]],
     new: int, batch: int = 32, how: Sampling | None = None, progress: Callable[[int], None] = lambda n: None,
 ) -> list[str]:  # fmt: skip
     """What the model answers to each row's prompt, up to `new` tokens."""
-    named = chats(rows)
+    named = row_chats(rows)
     prompts = render_prompts(named, tokenizer)
     check_room(model.config, prompts, new, context.length, [where for where, _ in named])
-    return replies(model, bound, context, tokenizer, prompts, new, batch, how, progress)
+    return generate_texts(model, bound, context, tokenizer, prompts, new, batch, how, progress)
 
 
-def replies(
+def generate_texts(
     model: Transformer, bound: Any, context: Context, tokenizer: Any, prompts: Sequence[Sequence[int]],
     new: int, batch: int = 32, how: Sampling | None = None, progress: Callable[[int], None] = lambda n: None,
 ) -> list[str]:  # fmt: skip
@@ -94,35 +94,35 @@ def replies(
     return answers
 
 
-def choose(
+def choose_answers(
     model: Transformer, bound: Any, context: Context, tokenizer: Any, rows: Sequence[dict[str, Any]],
     choices: Sequence[str], batch: int = 4,
 ) -> list[str]:  # fmt: skip
     """The choice with the highest log-probability as the answer to each row's prompt."""
-    tails = chat_tails(tokenizer, rows[0], choices)
-    named = chats(rows)
+    tails = answer_continuations(tokenizer, rows[0], choices)
+    named = row_chats(rows)
     where = [where for where, _ in named]
     losses = continuation_losses(model, bound, context, render_prompts(named, tokenizer), tails, batch, where)
     return [choices[i] for i in losses.argmin(axis=1)]
 
 
-def evenly(rows: Sequence[Any], n: int = 0) -> list[Any]:
+def evenly_spaced(rows: Sequence[Any], n: int = 0) -> list[Any]:
     """At most n of the rows (0: all), evenly out of all of them: they may be sorted by their answers."""
     n = min(n or len(rows), len(rows))
     return [rows[i * len(rows) // n] for i in range(n)]
 
 
-def within(rows: Sequence[Any], tokens: int) -> list[Any]:
+def within_tokens(rows: Sequence[Any], tokens: int) -> list[Any]:
     """Packed rows of at most `tokens` tokens, one at least, evenly out of all of them (0: all)."""
-    return evenly(rows, max(tokens // len(rows[0]["ids"]), 1) if tokens else 0)
+    return evenly_spaced(rows, max(tokens // len(rows[0]["ids"]), 1) if tokens else 0)
 
 
-def scored(task: Any, tokenizer: Any, rows: int = 0) -> list[dict[str, Any]]:
+def scored_rows(task: Any, tokenizer: Any, rows: int = 0) -> list[dict[str, Any]]:
     """The rows a task is scored on, at most `rows` (0: all): its test, or its validation rows where it has none."""
-    return as_written(evenly(task.test or task.valid, rows), tokenizer)
+    return with_rendered_replies(evenly_spaced(task.test or task.valid, rows), tokenizer)
 
 
-def as_written(rows: Sequence[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
+def with_rendered_replies(rows: Sequence[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
     """Rows as they are scored: a reply with calls or thoughts is all that the chat template writes for it."""
     more = [i for i, row in enumerate(rows) if "chat" in row and not row["chat"].replies_in_text]
     texts = [tokenizer.decode(ids).strip() for ids in _last_replies([rows[i] for i in more], tokenizer)]
@@ -130,12 +130,12 @@ def as_written(rows: Sequence[dict[str, Any]], tokenizer: Any) -> list[dict[str,
     return [row | {"completion": written[i]} if i in written else row for i, row in enumerate(rows)]
 
 
-def answerable(
+def answerable_rows(
     rows: Sequence[dict[str, Any]], tokenizer: Any, config: Config, virtual: int = 0, bad: RowErrors = RAISE
 ) -> list[dict[str, Any]]:
     """The rows that `outputs` can answer: the template takes them, and the prompt with the longest answer of all fits
     into the context. `bad` says what becomes of any other; InputError, which names it, if that is an error."""
-    named = list(zip(rows, chats(rows), strict=True))
+    named = list(zip(rows, row_chats(rows), strict=True))
     whole = encode_examples([chat for _, chat in named], tokenizer, bad)
     sized = [(*pair, len(ids)) for pair, (ids, _) in zip(named, whole, strict=True) if ids]
     prompts = render_prompts([chat for _, chat, _ in sized], tokenizer, bad)
@@ -150,24 +150,24 @@ def answerable(
     kept = list(fitting(one for one in asked if one[2]))  # each with its own answer
     if not kept:
         return []
-    new = longest_answer([row for row, _, _ in kept], tokenizer)
+    new = longest_reply([row for row, _, _ in kept], tokenizer)
     return [row for row, _, _ in fitting((*one, new) for one in kept)]
 
 
-def longest_answer(rows: Sequence[dict[str, Any]], tokenizer: Any) -> int:
+def longest_reply(rows: Sequence[dict[str, Any]], tokenizer: Any) -> int:
     """Tokens of the longest last reply, its end and what the template puts before it included."""
     return max(map(len, _last_replies(rows, tokenizer)))
 
 
 def _last_replies(rows: Sequence[dict[str, Any]], tokenizer: Any) -> list[list[int]]:
     """The ids of each row's last reply: what stands behind its prompt, up to the last target."""
-    named, found = chats(rows), []
+    named, found = row_chats(rows), []
     for (ids, weights), prompt in zip(encode_examples(named, tokenizer), render_prompts(named, tokenizer), strict=True):
         same = next((i for i, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b), len(prompt))
         found.append(list(ids[same : int(np.flatnonzero(weights)[-1]) + 1]))
     return found
 
 
-def chats(rows: Sequence[dict[str, Any]]) -> list[tuple[str, Any]]:
+def row_chats(rows: Sequence[dict[str, Any]]) -> list[tuple[str, Any]]:
     """(where, dialogue) of rows, as they are rendered."""
     return [(where := row.get("where", f"row {i}"), chat_of(row, where)) for i, row in enumerate(rows, 1)]

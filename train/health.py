@@ -29,7 +29,7 @@ class Health:
         for at, m in enumerate(metrics, step - len(metrics) + 1):
             finite = bool(np.isfinite(m["loss"]) and np.isfinite(m["grad_norm"]))
             self.bad = [] if m["ok"] else [*self.bad, (at, finite)]
-            if self.run.max_bad and len(self.bad) >= self.run.max_bad:
+            if self.run.max_skipped and len(self.bad) >= self.run.max_skipped:
                 self._stop()
 
     def _stop(self) -> None:
@@ -49,9 +49,9 @@ class Health:
         return [int(self.rows[i]["row"]) for i in range(at, at + self.run.data.batch)]
 
 
-def must_be_finite(trainable: Any, step: int, run: Run) -> None:
+def check_finite(trainable: Any, step: int, run: Run) -> None:
     """InputError naming the first parameter with NaN or infinity in it: such a state is not saved."""
-    for path in not_finite(trainable):
+    for path in nonfinite_paths(trainable):
         raise InputError(
             f"{run.out}: at step {step} {path} is not finite, so nothing was saved of it; lower --optim.lr, then "
             "go on with --resume"
@@ -64,7 +64,7 @@ def load_base(run: Run, mesh: Any) -> LoadedRun:
     Raises InputError for a parameter of the base that holds NaN or infinity.
     """
     got = load_run(run.base, mesh, layers=run.layers, quantize=run.quantize, verify=run.verify)
-    if bad := not_finite(got.base):
+    if bad := nonfinite_paths(got.base):
         others = f" (and so do {len(bad) - 1} more)" if len(bad) > 1 else ""
         raise InputError(
             f"{run.base}: the parameter {bad[0]} holds NaN or infinity{others}, so nothing can be trained on it; copy "
@@ -73,7 +73,7 @@ def load_base(run: Run, mesh: Any) -> LoadedRun:
     return dataclasses.replace(got, tokenizer=dataclasses.replace(got.tokenizer, date=run.date))
 
 
-def not_finite(tree: Any) -> list[str]:
+def nonfinite_paths(tree: Any) -> list[str]:
     """The paths of the arrays of a tree that hold NaN or infinity; each array is read once, where it is."""
     flat = {path: x for path, x in paths(tree) if jnp.issubdtype(x.dtype, jnp.inexact)}
     return [path for path, fine in jax.device_get(_finite(flat)).items() if not fine]

@@ -24,10 +24,10 @@ from ..data.tokenizers.tokenizer import Tokenizer, load_tokenizer, train_tokeniz
 from ..model import Config
 from .caches import cache_folder
 from .config import Data, did_you_mean
-from .evaluate import answerable
+from .evaluate import answerable_rows
 from .progress import console
 
-FEW = 30  # rows: of fewer, each is more than 3 % of a score
+FEW_ROWS = 30  # rows: of fewer, each is more than 3 % of a score
 
 
 def domain_documents(data: Data, bad: RowErrors = RAISE) -> dict[str, Any]:
@@ -64,20 +64,20 @@ class Reiterable:
 
 def corpus_and_tokenizer(data: Data, seed: int, work: Path) -> tuple[Corpus, Tokenizer]:
     """A pretraining run's rows and tokenizer; without --data.tokenizer one is trained on the training documents."""
-    bad = RowErrors(data.bad, data.bad_cap)
+    bad = RowErrors(data.bad, data.max_bad_fraction)
     domains = domain_documents(data, bad)
     if data.tokenizer:
         tokenizer = load_tokenizer(data.tokenizer)
     else:
         first = domain_documents(
-            data, RowErrors(data.bad, data.bad_cap)
+            data, RowErrors(data.bad, data.max_bad_fraction)
         )  # what is left out is counted when it is read again
         texts = (d.text for docs in first.values() for d in docs if not is_held_out(d.id, data.held_out))
         tokenizer = train_tokenizer(texts, work / "tokenizer.model", data.vocab)
     weights = {name: weight for name, _, weight in data.domains}
     cache = cache_folder("data", data.cache)
     corpus = pretrain_rows(domains, weights, tokenizer, data.T, seed, data.held_out, cache)
-    say(bad, sum(corpus.dropped.values()))
+    report_row_errors(bad, sum(corpus.dropped.values()))
     return corpus, tokenizer
 
 
@@ -89,12 +89,12 @@ def tuning_rows(
     config, virtual: the base and the number of virtual tokens, for a run that is scored: see `judged`.
     InputError: a row that is bad, or does not fit, wherever it is; unless --data.bad says otherwise.
     """
-    check_rows(tokenizer, V)
-    bad = RowErrors(data.bad, data.bad_cap)
-    task = task_of(data, bad)
+    check_vocab(tokenizer, V)
+    bad = RowErrors(data.bad, data.max_bad_fraction)
+    task = load_task(data, bad)
     pairs = training_pairs(task, data, seed)
     bad.rows = max(bad.rows, len(pairs) + len(task.valid) + len(task.test))  # tasks that no reader has counted
-    task = judged(task, tokenizer, config, virtual, bad) if config else task
+    task = with_answerable_rows(task, tokenizer, config, virtual, bad) if config else task
     sft = sft_rows(pairs, tokenizer, data.T, seed, data.pack, bad)
     if task.valid:
         valid = sft_rows(task.pairs("valid"), tokenizer, data.T, 0, data.pack, bad)
@@ -105,7 +105,7 @@ def tuning_rows(
                   for row in task.valid + task.test]  # fmt: skip
         digest = hashlib.sha256(json.dumps([sft.digest, judges]).encode()).hexdigest()
         sft = dataclasses.replace(sft, digest=digest)
-    say(bad, task.dropped)
+    report_row_errors(bad, task.dropped)
     return task, sft
 
 
@@ -120,40 +120,40 @@ def training_pairs(task: Task, data: Data, seed: int) -> list[tuple[str, dict[st
     return pairs
 
 
-def trained_on(data: Data, seed: int) -> list[dict[str, Any]] | None:
+def trained_rows(data: Data, seed: int) -> list[dict[str, Any]] | None:
     """The training rows of a run, [] for one that has none; None where they cannot be read."""
     try:
         return (
-            [row for _, row in training_pairs(task_of(data, RowErrors(data.bad, 1.0)), data, seed)] if data.task else []
+            [row for _, row in training_pairs(load_task(data, RowErrors(data.bad, 1.0)), data, seed)] if data.task else []
         )
     except InputError:
         return None
 
 
-def judged(task: Task, tokenizer: Tokenizer, config: Config, virtual: int, bad: RowErrors) -> Task:
+def with_answerable_rows(task: Task, tokenizer: Tokenizer, config: Config, virtual: int, bad: RowErrors) -> Task:
     """The task, with those of the rows that judge it which are `answerable`. InputError if there were some and none is
     left."""
     rows = task.test or task.valid
-    kept = answerable(rows, tokenizer, config, virtual, bad) if rows else []
+    kept = answerable_rows(rows, tokenizer, config, virtual, bad) if rows else []
     if rows and not kept:
         bad.settle()
         raise InputError(f"{task.name}: none of the {len(rows)} rows that judge can be used; {bad.first[0]}")
     return dataclasses.replace(task, test=kept) if task.test else dataclasses.replace(task, valid=kept)
 
 
-def say_parts(task: Task) -> None:
+def report_split_sizes(task: Task) -> None:
     """Say how many rows train, choose and judge, and what so few of them cannot tell."""
     train, valid, test = (len(rows) for rows in (task.train, task.valid, task.test))
     said = f"{train + valid + test:,} rows: {train:,} train, {valid:,} choose (validation), {test:,} judge (test)"
     judges, part = test or valid, "test" if test else "validation"
     if not judges:
         said += "; nothing chooses a checkpoint or judges the result: give --data.valid FILE, --data.test FILE"
-    elif judges < FEW:
+    elif judges < FEW_ROWS:
         said += f"; few: one {part} row is {1 / judges:.1%} of the score, give --data.test FILE with more"
     console.print(f"{task.name}: {said}", soft_wrap=True)
 
 
-def say(bad: RowErrors, dropped: int = 0) -> None:
+def report_row_errors(bad: RowErrors, dropped: int = 0) -> None:
     """Say what was left out. InputError if it is more than the cap."""
     for line in bad.settle():
         console.print(line, soft_wrap=True)
@@ -161,7 +161,7 @@ def say(bad: RowErrors, dropped: int = 0) -> None:
         console.print(f"left out of training: {dropped:,} that are held out too", soft_wrap=True)
 
 
-def check_rows(tokenizer: Tokenizer, V: int, where: str = "") -> None:
+def check_vocab(tokenizer: Tokenizer, V: int, where: str = "") -> None:
     """InputError if a tokenizer has ids that a table of V rows does not hold: those would be read as other rows."""
     if tokenizer.vocab_size > V:
         raise InputError(
@@ -179,14 +179,14 @@ def check_tokenizer(tokenizer: Tokenizer, digest: str, where: Path) -> None:
         )
 
 
-def check_file(name: str) -> str:
+def check_examples_file(name: str) -> str:
     """The name of a file of examples. InputError for what is neither that nor a task."""
     if re.fullmatch(r"(?!hub:)[\w:-]+", name) and not os.path.exists(name):
         raise InputError(f"no task and no file {name!r}{did_you_mean(name, tasks)}; tasks: {', '.join(tasks)}")
     return name
 
 
-def task_of(data: Data, bad: RowErrors | None = None) -> Task:
+def load_task(data: Data, bad: RowErrors | None = None) -> Task:
     """The task of a fine-tuning run: a known name below --data.root, or a file of examples, which is cut into parts in
     the same way whatever the run's seed: no seed trains on what another is judged by."""
     if not data.task:
@@ -201,8 +201,8 @@ def task_of(data: Data, bad: RowErrors | None = None) -> Task:
             raise InputError(f"--data.columns and --data.ignore are of a file; the rows of {data.task!r} are known, "
                              f"drop {' '.join(given)}")  # fmt: skip
         return tasks[data.task](Path(data.root or "."))
-    bad, columns = bad or RowErrors(data.bad, data.bad_cap), Columns(data.columns, data.ignore)
-    return file_task(check_file(data.task), data.held_out, 0, bad, data.valid, data.test, columns)
+    bad, columns = bad or RowErrors(data.bad, data.max_bad_fraction), Columns(data.columns, data.ignore)
+    return file_task(check_examples_file(data.task), data.held_out, 0, bad, data.valid, data.test, columns)
 
 
 def save_held_out(path: Path, held_out: dict[str, HeldOut]) -> None:
@@ -242,7 +242,7 @@ def _held_out(name: str, arrays: dict[str, Any]) -> HeldOut:
     return HeldOut([{k: v[i] for k, v in fields.items()} for i in range(n)], int(n_bytes), float(zlib))
 
 
-def check_lengths(data: Data, context: int, virtual: int = 0) -> None:
+def check_row_length(data: Data, context: int, virtual: int = 0) -> None:
     """Rows must fit the base, `virtual` positions of which are taken."""
     if context - virtual < data.T:
         taken = f" ({virtual} of it are virtual tokens)" if virtual else ""

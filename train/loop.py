@@ -19,9 +19,9 @@ from . import faults
 from .cluster import distributed
 from .cluster.signals import Stop, Stopped
 from .config import Run, flatten, to_json
-from .health import Health, must_be_finite
-from .optim import schedule
-from .program import KEYS, check_batch, lower
+from .health import Health, check_finite
+from .optim import lr_schedule
+from .program import BATCH_DTYPES, check_batch, lower
 from .progress import Log, NoLog, console, step_flops
 from .runs import record
 from .runs.checkpoint import CheckpointWriter
@@ -29,7 +29,7 @@ from .runs.checkpoint_reader import describe_sidecars
 from .runs.lineage import code_version
 from .runs.lock import Lock
 from .runs.record import evaluate
-from .runs.resume import check_out, dated, find, restore, same_run
+from .runs.resume import check_out, with_date, find_checkpoint, restore, accepted_changes
 from .setup import TrainSetup, prepare
 
 
@@ -39,7 +39,7 @@ def train(run: Run) -> Path:
     folder, writes = Path(run.out), distributed.index() == 0
     distributed.check_agreement("the command", flatten(json.loads(to_json(run))))
     check_out(run)
-    run, mesh = dated(run), make_mesh(run.mesh)
+    run, mesh = with_date(run), make_mesh(run.mesh)
     check_batch(run, mesh)
     with contextlib.ExitStack() as held, tempfile.TemporaryDirectory() as work, jax.set_mesh(mesh):
         stop = held.enter_context(Stop())
@@ -47,24 +47,24 @@ def train(run: Run) -> Path:
         distributed.barrier_gather("the checks")  # none finds what process 0 makes now
         guard: Any = lambda: None  # noqa: E731
         if writes:
-            record.make(folder)
+            record.make_run_folder(folder)
             guard = held.enter_context(Lock(folder, "lock" in run.accept.split(","))).check
             check_out(run)  # nobody came before
         checkpoints = held.enter_context(CheckpointWriter(folder / "checkpoints", run.keep, guard))
-        step, later = find(phase.run, checkpoints)
-        taken = same_run(phase, checkpoints.manifest(step)) if step is not None else []
-        if step and step == phase.run.steps and record.complete(folder, step):
+        step, later = find_checkpoint(phase.run, checkpoints)
+        taken = accepted_changes(phase, checkpoints.manifest(step)) if step is not None else []
+        if step and step == phase.run.steps and record.is_complete(folder, step):
             console.print(f"{folder} is complete at step {step}; nothing is left to do", soft_wrap=True)
             return folder
         course = Runner(phase, folder, checkpoints, step, taken)  # a resume that is refused has changed no file
         if writes:
-            record.begin(phase, folder, checkpoints, step or 0, later)
+            record.write_first_files(phase, folder, checkpoints, step or 0, later)
         distributed.barrier_gather("the folder of the run")
         if not (folder / "config.json").exists():
             raise InputError(f"--out {folder}: not the folder that process 0 made; all processes must share it")
         summary = _go(phase, folder, course, stop)
         if writes:
-            record.finish(run, folder, summary)
+            record.write_last_files(run, folder, summary)
         distributed.barrier_gather("the end of the run")
     return folder
 
@@ -72,13 +72,13 @@ def train(run: Run) -> Path:
 def _go(phase: TrainSetup, folder: Path, loop: "Runner", stop: Stop) -> dict[str, Any]:
     """The loop proper: from the phase's state to the last step. Returns the summary."""
     run, first, left = phase.run, loop.first, False
-    before = record.noted(folder, 0)
+    before = record.logged_evaluation(folder, 0)
     begins = run.phase == "finetune" and not first and not before
-    before = evaluate(phase, run.score_base) if begins else before
+    before = evaluate(phase, run.eval_base_first) if begins else before
     faults.at("compile")
     step, cost = compile_step(phase)
-    found = {} if first < run.steps else record.noted(folder, first)
-    with record.of_saved(run, first):
+    found = {} if first < run.steps else record.logged_evaluation(folder, first)
+    with record.explain_scoring_failure(run, first):
         late = {} if first < run.steps or found else evaluate(phase)  # it ended behind the last save
     stop.begin(first)
     with contextlib.closing(_log(phase, folder, first)) as log:
@@ -107,7 +107,7 @@ def _go(phase: TrainSetup, folder: Path, loop: "Runner", stop: Stop) -> dict[str
     if left:
         console.print(f"stopped at step {loop.done} of {run.steps}, saved; go on with --resume")
         raise Stopped
-    return record.summary(phase, folder, before, found or late, cost) if distributed.index() == 0 else {}
+    return record.summarize(phase, folder, before, found or late, cost) if distributed.index() == 0 else {}
 
 
 def _evaluated(loop: "Runner", stop: Stop, i: int, last: bool) -> dict[str, Any] | None:
@@ -115,7 +115,7 @@ def _evaluated(loop: "Runner", stop: Stop, i: int, last: bool) -> dict[str, Any]
     if a signal ended that. What has been trained is not lost by an evaluation that fails."""
     phase = loop.phase
     try:
-        found = stop.between(lambda: (faults.at("score", i), record.losses(phase))[1])
+        found = stop.between(lambda: (faults.at("score", i), record.evaluate_losses(phase))[1])
     except Exception:
         if distributed.count() == 1:  # the others may not have failed, and would wait
             loop.save()
@@ -124,8 +124,8 @@ def _evaluated(loop: "Runner", stop: Stop, i: int, last: bool) -> dict[str, Any]
         return found
     loop.save(found)
     loop.checkpoints.wait()
-    with record.of_saved(phase.run, i):
-        scores = stop.between(lambda: record.scores(phase))
+    with record.explain_scoring_failure(phase.run, i):
+        scores = stop.between(lambda: record.evaluate_scores(phase))
     return None if scores is None else found | scores
 
 
@@ -144,7 +144,7 @@ class Runner:
         self.saved, self.pending = at or 0, []
         self.held, self.counted = batch_rows(phase.mesh, run.data.batch)
         self.loader = Loader(phase.rows, run.data.batch, start=start, held=self.held)
-        self.put, self.schedule = put_batch(phase.mesh, run.data.batch), schedule(run.optim, run.steps)
+        self.put, self.schedule = put_batch(phase.mesh, run.data.batch), lr_schedule(run.optim, run.steps)
         self.health = Health(run, phase.rows, start, self.first)
         told = checkpoints.manifest(at).get("accepted", []) if at is not None else []
         self.accepted = [*told, *taken]
@@ -158,8 +158,8 @@ class Runner:
     def feed(self) -> dict[str, np.ndarray]:
         """The next rows, as this process holds them."""
         at, batch = self.loader.state()["next_row"], next(self.loader)
-        self.seen += row_sum(at + self.counted, batch["row"][np.searchsorted(self.held, self.counted)])
-        return {k: batch[k] for k in KEYS}
+        self.seen += stream_digest(at + self.counted, batch["row"][np.searchsorted(self.held, self.counted)])
+        return {k: batch[k] for k in BATCH_DTYPES}
 
     def step(self, i: int, step: Any) -> None:
         """Step i."""
@@ -191,7 +191,7 @@ class Runner:
             return
         state, self.saved = self.phase.state, self.done
         score = (found or {}).get("valid_loss" if self.phase.run.phase == "finetune" else "held_out_loss")
-        must_be_finite(state.trainable, self.done, self.phase.run)
+        check_finite(state.trainable, self.done, self.phase.run)
         items = {"trainable": state.trainable, "optimizer": state._replace(trainable=None)}
         meta = _meta(self.phase, self.loader, self.seen) | self.constant
         self.checkpoints.save(self.done, items, meta, score)
@@ -204,7 +204,7 @@ def _log(phase: TrainSetup, folder: Path, first: int) -> Any:
     return make(folder, run.recipe or run.phase, run.steps, first, flops, run.tensorboard, run.wandb)
 
 
-def row_sum(places: np.ndarray, rows: np.ndarray) -> int:
+def stream_digest(places: np.ndarray, rows: np.ndarray) -> int:
     """sum of sha256(place in the stream, row id): sums of parts of a stream, added up, are the digest of all of it."""
     pairs = np.stack([places, rows], axis=1).astype(np.int64)
     return sum(int.from_bytes(hashlib.sha256(pair.tobytes()).digest(), "big") for pair in pairs)

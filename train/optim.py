@@ -16,7 +16,7 @@ from ..peft.targets import is_on
 from .config import Optim
 
 
-def schedule(optim: Optim, steps: int) -> Callable[[Any], Any]:
+def lr_schedule(optim: Optim, steps: int) -> Callable[[Any], Any]:
     """The learning rate at a step: linear warm-up to `lr`, then constant, linear, cosine or WSD down to `lr * end`.
 
     WSD (warm-up, stable, decay; arXiv:2404.06395) falls linearly over the last `decay` part of the steps.
@@ -63,7 +63,7 @@ def make_optimizer(
         scaled,
         _add_decay(optim.weight_decay, decay) if is_on(optim.weight_decay) else optax.identity(),
         _times(_groups(optim, trainable)) if optim.groups else optax.identity(),
-        optax.scale_by_learning_rate(schedule(optim, steps)),
+        optax.scale_by_learning_rate(lr_schedule(optim, steps)),
         method.update_transform(steps) if method else optax.identity(),
     )
 

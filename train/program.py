@@ -17,7 +17,7 @@ from .config import Run
 from .optim import make_optimizer
 from .step import init_state, make_train_step
 
-KEYS = {"ids": jnp.int32, "targets": jnp.int32, "weights": jnp.float32, "segments": jnp.int32, "positions": jnp.int32}
+BATCH_DTYPES = {"ids": jnp.int32, "targets": jnp.int32, "weights": jnp.float32, "segments": jnp.int32, "positions": jnp.int32}
 
 
 class Start(NamedTuple):
@@ -45,7 +45,7 @@ def base_shapes(run: Run, config: Config) -> Any:
     return jax.eval_shape(lambda p: quantize(p, kind), shapes) if kind else shapes
 
 
-def start(run: Run, shapes: Any) -> Start:
+def initial_layout(run: Run, shapes: Any) -> Start:
     """How a run begins from a base of these shapes."""
     method, key = run.method, jax.random.key(run.seed + 1)
     trainable = jax.eval_shape(lambda p: method.init(key, p), shapes)
@@ -60,10 +60,10 @@ def start(run: Run, shapes: Any) -> Start:
 
 def layout(run: Run, mesh: Any, shapes: Any) -> Layout:
     """The layout of a run on a mesh from the shapes of its base. Raises InputError for what does not divide."""
-    split, first = shardings(mesh, shapes), start(run, shapes)
+    split, first = shardings(mesh, shapes), initial_layout(run, shapes)
     frozen, state = infer_adapter_shardings(mesh, first.begin, shapes, split)
     if run.offload:
-        state = state._replace(opt_state=on_host(first.made[1].opt_state, state.opt_state, mesh))
+        state = state._replace(opt_state=offloaded(first.made[1].opt_state, state.opt_state, mesh))
     return Layout(*first, (frozen, state))
 
 
@@ -76,7 +76,7 @@ def check_batch(run: Run, mesh: Any) -> None:
         raise InputError(f"--data.T {run.data.T} does not divide over context = {mesh.shape['context']}")
 
 
-def on_host(shapes: Any, where: Any, mesh: Any) -> Any:
+def offloaded(shapes: Any, where: Any, mesh: Any) -> Any:
     """Shardings of the same layout in the hosts' memory, counts aside. InputError where devices cannot read it."""
     kind, one = "pinned_host", None if isinstance(mesh, AbstractMesh) else mesh.devices.flat[0]
     if one and kind not in {m.kind for m in one.addressable_memories()}:
@@ -91,7 +91,7 @@ def lower(phase: Any) -> tuple[Any, Any]:
     parts: dict[str, Any] = {"accumulate": run.accumulate, "chunk": run.chunk, "spike": run.optim.spike}
     step = make_train_step(phase.model, phase.method, phase.tx, **parts)
     shape, split = (run.data.batch, run.data.T), batch_sharding(phase.mesh)
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, dtype in KEYS.items()}
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=split) for name, dtype in BATCH_DTYPES.items()}
     where = jax.tree.map(lambda x: x.sharding, phase.state)
     with target_backend(platform):
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(where, None))

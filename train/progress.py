@@ -36,7 +36,7 @@ def step_flops(config: Any, total: int, trained: int, tokens: int, T: int) -> fl
     return tokens * (4.0 * matrices + 2.0 * trained + 12.0 * config.L * config.N * config.H * T / 2)
 
 
-def clock(seconds: float) -> str:
+def format_time(seconds: float) -> str:
     """75 -> '1:15'."""
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
@@ -117,7 +117,7 @@ class Log(Metrics):
         row = super().step(step, metrics, tokens)
         left = (self.last - self.began) / (step - self.start) * (self.steps - step)
         mfu = f" · MFU {row['mfu']:.1%}" if "mfu" in row else ""
-        text = f"· loss {metrics['loss']:.4f} · {row['tokens_per_second']:,.0f} tokens/s{mfu} · {clock(left)} left"
+        text = f"· loss {metrics['loss']:.4f} · {row['tokens_per_second']:,.0f} tokens/s{mfu} · {format_time(left)} left"
         self.bar.update(self.task, completed=step, text=text)
         # Without a terminal: about 20 lines a run.
         if not console.is_terminal and (step - self.spoken >= self.steps / 20 or step == self.steps):

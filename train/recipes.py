@@ -72,5 +72,5 @@ def trial() -> Run:
     """A short fine-tune, as `compare` and `decide` make many of: evaluated on few tokens, scored on 400 rows."""
     run = sft()
     return dataclasses.replace(
-        run, out="runs/trial", eval_rows=400, eval_tokens=4096, score_base=False, tensorboard=False
+        run, out="runs/trial", eval_rows=400, eval_tokens=4096, eval_base_first=False, tensorboard=False
     )

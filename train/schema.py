@@ -12,7 +12,7 @@ from .. import InputError
 _NAMES = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false", type(None): "null"}
 
 
-def build(cls: Any, tree: Any, where: str) -> Any:
+def from_fields(cls: Any, tree: Any, where: str) -> Any:
     """cls(**tree) with lists as tuples. InputError names `where`, the key, what it holds and what is wanted."""
     if not isinstance(tree, dict):
         raise InputError(f"{where}: a {type(tree).__name__}; an object of keys and values is wanted")

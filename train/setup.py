@@ -14,7 +14,7 @@ from ..peft import Chain, Method
 from .cluster import distributed
 from .config import Run
 from .health import load_base
-from .inputs import check_lengths, corpus_and_tokenizer, say_parts, tuning_rows
+from .inputs import check_row_length, corpus_and_tokenizer, report_split_sizes, tuning_rows
 from .program import layout
 from .progress import console
 from .runs import report
@@ -61,7 +61,7 @@ def _pretraining(run: Run, mesh: Any, work: Path) -> TrainSetup:
         raise InputError("--data.valid and --data.test are files of examples for fine-tuning; drop them")
     if run.steps < 1:
         raise InputError(f"--steps {run.steps}: pretraining wants 1 or more")
-    check_lengths(run.data, run.model.context)
+    check_row_length(run.data, run.model.context)
     corpus, tokenizer = corpus_and_tokenizer(run.data, run.seed, work)
     config = set_layout(dataclasses.replace(run.model, V=tokenizer.vocab_size), run.layers)
     run = dataclasses.replace(run, model=config)
@@ -82,14 +82,14 @@ def _tuning(run: Run, mesh: Any, work: Path) -> TrainSetup:
     config = with_compute_dtype(base.config, run.dtype, run.remat)
     method = resolve_method(run.method, base.tokenizer, run.seed)
     virtual = virtual_tokens(method, base.base)
-    check_lengths(run.data, config.context, virtual if config.learned_positions else 0)
+    check_row_length(run.data, config.context, virtual if config.learned_positions else 0)
     task, sft = tuning_rows(run.data, run.seed, base.tokenizer, config.V, config, virtual)
     steps = run.steps or max(round(run.epochs * len(sft.rows) / run.data.batch), 1)
     run = dataclasses.replace(run, steps=steps, base=resolve_path(run.base), method=method)
     _warn_few_rows(len(sft.rows), run)
     share = sft.tokens / (len(sft.rows) * run.data.T)
     rows = f"{sft.examples:,} examples in {len(sft.rows):,} rows of {run.data.T} ({share:.0%} filled)"
-    say_parts(task)
+    report_split_sizes(task)
     console.print(f"{task.name}: {rows}, {sft.target_tokens:,} target tokens; {steps} steps", soft_wrap=True)
     params, mark = base.base, base.fingerprint
     added = untrained_tokens(method, params, base.manifest.get("added_tokens", {}), sft.rows)
@@ -132,7 +132,7 @@ def _assemble(
     begin, tx, trainable, _, where = layout(run, mesh, shapes)
     name = type(method).__name__.lower()
     title = f"{run.phase} {run.recipe} · {name} · {run.optim.name} lr {run.optim.lr:g} · {run.steps} steps"
-    totals = report.show(console, title, method, shapes, trainable, tx)
+    totals = report.print_parameters(console, title, method, shapes, trainable, tx)
     # Donated: the base is never in memory twice.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Some donated buffers were not usable")

@@ -28,13 +28,13 @@ class State(NamedTuple):
     recent: Any = None  # the losses of the last updates, the newest last, if spikes are left out; NaN: not yet
 
 
-WINDOW = 128  # steps that a spike is measured against
+SPIKE_WINDOW = 128  # steps that a spike is measured against
 
 
 def init_state(trainable: Any, tx: optax.GradientTransformation, spikes: bool = False, *, seed: Any = 0) -> State:
     """The state before the first step. `spikes`: remember the last losses. `seed`: of all draws of training, an int or
     an int32 array (one for each of several adapters under `vmap`)."""
-    recent = jnp.full(WINDOW, jnp.nan, jnp.float32) if spikes else None
+    recent = jnp.full(SPIKE_WINDOW, jnp.nan, jnp.float32) if spikes else None
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(b"train/step"))  # no other draw of the run has this key
     return State(jnp.int32(0), trainable, tx.init(trainable), jnp.int32(0), jax.random.key_data(key), recent)
 

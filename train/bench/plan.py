@@ -24,7 +24,7 @@ from ...peft import methods
 from ..config import Data, Run
 from ..plan.planner import architecture, planned
 from ..plan.topology import target
-from ..program import KEYS, base_shapes, layout, lower
+from ..program import BATCH_DTYPES, base_shapes, layout, lower
 from .table import cpu
 
 RESULTS = Path(__file__).with_name("plan.md")
@@ -102,7 +102,7 @@ def measure(case: Case) -> dict[str, Any]:
         put, shape = put_batch(mesh), (run.data.batch, run.data.T)
         for i in range(3):
             rows = np.random.default_rng(i).integers(1, config.V, shape)
-            batch = {k: np.ones(shape, v) if k in ("weights", "segments") else rows.astype(v) for k, v in KEYS.items()}
+            batch = {k: np.ones(shape, v) if k in ("weights", "segments") else rows.astype(v) for k, v in BATCH_DTYPES.items()}
             batch["positions"] = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
             state, metrics = step(state, frozen, put(batch))
             jax.block_until_ready(metrics)

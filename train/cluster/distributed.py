@@ -17,8 +17,8 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from ... import InputError
-from ..config import short
-from .processes import cluster, coordinator, explicit, heartbeat, meet, quiet, wait
+from ..config import shorten
+from .processes import detect_cluster, start_coordinator as coordinator, parse_processes, heartbeat_timeout, meet_processes, mute, startup_timeout
 
 STOPPED = 75  # the exit code (EX_TEMPFAIL) when signals ended it and all is saved
 BARRIER = 1800.0  # seconds for all to come to one place of a run; a dead process is noticed sooner
@@ -59,7 +59,7 @@ def run_processes(processes: str | None, work: Callable[[], Any]) -> Any:
     processes: `ADDRESS:PORT,N,I` (process 0 listens at the address; this is process I of N), `1` for one, or None to
     take GRAFTAX_PROCESSES, or what a TPU slice, SLURM, Kubernetes or Open MPI says, or one.
     """
-    found = explicit(processes or os.environ.get("GRAFTAX_PROCESSES", "")) or cluster()
+    found = parse_processes(processes or os.environ.get("GRAFTAX_PROCESSES", "")) or detect_cluster()
     if not found or found[1] == 1:
         return work()
     try:
@@ -78,7 +78,7 @@ def run_processes(processes: str | None, work: Callable[[], Any]) -> Any:
         raise
     except BaseException as error:
         if type(error).__name__ == "JaxRuntimeError":
-            time.sleep(heartbeat() + 5)  # a collective that broke: the watch will know whose fault it is, and end here
+            time.sleep(heartbeat_timeout() + 5)  # a collective that broke: the watch will know whose fault it is, and end here
         lines = "".join(traceback.format_exception(error))
         _fail(f"{type(error).__name__}: {error}".splitlines()[0], 1, lines)
 
@@ -111,7 +111,7 @@ def check_agreement(what: str, mine: dict[str, Any]) -> None:
         for key in said[0]:
             if theirs.get(key) != said[0][key]:
                 raise InputError(
-                    f"{name(i)} has {key} {short(theirs.get(key))}, process 0 has {short(said[0][key])}; "
+                    f"{name(i)} has {key} {shorten(theirs.get(key))}, process 0 has {shorten(said[0][key])}; "
                     "start all processes with the same command and the same files"
                 )
 
@@ -136,17 +136,17 @@ def _start(address: str, n: int, i: int, devices: Any) -> None:
     """Meet the others, then start jax's client, before any device is touched."""
     import jax
 
-    quiet(i)
+    mute(i)
     host, port = address.rsplit(":", 1)
     _State.index = i
     if i == 0:
         _State.coordinator = coordinator(port, n)
-    _State.peers = meet(host.strip("[]"), int(port), n, i)
+    _State.peers = meet_processes(host.strip("[]"), int(port), n, i)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM and do nothing about it
     # jax starts a service in process 0 in any case: at a port that nobody knows.
     jax.distributed.initialize(
-        address, n, i, devices, "deactivate", wait(), heartbeat(), 10, "localhost:0" if i == 0 else None
+        address, n, i, devices, "deactivate", startup_timeout(), heartbeat_timeout(), 10, "localhost:0" if i == 0 else None
     )
     from jax._src import distributed
 
@@ -229,7 +229,7 @@ def _end() -> None:
     if index() == 0:
         last = threading.Thread(target=_alone, daemon=True)
         last.start()
-        last.join(heartbeat() + 10)
+        last.join(heartbeat_timeout() + 10)
     jax.distributed.shutdown()
     if _State.coordinator is not None:
         _bye()

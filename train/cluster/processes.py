@@ -17,7 +17,7 @@ CLUSTERS = ("SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE", "JOB_COMPLETION_INDEX
              "TPU_PROCESS_ADDRESSES")  # fmt: skip
 
 
-def seconds(variable: str, default: int) -> int:
+def seconds_from_env(variable: str, default: int) -> int:
     """The seconds that an environment variable says. InputError if they are no whole number from 1 to 86,400."""
     text = os.environ.get(variable, str(default))
     if not re.fullmatch("[0-9]{1,5}", text) or not 1 <= int(text) <= 86_400:
@@ -25,17 +25,17 @@ def seconds(variable: str, default: int) -> int:
     return int(text)
 
 
-def heartbeat() -> int:
+def heartbeat_timeout() -> int:
     """Seconds without a sign of life until a process is dead."""
-    return seconds("GRAFTAX_HEARTBEAT", 25)
+    return seconds_from_env("GRAFTAX_HEARTBEAT", 25)
 
 
-def wait() -> int:
+def startup_timeout() -> int:
     """Seconds for all processes to come."""
-    return seconds("GRAFTAX_WAIT", 300)
+    return seconds_from_env("GRAFTAX_WAIT", 300)
 
 
-def explicit(text: str) -> tuple[Any, ...] | None:
+def parse_processes(text: str) -> tuple[Any, ...] | None:
     """(address, N, I, None) of `ADDRESS:PORT,N,I`; InputError for anything else."""
     if not text:
         return None
@@ -50,7 +50,7 @@ def explicit(text: str) -> tuple[Any, ...] | None:
     return found[1], int(found[3]), int(found[4]), None
 
 
-def cluster() -> tuple[Any, ...] | None:
+def detect_cluster() -> tuple[Any, ...] | None:
     """(address, N, I, local devices) as jax finds them; None where nothing says that there are several processes."""
     import jax
     from jax._src import cloud_tpu_init
@@ -63,7 +63,7 @@ def cluster() -> tuple[Any, ...] | None:
     if jax.distributed.is_initialized():
         return None
     try:
-        found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, wait())
+        found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, startup_timeout())
     except Exception as error:
         raise InputError(
             f"the processes of this cluster were not found ({error}); say them with --processes ADDRESS:PORT,N,I, or "
@@ -72,10 +72,10 @@ def cluster() -> tuple[Any, ...] | None:
     return None if None in found[:3] else found
 
 
-def coordinator(port: str, n: int) -> Any:
+def start_coordinator(port: str, n: int) -> Any:
     """The coordinator, a child of process 0, that listens already."""
     script = str(Path(__file__).with_name("coordinator.py"))
-    command = [sys.executable, "-P", script, port, str(n), str(wait()), str(heartbeat())]
+    command = [sys.executable, "-P", script, port, str(n), str(startup_timeout()), str(heartbeat_timeout())]
     # In a session of its own: Ctrl-C is for the processes of the run.
     child = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
@@ -86,21 +86,21 @@ def coordinator(port: str, n: int) -> Any:
     return child
 
 
-def meet(host: str, port: int, n: int, i: int) -> tuple[str, ...]:
+def meet_processes(host: str, port: int, n: int, i: int) -> tuple[str, ...]:
     """Say who this is, and be told who all are; InputError naming who does not come."""
-    end, line = time.monotonic() + wait(), ""
+    end, line = time.monotonic() + startup_timeout(), ""
     hello = {"index": i, "count": n, "host": socket.gethostname(), "pid": os.getpid()}
     while not line:
         try:
             with socket.create_connection((host, port), timeout=10) as there:
                 there.sendall((json.dumps(hello) + "\n").encode())
-                there.settimeout(wait() + 10)
+                there.settimeout(startup_timeout() + 10)
                 line = there.makefile().readline()
         except OSError:
             line = ""
         if not line:
             if time.monotonic() > end:
-                raise InputError(f"process 0 of {n} did not come within {wait()} s: nothing answers at {host}:{port}")
+                raise InputError(f"process 0 of {n} did not come within {startup_timeout()} s: nothing answers at {host}:{port}")
             time.sleep(0.5)
     said = json.loads(line)
     if "wrong" in said:
@@ -108,7 +108,7 @@ def meet(host: str, port: int, n: int, i: int) -> tuple[str, ...]:
     return tuple(said["peers"])
 
 
-def quiet(i: int) -> None:
+def mute(i: int) -> None:
     """Process 0 speaks for all; C++ libraries that print on stdout are heard in none."""
     from ..progress import console
 

@@ -17,7 +17,7 @@ from ...model import Config, Transformer
 from ...model.backend import target_backend
 from ...model.tree import in_layers, is_stacked, paths
 from ..config import Run
-from ..program import KEYS, Layout, base_shapes, start
+from ..program import BATCH_DTYPES, Layout, base_shapes, initial_layout
 from ..step import State, make_train_step
 from .hlo import Collective
 from .trace import Cost, Sizes, cost, nbytes
@@ -29,10 +29,10 @@ def traced(run: Run, config: Config, mesh: Any, layout: Layout, platform: str) -
     shape = (run.data.batch // (at["data"] * at["fsdp"]), run.data.T)
     alone = AbstractMesh((1, 1, 1, at["context"]), tuple(at), (AxisType.Auto,) * 4)
     with target_backend(platform), jax.sharding.use_abstract_mesh(alone):
-        first = start(run, base_shapes(run, small))
+        first = initial_layout(run, base_shapes(run, small))
         frozen, state = first.made
         step = make_train_step(Transformer(small), run.method, first.tx, accumulate=run.accumulate, chunk=run.chunk)
-        batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in KEYS.items()}
+        batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in BATCH_DTYPES.items()}
         closed = jax.make_jaxpr(step)(state, frozen, batch)
     # XLA's CPU backend adds gradients up into another array, the whole of it, and then takes the device's part.
     copies = int(platform == "cpu" and mesh.size > at["tensor"])

@@ -16,8 +16,8 @@ from ...model import Config, Transformer, hf, presets, shapes_of
 from ...model.backend import target_backend
 from ...model.hf.files import nearest_folder, read_json
 from ..config import Run, did_you_mean, from_json
-from ..inputs import check_lengths
-from ..program import KEYS, Layout, base_shapes, check_batch, layout, lower
+from ..inputs import check_row_length
+from ..program import BATCH_DTYPES, Layout, base_shapes, check_batch, layout, lower
 from ..progress import step_flops
 from ..runs.checkpoint import CheckpointWriter
 from ..runs.layout import set_layout as stacked_or_not
@@ -33,7 +33,7 @@ def planned(run: Run, target: Target, compiling: bool = True) -> dict[str, Any]:
     """The plan of one run on one target, as JSON. Raises InputError for what the run itself would refuse."""
     with target_backend(target.platform):
         run, config = architecture(run)
-        check_lengths(run.data, config.context)
+        check_row_length(run.data, config.context)
         mesh = target.mesh(run.mesh)
         check_batch(run, mesh)
         inside = getattr(mesh, "abstract_mesh", mesh)
@@ -140,7 +140,7 @@ def _count(tree: Any) -> int:
 
 def _row(run: Run, config: Config, target: Target, mesh: Any, counts: Any, sizes: Any, cost: Any, found: Any) -> Any:
     """The plan as JSON."""
-    batch = sum(run.data.batch * run.data.T * jnp.dtype(d).itemsize for d in KEYS.values())
+    batch = sum(run.data.batch * run.data.T * jnp.dtype(d).itemsize for d in BATCH_DTYPES.values())
     own = sum(sizes.values()) + batch / mesh.shape["data"] / mesh.shape["fsdp"] / mesh.shape["context"]
     total, memory = found.get("needs", own), found.get("memory", target.chip.memory)
     sent: dict[str, dict[str, float]] = {}

@@ -17,7 +17,7 @@ from ...peft import Method
 from ...peft.hf.names import family_of
 from ...peft.methods.lora import LoRA
 from ..config import Run
-from ..inputs import check_rows
+from ..inputs import check_vocab
 from .lineage import write_lineage, read_lineage
 from ..progress import console
 from .tokenizer_files import write_tokenizer
@@ -107,7 +107,7 @@ def load_adapter(folder: Path, below: Any, base: str) -> Any:
     run = Run(phase="finetune", recipe="imported", out=str(folder), base=base, method=method, data=below.run.data)
     own = any((folder / name).is_file() for name in MAIN)
     tokenizer = load_tokenizer(folder) if own else below.tokenizer
-    check_rows(tokenizer, below.config.V, f"{folder}: ")
+    check_vocab(tokenizer, below.config.V, f"{folder}: ")
     records, mark = read_lineage(folder), below.fingerprint
     said = str(records[-1].get("base") or "") if records else ""
     if said not in ("", mark):

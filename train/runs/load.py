@@ -25,7 +25,7 @@ from ...peft import Method, Subset, merge
 from . import adapters, report
 from .checkpoint import CheckpointWriter, fingerprint, leaf_digests, fingerprint_of
 from ..config import Data, Run, from_json, check_config_unchanged, method_to_dict
-from ..inputs import check_rows, check_tokenizer, load_held_out
+from ..inputs import check_vocab, check_tokenizer, load_held_out
 from .layout import set_layout, convert_layout, with_shardings
 from .lineage import lineage_of, read_lineage
 from ..progress import console
@@ -154,9 +154,9 @@ def load_hugging_face(
     each, found = quantize_on_load(quantize, mesh) if quantize else (None, [])
     config, params = convert_layout(*hf.load(folder, dtype, mesh, each), layers, mesh, quantize)
     if check:
-        check_rows(tokenizer, config.V, f"{folder}: ")
+        check_vocab(tokenizer, config.V, f"{folder}: ")
     total, kind = sum(x.size for x in named(params).values()), config.param_dtype + (quantize and f" as {quantize}")
-    size, seconds = report.size(report.nbytes(params)), time.perf_counter() - began
+    size, seconds = report.format_bytes(report.nbytes(params)), time.perf_counter() - began
     said = f"read {name}: {config.family}, {total:,} parameters, {kind}, {size} in {seconds:.1f} s"
     console.print(said, soft_wrap=True)
     data = Data(T=min(512, config.context))
@@ -241,7 +241,7 @@ def load_run(
     checkpoints.close()
     params, tokenizer = below.base if below else nested(trainable), load_tokenizer(folder)
     check_tokenizer(tokenizer, manifest.get("tokenizer", ""), folder)
-    check_rows(tokenizer, config.V, f"{folder}: ")
+    check_vocab(tokenizer, config.V, f"{folder}: ")
     tokenizer = dataclasses.replace(tokenizer, date=run.date)
     held_out = below.held_out if below else load_held_out(folder / "held_out.npz")
     got = LoadedRun(folder, run, config, params, method, trainable, tokenizer, held_out, manifest)

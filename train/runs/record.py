@@ -15,7 +15,7 @@ from ..cluster import distributed
 from .checkpoint import CheckpointWriter
 from ...atomic import atomic_write
 from ..config import Run, to_json
-from ..evaluate import held_out_losses, longest_answer, mean_loss, outputs, row_losses, scored, within
+from ..evaluate import held_out_losses, longest_reply, mean_loss, generate_answers, row_losses, scored_rows, within_tokens
 from ..inputs import save_held_out
 from ..setup import TrainSetup
 from ..progress import console, cut_metrics, plot_losses, read_metrics
@@ -23,39 +23,39 @@ from ..progress import console, cut_metrics, plot_losses, read_metrics
 
 def evaluate(phase: TrainSetup, score: bool = True) -> dict[str, Any]:
     """`losses` and, with `score`, `scores`."""
-    return losses(phase) | (scores(phase) if score else {})
+    return evaluate_losses(phase) | (evaluate_scores(phase) if score else {})
 
 
-def bound(phase: TrainSetup) -> tuple[Any, Any, Any]:
+def bound_model(phase: TrainSetup) -> tuple[Any, Any, Any]:
     """(model, bound parameters, context) of a phase as it is now."""
     method, trainable = phase.method, phase.state.trainable
     return phase.model, method.bind(phase.frozen, trainable), method.context(trainable)
 
 
-def losses(phase: TrainSetup) -> dict[str, Any]:
+def evaluate_losses(phase: TrainSetup) -> dict[str, Any]:
     """Held-out loss of the base's domains, and validation loss of the task, where there are rows for them."""
-    run, found, args = phase.run, {}, bound(phase)
+    run, found, args = phase.run, {}, bound_model(phase)
     if phase.held_out:
         held = held_out_losses(*args, phase.held_out, run.data.batch, run.eval_tokens, put_batch(phase.mesh))
         found = {"held_out_loss": mean_loss(held), "held_out": held}
     if phase.valid:
-        found["valid_loss"] = rows_loss(args, phase.valid, run, phase.mesh)
+        found["valid_loss"] = mean_row_loss(args, phase.valid, run, phase.mesh)
     return found
 
 
-def scores(phase: TrainSetup) -> dict[str, Any]:
+def evaluate_scores(phase: TrainSetup) -> dict[str, Any]:
     """Scores of the task's test rows, with some samples; {} for a run without rows to judge by."""
-    rows = scored(phase.task, phase.tokenizer, phase.run.eval_rows) if phase.task else []
+    rows = scored_rows(phase.task, phase.tokenizer, phase.run.eval_rows) if phase.task else []
     if not rows:
         return {}
-    answers = outputs(*bound(phase), phase.tokenizer, rows, longest_answer(rows, phase.tokenizer))
+    answers = generate_answers(*bound_model(phase), phase.tokenizer, rows, longest_reply(rows, phase.tokenizer))
     pairs = list(zip(rows, answers, strict=True))[:8]
     samples = [{"prompt": r["prompt"], "wanted": r["completion"], "got": a} for r, a in pairs]
     return {"scores": phase.task.score(rows, answers), "samples": samples}
 
 
 @contextlib.contextmanager
-def of_saved(run: Run, step: int) -> Iterator[None]:
+def explain_scoring_failure(run: Run, step: int) -> Iterator[None]:
     """Around the scoring of a step whose checkpoint is there: whatever goes wrong is one line that says so."""
     try:
         yield
@@ -66,15 +66,15 @@ def of_saved(run: Run, step: int) -> Iterator[None]:
                          "--resume scores it again") from error  # fmt: skip
 
 
-def rows_loss(args: Any, rows: Any, run: Run, mesh: Any) -> float:
+def mean_row_loss(args: Any, rows: Any, run: Run, mesh: Any) -> float:
     """Nats a target token of rows, of at most `eval_tokens` tokens (0: all); args: (model, bound, context)."""
-    rows = within(rows, run.eval_tokens)
+    rows = within_tokens(rows, run.eval_tokens)
     model, bound, context = args
     loss = row_losses(model, bound, context, rows, run.data.batch, put_batch(mesh)).sum()
     return float(loss / max(sum(float(row["weights"].sum()) for row in rows), 1.0))
 
 
-def make(folder: Path) -> None:
+def make_run_folder(folder: Path) -> None:
     """The run directory. InputError where it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def make(folder: Path) -> None:
         raise InputError(f"--out {folder}: cannot be written ({error.strerror}); give a folder that can") from None
 
 
-def begin(phase: TrainSetup, folder: Path, checkpoints: CheckpointWriter, step: int, later: list[int]) -> None:
+def write_first_files(phase: TrainSetup, folder: Path, checkpoints: CheckpointWriter, step: int, later: list[int]) -> None:
     """The files that a run starts with, each whole or as it was; what is behind `step` makes way."""
     try:
         with tempfile.TemporaryDirectory() as work:
@@ -107,7 +107,7 @@ def begin(phase: TrainSetup, folder: Path, checkpoints: CheckpointWriter, step: 
         raise InputError(f"--out {folder}: {error.filename} cannot be written ({error.strerror})") from None
 
 
-def finish(run: Run, folder: Path, found: dict[str, Any]) -> None:
+def write_last_files(run: Run, folder: Path, found: dict[str, Any]) -> None:
     """The files that a run ends with."""
     curve = [(r["step"], r["loss"]) for r in read_metrics(folder) if "loss" in r]
     title = run.recipe or run.phase
@@ -116,7 +116,7 @@ def finish(run: Run, folder: Path, found: dict[str, Any]) -> None:
     console.print(f"wrote {folder}/: config.json, metrics.jsonl, summary.json, loss.png, checkpoints/", soft_wrap=True)
 
 
-def complete(folder: Path, steps: int) -> bool:
+def is_complete(folder: Path, steps: int) -> bool:
     """Whether a run has come to its end, summary.json included."""
     try:
         return json.loads((folder / "summary.json").read_text("utf-8"))["steps"] == steps
@@ -124,7 +124,7 @@ def complete(folder: Path, steps: int) -> bool:
         return False
 
 
-def noted(folder: Path, step: int) -> dict[str, Any]:
+def logged_evaluation(folder: Path, step: int) -> dict[str, Any]:
     """The evaluation that metrics.jsonl has of a step, if it has one; what process 0 finds."""
     rows = []
     if distributed.index() == 0 and (folder / "metrics.jsonl").exists():
@@ -133,7 +133,7 @@ def noted(folder: Path, step: int) -> dict[str, Any]:
     return json.loads(distributed.barrier_gather("what was found before", json.dumps(found))[0])
 
 
-def summary(phase: TrainSetup, folder: Path, before: Any, after: Any, cost: Any) -> dict[str, Any]:
+def summarize(phase: TrainSetup, folder: Path, before: Any, after: Any, cost: Any) -> dict[str, Any]:
     """What summary.json says."""
     logged = [r for r in read_metrics(folder) if "seconds_per_step" in r]
     return {

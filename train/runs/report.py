@@ -16,7 +16,7 @@ def nbytes(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def size(n: float) -> str:
+def format_bytes(n: float) -> str:
     """1536 -> '1.5 KiB'."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(n) < 1024:
@@ -25,7 +25,7 @@ def size(n: float) -> str:
     return f"{n:.1f} TiB"
 
 
-def stored(params: Any) -> str:
+def storage_dtypes(params: Any) -> str:
     """What the numbers of the base are stored as, most of them first: `nf4, bfloat16`."""
     bits: dict[str, int] = {}
     for leaf in named(params).values():
@@ -34,7 +34,7 @@ def stored(params: Any) -> str:
     return ", ".join(sorted(bits, key=lambda kind: -bits[kind]))
 
 
-def rows(method: Method, params: Any, trainable: Any, tx: Any) -> list[dict[str, Any]]:
+def parameter_rows(method: Method, params: Any, trainable: Any, tx: Any) -> list[dict[str, Any]]:
     """One row a parameter of the base: its size, what trains there, optimizer bytes, and the rule that picked it."""
     added: dict[str, list[tuple[str, Any]]] = {}
     base = {canonical(path)[0] for path in named(params)}
@@ -71,16 +71,16 @@ def _picked(method: Method, params: Any) -> dict[str, str]:
     return {canonical(path)[0]: next((v for v in values if v), "") for path, values in found.items() if any(values)}
 
 
-def show(console: Console, title: str, method: Method, params: Any, trainable: Any, tx: Any) -> dict[str, int]:
+def print_parameters(console: Console, title: str, method: Method, params: Any, trainable: Any, tx: Any) -> dict[str, int]:
     """Print the table and return its totals."""
-    lines = rows(method, params, trainable, tx)
+    lines = parameter_rows(method, params, trainable, tx)
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for column in ("parameter", "in the base", "trains", "optimizer", "rule"):
         table.add_column(column, justify="left" if column in ("parameter", "rule") else "right")
     for r in lines:
         if r["trains"]:
             table.add_row(
-                r["name"], f"{r['base']:,}" if r["base"] else "-", f"{r['trains']:,}", size(r["optimizer"]), r["rule"]
+                r["name"], f"{r['base']:,}" if r["base"] else "-", f"{r['trains']:,}", format_bytes(r["optimizer"]), r["rule"]
             )
     frozen = [r for r in lines if not r["trains"]]
     if frozen:
@@ -89,8 +89,8 @@ def show(console: Console, title: str, method: Method, params: Any, trainable: A
     total, trains = sum(r["base"] for r in lines), sum(x.size for x in jax.tree.leaves(trainable))
     optimizer = nbytes(jax.eval_shape(tx.init, trainable))
     table.add_section()
-    table.add_row("total", f"{total:,}", f"{trains:,} ({trains / total:.2%})", size(optimizer), "")
-    table.add_row("the base stored", size(nbytes(params)), stored(params), "", "", style="dim")
+    table.add_row("total", f"{total:,}", f"{trains:,} ({trains / total:.2%})", format_bytes(optimizer), "")
+    table.add_row("the base stored", format_bytes(nbytes(params)), storage_dtypes(params), "", "", style="dim")
     console.print(table)
     sizes = {"base_bytes": nbytes(params), "trainable_bytes": nbytes(trainable), "optimizer_bytes": optimizer}
     return {"base": total, "trainable": trains, **sizes}

@@ -13,7 +13,7 @@ from ...atomic import is_leftover
 from ...data.tokenizers.chat import today
 from ..cluster import distributed
 from .checkpoint import CheckpointWriter
-from ..config import RUNTIME_FIELDS, Run, flatten, from_json, short, to_json
+from ..config import RUNTIME_FIELDS, Run, flatten, from_json, shorten, to_json
 from .lock import LOCK
 from ..setup import TrainSetup
 from ..progress import console
@@ -56,7 +56,7 @@ def check_out(run: Run) -> None:
         ) from None
 
 
-def dated(run: Run) -> Run:
+def with_date(run: Run) -> Run:
     """The run with its date: the one given, that of the run in `out` which it goes on with, or today's."""
     checkpoints, date = CheckpointReader(Path(run.out) / "checkpoints"), run.date
     for step in reversed(checkpoints.steps() if run.resume != "never" and not date else []):
@@ -65,7 +65,7 @@ def dated(run: Run) -> Run:
     return dataclasses.replace(run, date=distributed.barrier_gather("the date", date or today())[0])
 
 
-def find(run: Run, checkpoints: CheckpointWriter) -> tuple[int | None, list[int]]:
+def find_checkpoint(run: Run, checkpoints: CheckpointWriter) -> tuple[int | None, list[int]]:
     """(the step to go on from, or None to begin, the later steps that must make way). Says what is damaged."""
     steps, bad = checkpoints.steps(), []
     distributed.check_agreement("the checkpoint", {"newest checkpoint": max(steps, default=0)})
@@ -89,7 +89,7 @@ def find(run: Run, checkpoints: CheckpointWriter) -> tuple[int | None, list[int]
                      f"in another --out. Of step {steps[-1]}: {why}")  # fmt: skip
 
 
-def same_run(phase: TrainSetup, manifest: dict[str, Any]) -> list[str]:
+def accepted_changes(phase: TrainSetup, manifest: dict[str, Any]) -> list[str]:
     """What differs from the checkpoint and was accepted. InputError, in words, for what was not."""
     run, step, accept = phase.run, manifest["step"], set(phase.run.accept.split(","))
     if manifest["phase"] != run.phase:
@@ -99,7 +99,7 @@ def same_run(phase: TrainSetup, manifest: dict[str, Any]) -> list[str]:
     taken = []
     for what, fields in _PARTS.items():
         changed = {k for k in {*then, *now} if k.startswith(fields) and then.get(k) != now.get(k)} - RUNTIME_FIELDS - _ELSEWHERE
-        words = [f"{k} {short(then.get(k))} -> {short(now.get(k))}" for k in sorted(changed) if then]
+        words = [f"{k} {shorten(then.get(k))} -> {shorten(now.get(k))}" for k in sorted(changed) if then]
         if what in digests:
             old, new = manifest.get(what, ""), digests[what]
             if old == new and "quantize" not in changed:
@@ -114,7 +114,7 @@ def same_run(phase: TrainSetup, manifest: dict[str, Any]) -> list[str]:
                              f"--accept {what}")  # fmt: skip
         console.print(f"accepted: {said}", soft_wrap=True)
         taken.append(said)
-    other = [f"{k} {short(then[k])} -> {short(now[k])}" for k in sorted(set(then) & set(now))
+    other = [f"{k} {shorten(then[k])} -> {shorten(now[k])}" for k in sorted(set(then) & set(now))
              if k.startswith(_SAID) and then[k] != now[k]]  # fmt: skip
     for key, changes in (("optim.name", str), ("optim.spike", bool)):  # fields that change what the optimizer keeps
         if key in then and changes(then[key]) != changes(now[key]):

@@ -19,10 +19,10 @@ from ....data.tokenizers.chat import today
 from ....model.hf.files import read_json
 from ....peft import Subset
 from ...cluster.signals import Stop
-from ...config import Run, flatten, short, to_json
+from ...config import Run, flatten, shorten, to_json
 from ...runs.lock import LOCK, Lock
 from ....atomic import atomic_write
-from ...runs.record import make
+from ...runs.record import make_run_folder
 from ..base_cache import BaseCache
 from .results import report
 from .scheduler import FILE, Scheduler
@@ -138,7 +138,7 @@ def carry_out(plan: Sweep, made: list[Trial], ground: BaseCache, stop: Stop) -> 
 def opened(out: Path, run: Run, said: dict[str, Any], file: str) -> Iterator[Any]:
     """The folder of an experiment, with the file that says what it is, while no other process writes in it; gives what
     raises if one does."""
-    make(out)
+    make_run_folder(out)
     with Lock(out, "lock" in run.accept.split(",")) as lock:
         if not (out / file).exists():
             atomic_write(out / file, json.dumps(said, indent=1) + "\n")
@@ -160,5 +160,5 @@ def check_out(out: Path, resume: str, said: dict[str, Any], file: str, what: str
     then, now = flatten(read_json(out / file)), flatten(said)
     for key in sorted({*then, *now}):
         if then.get(key) != now.get(key) and key not in FREELY and not key.startswith(CHOSEN):
-            raise InputError(f"--resume: {key} is {short(now.get(key))}, the {what} in {out} began with "
-                             f"{short(then.get(key))}; put that back, or take another --out")  # fmt: skip
+            raise InputError(f"--resume: {key} is {shorten(now.get(key))}, the {what} in {out} began with "
+                             f"{shorten(then.get(key))}; put that back, or take another --out")  # fmt: skip

@@ -13,12 +13,12 @@ from jax.sharding import PartitionSpec as P
 
 from .... import InputError
 from ...loop import Runner
-from ...program import compiler_options, start
+from ...program import compiler_options, initial_layout
 from ...progress import Metrics
 from ...runs import record
 from ...runs.checkpoint import CheckpointWriter
 from ....atomic import atomic_write
-from ...runs.resume import same_run
+from ...runs.resume import accepted_changes
 from ...setup import TrainSetup
 from ..base_cache import BaseCache
 from .groups import Group, batch_shapes, lane_step
@@ -45,7 +45,7 @@ class Stack:
         n = min(K, len(devices))  # which K divides by: see `balanced`
         self.mesh = Mesh(np.array(devices[:n]), ("lanes",))
         self.split = NamedSharding(self.mesh, P("lanes"))
-        like = start(group.run, shapes).made[1]
+        like = initial_layout(group.run, shapes).made[1]
         self.state = self.put([jax.tree.map(_padded, phase.state, like) for phase in phases])
         self.frozen = jax.device_put(phases[0].frozen, NamedSharding(self.mesh, P()))
         numbers = [{name: np.float32(group.value(name, i)) for name in group.numbers} for i in which]
@@ -112,12 +112,12 @@ class Lane:
             return
         steps = self.checkpoints.steps()
         mine = at if at in steps else None
-        taken = same_run(self.phase, self.checkpoints.manifest(at)) if mine else []
+        taken = accepted_changes(self.phase, self.checkpoints.manifest(at)) if mine else []
         self.course = Runner(self.phase, self.folder, self.checkpoints, mine, taken)
-        record.make(self.folder)
+        record.make_run_folder(self.folder)
         if told(self.cell).get("steps", 0) > at:
             (self.folder / "summary.json").unlink()
-        record.begin(self.phase, self.folder, self.checkpoints, at, [step for step in steps if step > at])
+        record.write_first_files(self.phase, self.folder, self.checkpoints, at, [step for step in steps if step > at])
         self.phase.state = jax.device_get(self.phase.state)
         self.log = Metrics(self.folder, self.course.first, tensorboard=self.run.tensorboard)
 

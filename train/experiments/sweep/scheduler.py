@@ -14,11 +14,11 @@ from .... import InputError
 from ....model.hf.files import read_json
 from ... import faults
 from ...cluster.signals import Stop, Stopped
-from ...evaluate import longest_answer, outputs
-from ...health import must_be_finite
-from ...progress import clock, console
+from ...evaluate import longest_reply, generate_answers
+from ...health import check_finite
+from ...progress import format_time as clock, console
 from ....atomic import atomic_write
-from ...runs.record import bound, losses, noted, of_saved, summary
+from ...runs.record import bound_model, evaluate_losses as losses, logged_evaluation, explain_scoring_failure, summarize
 from ..base_cache import BaseCache
 from .groups import Group, groups
 from .lane_count import balanced, lanes_that_fit
@@ -81,7 +81,7 @@ class Scheduler:
         for cell in self.made:
             if cell.number in alive and not diverged(cell):
                 at = self.sweep.rungs(cell.run.steps)[rung]
-                losses[cell.number] = noted(Path(cell.run.out), at).get("valid_loss", math.nan)
+                losses[cell.number] = logged_evaluation(Path(cell.run.out), at).get("valid_loss", math.nan)
         order = sorted(losses, key=lambda n: (not math.isfinite(losses[n]), losses[n], n))
         return set(order[: max(len(alive) // self.sweep.halve, 1)])
 
@@ -98,7 +98,7 @@ class Scheduler:
                 with quiet(lane is not lanes[0]):
                     lane.begin(at)
                 held.callback(lane.close)
-                if lane.log and not noted(lane.folder, 0):
+                if lane.log and not logged_evaluation(lane.folder, 0):
                     lane.log.write({"step": 0, **self.ground.before(lane.run)})
             stack, i = None, at
             if at < until and not all(lane.dead for lane in lanes):
@@ -183,12 +183,12 @@ class Scheduler:
                 continue
             lane.phase.state = jax.device_put(state, self.ground.whole)
             try:
-                must_be_finite(lane.phase.state.trainable, i, lane.run)
+                check_finite(lane.phase.state.trainable, i, lane.run)
             except InputError as error:
                 lane.die(str(error))
                 console.print(f"cell {lane.cell.number} ({lane.cell.name}) diverged: {error}", soft_wrap=True)
                 continue
-            before = noted(lane.folder, i) if stack is None else {}  # killed behind the last save
+            before = logged_evaluation(lane.folder, i) if stack is None else {}  # killed behind the last save
             found = before or (self.stop.between(lambda lane=lane: losses(lane.phase)) if i == until else {})
             whole = whole and found is not None
             lane.course.save(found or {})
@@ -203,7 +203,7 @@ class Scheduler:
                 found |= scores
                 if not noted_before:
                     lane.log.write({"step": i, **found})
-                said = summary(lane.phase, lane.folder, self.ground.before(lane.run), found, cost(stack, len(lanes)))
+                said = summarize(lane.phase, lane.folder, self.ground.before(lane.run), found, cost(stack, len(lanes)))
                 said |= {"status": "done" if i == lane.run.steps else "stopped", "steps": i}
                 atomic_write(lane.folder / "summary.json", json.dumps(said, indent=1) + "\n")
             lane.phase.state = None  # type: ignore[assignment]
@@ -215,8 +215,8 @@ class Scheduler:
             return {}
         phase, rows = lane.phase, self.ground.asked(lane.run, self.sweep.score)
         phase.state = jax.device_put(phase.state, self.ground.whole)
-        with of_saved(lane.run, lane.run.steps):
-            answers = outputs(*bound(phase), phase.tokenizer, rows, longest_answer(rows, phase.tokenizer))
+        with explain_scoring_failure(lane.run, lane.run.steps):
+            answers = generate_answers(*bound_model(phase), phase.tokenizer, rows, longest_reply(rows, phase.tokenizer))
             return {"valid_scores": phase.task.score(rows, answers)}
 
 
