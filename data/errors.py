@@ -5,14 +5,14 @@ from typing import Literal
 
 from .. import InputError
 
-Policy = Literal["error", "skip", "replace"]
+Policy = Literal["error", "skip", "repair"]
 _SAID = 5  # places that are told
 
 
 class RowErrors:
     """What is done, and what was; `with bad:` goes around all that is done with one row, or file of plain text.
 
-    `error`: the first bad row is raised. `skip`: it is left out. `replace`: what is no Unicode becomes U+FFFD, a number
+    `error`: the first bad row is raised. `skip`: it is left out. `repair`: what is no Unicode becomes U+FFFD, a number
     its text, a row that is too long is cut; what has no repair is left out.
     """
 
@@ -33,7 +33,7 @@ class RowErrors:
 
     def repair(self, error: InputError) -> None:
         """Return if the row may be repaired; else raise `error`."""
-        if self.policy != "replace":
+        if self.policy != "repair":
             raise error
         self.repaired += 1
         self._note(error, "repaired")
@@ -48,9 +48,9 @@ class RowErrors:
         if not bad:
             return []
         rows = max(self.rows, bad)
-        said = f"--data.bad {self.policy}: {self.left_out} of {rows} rows left out, {self.repaired} repaired"
+        said = f"--data.bad-rows {self.policy}: {self.left_out} of {rows} rows left out, {self.repaired} repaired"
         if bad > self.cap * rows:
-            more = f"more than --data.bad-cap {self.cap:g} of them; mend the file, or raise it"
+            more = f"more than --data.max-bad-fraction {self.cap:g} of them; mend the file, or raise it"
             raise InputError(f"{said}, {more}. The first, {self.first[0]}")
         return [said, *self.first]
 

@@ -24,7 +24,7 @@ CASES = ["pretrain", "full", "lora", "prompt"]
 def programs():
     """The step of a run is compiled once for all of its lives."""
     real, kept = loop.compile_step, {}
-    same = {"out": "", "resume": "never", "accept": "", "save_every": 0, "keep": 1, "max_bad": 0, "verify": "full"}
+    same = {"out": "", "resume": "never", "force": "", "save_every": 0, "keep": 1, "max_skipped": 0, "verify": "full"}
 
     def compile_(phase):
         key = to_json(dataclasses.replace(phase.run, **same)) + phase.base

@@ -81,7 +81,7 @@ def test_parquet_is_known_by_its_first_bytes_and_read_anew_each_time(tmp_path):
     assert [d.text for d in documents(str(path))] == ["tan"] * 9
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(InputError, match=r"data.txt: not readable as parquet .*; check the file"):
-        list(documents(str(path), bad=RowErrors("replace", 1)))
+        list(documents(str(path), bad=RowErrors("repair", 1)))
 
 
 def test_plain_text_is_unpacked(tmp_path):

@@ -25,8 +25,8 @@ from graftax.train.config import Optim, Run, from_json
 from graftax.train.loop import stream_digest, train
 from graftax.train.optim import lr_schedule
 from graftax.train.progress import read_metrics
-from graftax.train.runs.checkpoint import CheckpointWriter
 from graftax.train.runs import record
+from graftax.train.runs.checkpoint import CheckpointWriter
 from graftax.train.runs.load import load_run
 from test_faults_input import said
 
@@ -117,13 +117,13 @@ def test_on_another_mesh(cut, whole, tmp_path, monkeypatch):  # noqa: F811
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"seed": 5}, ("the data changed since step 18: seed 0 -> 5", "or --accept data")),
+    ({"seed": 5}, ("the data changed since step 18: seed 0 -> 5", "or --force data")),
     ({"data.T": 48}, ("the data changed", "data.T 32 -> 48")),
     ({"data.pack": False}, ("the data changed", "data.pack true -> false")),
     ({"data.held_out": 0.3}, ("the data changed", "data.held_out 0.2 -> 0.3")),
     ({"file": "other contents"}, ("the data changed since step 18: its contents, examples 47 -> ", "target tokens")),
     ({"data.task": "other.jsonl"}, ("the data changed", "data.task", "colours.jsonl", "other.jsonl")),
-    ({"method": LoRA(rank=2, alpha=4)}, ("the method changed since step 18: method.alpha", "-> 4", "--accept method")),
+    ({"method": LoRA(rank=2, alpha=4)}, ("the method changed since step 18: method.alpha", "-> 4", "--force method")),
     ({"method": LoRA(rank=4)}, ("method.rank 2 -> 4",)),
     ({"phase": "pretrain"}, ("holds a finetune run, this is a pretrain", "correct --out")),
 ], ids=lambda x: next(iter(x)) if isinstance(x, dict) else "")  # fmt: skip
@@ -148,7 +148,7 @@ def test_what_changed_is_said_in_words(change, words, cut, runs, tmp_path, monke
 
 
 def _rewrite(path, change):
-    from graftax.train.runs.manifest import read_manifest, encode_manifest
+    from graftax.train.runs.manifest import encode_manifest, read_manifest
 
     manifest = read_manifest(path)
     change(manifest)
@@ -159,7 +159,7 @@ def _rewrite(path, change):
     ({"optim": {"name": "muon"}}, ("--optim.name adamw -> muon", "give --optim.name adamw again")),
     ({"optim": {"spike": 6.0}}, ("--optim.spike 0.0 -> 6.0", "give --optim.spike 0.0 again")),
     ({"steps": 10}, ("--steps 10", "is at step 18; raise it, or --resume STEP")),
-    ({"method": LoRA(rank=4), "accept": "method"}, ("trainable",)),
+    ({"method": LoRA(rank=4), "force": "method"}, ("trainable",)),
 ], ids=["optimizer", "spikes", "fewer steps", "accepted rank"])  # fmt: skip
 def test_a_refused_resume_changes_no_file(change, words, cut, tmp_path):
     """config.json and metrics.jsonl stay those of the run that is there."""
@@ -172,16 +172,16 @@ def test_a_refused_resume_changes_no_file(change, words, cut, tmp_path):
 
 def test_what_changed_can_be_accepted(cut, tmp_path, monkeypatch, capsys):
     run = dataclasses.replace(copied(cut, tmp_path), seed=5)
-    assert life(monkeypatch, run, accept="data") is None
+    assert life(monkeypatch, run, force="data") is None
     manifest = CheckpointWriter(Path(run.out) / "checkpoints").manifest(STEPS)
     assert manifest["accepted"] == ["the data changed since step 18: seed 0 -> 5"]
     assert "accepted: the data changed" in capsys.readouterr().err
-    said(lambda: dataclasses.replace(run, accept="dta"), "--accept dta; did you mean data?")
+    said(lambda: dataclasses.replace(run, force="dta"), "--force dta; did you mean data?")
 
 
 @pytest.mark.parametrize(("change", "words"), [
     ("mixture", ("data.domains.0.2 0.7 -> 0.5",)),
-    ("tokenizer", ("the tokenizer changed", "data.vocab", "or --accept tokenizer")),
+    ("tokenizer", ("the tokenizer changed", "data.vocab", "or --force tokenizer")),
     ("a file", ("the data changed", "its contents, tokens of a ", "->")),
 ])  # fmt: skip
 def test_a_changed_corpus(change, words, runs, tmp_path):  # noqa: F811
@@ -463,7 +463,7 @@ def test_spikes_count_apart(runs, tmp_path):  # noqa: F811
     ({"accumulate": 3}, ("--data.batch 8 does not divide into --accumulate 3 parts",)),
     ({"steps": -1}, ("--steps -1: wanted 0 or more",)),
     ({"epochs": float("nan")}, ("--epochs nan: wanted a finite number above 0",)),
-    ({"max_bad": -1}, ("--max-bad -1: wanted 0 or more",)),
+    ({"max_skipped": -1}, ("--max-skipped -1: wanted 0 or more",)),
     ({"save_every": -3}, ("--save-every -3: wanted 0 or more",)),
 ])  # fmt: skip
 def test_numbers_that_do_not_fit(change, words, runs, tmp_path):  # noqa: F811

@@ -32,7 +32,7 @@ from graftax.train.config import Data, Optim, Run, from_json, method_from_dict, 
 from graftax.train.evaluate import answerable_rows
 from graftax.train.experiments.task_evaluator import TaskEvaluator
 from graftax.train.inputs import check_tokenizer, corpus_and_tokenizer, load_task, tuning_rows
-from graftax.train.optim import make_optimizer, lr_schedule
+from graftax.train.optim import lr_schedule, make_optimizer
 from tiny import CONFIG, OPTIM, make_base, make_batch, same, train_step
 
 pytestmark = pytest.mark.faults
@@ -104,7 +104,7 @@ REPAIRED = {"latin-1", "nul", "lone surrogate", "number", "too long"}  # by `rep
 
 def tuned(path, tok, policy="error", cap=1.0, V=300):
     """What a fine-tuning run reads of a file."""
-    return tuning_rows(Data(task=str(path), T=32, held_out=0.2, bad=policy, max_bad_fraction=cap), 0, tok, V)
+    return tuning_rows(Data(task=str(path), T=32, held_out=0.2, bad_rows=policy, max_bad_fraction=cap), 0, tok, V)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -116,15 +116,15 @@ def test_a_bad_row_is_named(name, tok, tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in BAD if name != "10 MB"])
-@pytest.mark.parametrize("policy", ["skip", "replace"])
+@pytest.mark.parametrize("policy", ["skip", "repair"])
 def test_or_left_out_or_repaired_and_counted(name, policy, tok, tmp_path, capsys):
     path = write(tmp_path / "rows.jsonl", [*good(), BAD[name][0]])
     task, sft = tuned(path, tok, policy)
-    n = int(policy == "replace" and name in REPAIRED)
+    n = int(policy == "repair" and name in REPAIRED)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == f"--data.bad {policy}: {1 - n} of 41 rows left out, {n} repaired"
+    assert lines[0] == f"--data.bad-rows {policy}: {1 - n} of 41 rows left out, {n} repaired"
     assert lines[1].startswith(f"{'repaired' if n else 'left out'}: {path}:41: ")
-    data = Data(task=str(path), held_out=0.2, bad=policy, max_bad_fraction=1)
+    data = Data(task=str(path), held_out=0.2, bad_rows=policy, max_bad_fraction=1)
     assert load_task(data).valid == task.valid  # as `graftax eval` reads the same rows
     clean = write(tmp_path / "clean.jsonl", good())
     if not n:  # what is left out leaves no trace
@@ -136,24 +136,29 @@ def test_more_than_the_cap_is_an_error(tok, tmp_path):
     bad = [BAD[name][0] for name in ("latin-1", "broken", "too long", "null")]
     path = write(tmp_path / "rows.jsonl", [*good(56), *bad])
     tuned(path, tok, "skip", 0.07)
-    words = ("4 of 60 rows left out, 0 repaired", "more than --data.bad-cap 0.05", "raise it", f"{path}:57: not UTF-8")
+    words = (
+        "4 of 60 rows left out, 0 repaired",
+        "more than --data.max-bad-fraction 0.05",
+        "raise it",
+        f"{path}:57: not UTF-8",
+    )
     said(lambda: tuned(path, tok, "skip", 0.05), *words)
-    said(lambda: tuned(path, tok, "replace", 0.05), "2 of 60 rows left out, 2 repaired", "--data.bad-cap")
-    said(lambda: tuned(write(path, bad), tok, "skip", 0.5), "more than --data.bad-cap 0.5")
+    said(lambda: tuned(path, tok, "repair", 0.05), "2 of 60 rows left out, 2 repaired", "--data.max-bad-fraction")
+    said(lambda: tuned(write(path, bad), tok, "skip", 0.5), "more than --data.max-bad-fraction 0.5")
 
 
 def test_repairs_are_what_they_say(tok, tmp_path):
     lines = [BAD[name][0] for name in ("latin-1", "lone surrogate", "number")]
-    found = [row for _, row in rows(str(write(tmp_path / "a.jsonl", lines)), RowErrors("replace"))]
+    found = [row for _, row in rows(str(write(tmp_path / "a.jsonl", lines)), RowErrors("repair"))]
     assert found[0]["prompt"] == "caf\ufffd"
-    task = file_task(write(tmp_path / "b.jsonl", [*good(), *lines[1:]]), 0.2, 0, RowErrors("replace", 1))
+    task = file_task(write(tmp_path / "b.jsonl", [*good(), *lines[1:]]), 0.2, 0, RowErrors("repair", 1))
     replies = {row["completion"] for row in task.train + task.valid + task.test}
     assert {"b \ufffd", "4"} <= replies
-    long = sft_rows([("f:1", {"prompt": "a", "completion": "b " * 99})], tok, 32, 0, bad=RowErrors("replace", 1))
+    long = sft_rows([("f:1", {"prompt": "a", "completion": "b " * 99})], tok, 32, 0, bad=RowErrors("repair", 1))
     assert long.tokens == 32
     prompt = [("f:1", {"prompt": "a " * 99, "completion": "b"}), ("f:2", {"prompt": "a", "completion": "b"})]
     assert sft_rows(prompt, tok, 32, 0, bad=RowErrors("skip", 1)).examples == 1
-    bad = RowErrors("replace", 1)
+    bad = RowErrors("repair", 1)
     assert sft_rows(prompt, tok, 32, 0, bad=bad).examples == 1  # cut, nothing of it would be learnt
     assert "no target tokens in the first 32 tokens" in bad.first[1]
 
@@ -169,16 +174,21 @@ def test_rows_that_judge_are_checked_before_the_first_step(tok, tmp_path, capsys
     other = write(tmp_path / "other.jsonl", LONG[3:])
 
     def tuned(policy, cap, **files):
-        data = Data(task=str(path), T=32, held_out=0, bad=policy, max_bad_fraction=cap, **files)
+        data = Data(task=str(path), T=32, held_out=0, bad_rows=policy, max_bad_fraction=cap, **files)
         return tuning_rows(data, 0, tok, 300, CONFIG, 0)
 
     words = (f"{test}:3: a prompt of ", " tokens and ", "exceed the model's context of 64", "shorten it")
     said(lambda: tuned("error", 1.0, test=str(test)), *words)
-    said(lambda: tuned("skip", 0.005, test=str(test)), "1 of 100 rows left out", "more than --data.bad-cap", *words)
+    said(
+        lambda: tuned("skip", 0.005, test=str(test)),
+        "1 of 100 rows left out",
+        "more than --data.max-bad-fraction",
+        *words,
+    )
     capsys.readouterr()
     task, _ = tuned("skip", 0.01, test=str(test))
     assert [row["prompt"] for row in task.test] == ["t 1", "t 2", "t 3"]
-    assert capsys.readouterr().err.startswith("--data.bad skip: 1 of 100 rows left out, 0 repaired")
+    assert capsys.readouterr().err.startswith("--data.bad-rows skip: 1 of 100 rows left out, 0 repaired")
     said(lambda: tuned("error", 1.0, valid=str(test)), f"{test}:3: ")
     task, sft = tuned("skip", 0.01, valid=str(test))
     assert len(task.valid) == 3
@@ -217,8 +227,8 @@ def test_a_row_that_the_template_refuses_is_one_row(part, tmp_path, capsys):
     line = said(read, "System role not supported")
     assert line.startswith(f"{files[part]}:31: chat template ")
     capsys.readouterr()
-    task, sft = read(bad="skip")
-    assert f"--data.bad skip: 1 of {31 if part == 'task' else 61} rows left out" in capsys.readouterr().err
+    task, sft = read(bad_rows="skip")
+    assert f"--data.bad-rows skip: 1 of {31 if part == 'task' else 61} rows left out" in capsys.readouterr().err
     assert (sft.examples, bool(sft.valid), len(task.test)) == (30, part == "valid", 30 * (part == "test"))
 
 
@@ -344,11 +354,11 @@ def test_pretraining_leaves_out_files_and_rows(tmp_path, capsys):
     write(folder / "z.jsonl", [b'{"text": 3}', b"null"])
     said(lambda: corpus(folder, tmp_path), "latin.txt:1: not UTF-8")
     capsys.readouterr()
-    assert corpus(folder, tmp_path, bad="skip", max_bad_fraction=0.1)[0].digest == clean
-    assert "--data.bad skip: 3 of 43 rows left out, 0 repaired" in capsys.readouterr().err
-    assert corpus(folder, tmp_path, bad="replace", max_bad_fraction=0.1)[0].digest != clean
-    assert "--data.bad replace: 1 of 43 rows left out, 2 repaired" in capsys.readouterr().err
-    said(lambda: corpus(folder, tmp_path, bad="skip"), "3 of 43 rows left out", "--data.bad-cap 0.01")
+    assert corpus(folder, tmp_path, bad_rows="skip", max_bad_fraction=0.1)[0].digest == clean
+    assert "--data.bad-rows skip: 3 of 43 rows left out, 0 repaired" in capsys.readouterr().err
+    assert corpus(folder, tmp_path, bad_rows="repair", max_bad_fraction=0.1)[0].digest != clean
+    assert "--data.bad-rows repair: 1 of 43 rows left out, 2 repaired" in capsys.readouterr().err
+    said(lambda: corpus(folder, tmp_path, bad_rows="skip"), "3 of 43 rows left out", "--data.max-bad-fraction 0.01")
 
 
 # --- what is held out is not trained on ---
@@ -476,7 +486,7 @@ CONFIGS = {  # what is in the file: words
     '{"data": {"domains": [["../a", "b", 1]]}}': ("the name '../a'", "letters, digits"),
     '{"data": {"T": 1}}': ("--data.T 1", "wanted 2 or more"),
     '{"data": {"batch": 0}}': ("--data.batch 0", "wanted 1 or more"),
-    '{"data": {"bad": "ignore"}}': ("'bad' is 'ignore'", "one of 'error', 'skip', 'replace' is wanted"),
+    '{"data": {"bad_rows": "ignore"}}': ("'bad_rows' is 'ignore'", "one of 'error', 'skip', 'repair' is wanted"),
     '{"optim": {"lr": NaN}}': ("optim: 'lr' is nan", "a finite number is wanted"),
     '{"optim": {"lr": -1}}': ("optim: --optim.lr -1", "wanted 0 or more"),
     '{"optim": {"b2": 1}}': ("optim: --optim.b2 1", "below 1"),
@@ -677,8 +687,8 @@ def test_by_the_command_line(tmp_path, capsys):
         ([*run, str(tmp_path / "none*"), "1"], ("none*: the pattern matches no file",)),
         ([*run, "x.txt", "1", "--optim.lr", "-1"], ("--optim.lr -1",)),
         ([*run, "x.txt", "1", "--optim.lr", "nan"], ("--optim.lr nan",)),
-        ([*run, "x.txt", "1", "--data.bad", "ignore"], ("--data.bad", "error", "skip", "replace")),
-        ([*run, "x.txt", "1", "--data.bad-cap", "2"], ("--data.bad-cap 2", "0 to 1")),
+        ([*run, "x.txt", "1", "--data.bad-rows", "ignore"], ("--data.bad-rows", "error", "skip", "repair")),
+        ([*run, "x.txt", "1", "--data.max-bad-fraction", "2"], ("--data.max-bad-fraction 2", "0 to 1")),
         (
             ["pretrain", str(tmp_path / "in" / "config.json")],
             ("config.json: 'steps' is '3'", "a whole number is wanted"),

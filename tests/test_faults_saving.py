@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 from faulty import STEPS, copied, good, last, life, programs, runs, whole  # noqa: F401
 from graftax import InputError
-from graftax.atomic import is_leftover, atomic_folder, atomic_write
+from graftax.atomic import atomic_folder, atomic_write, is_leftover
 from graftax.peft import LoRA
 from graftax.train.cli import main
 from graftax.train.config import to_json
 from graftax.train.loop import train
-from graftax.train.runs.checkpoint import CheckpointWriter
 from graftax.train.runs import lock
+from graftax.train.runs.checkpoint import CheckpointWriter
 from graftax.train.runs.load import load_run
 from graftax.train.runs.lock import Lock
 from test_faults_input import said
@@ -269,7 +269,7 @@ def test_two_writers(tmp_path, monkeypatch, capsys):
             lambda: Lock(tmp_path).__enter__(),
             f"{tmp_path}: {here}",
             "writes here; wait for it or stop it",
-            "--accept lock",
+            "--force lock",
         )
         mine.check()
         with Lock(tmp_path, take=True):

@@ -21,15 +21,15 @@ from graftax.model.tree import named
 from graftax.peft import LoRA, Subset
 from graftax.train.cli import main
 from graftax.train.config import Run, from_json
+from graftax.train.runs import export, resume
 from graftax.train.runs.equivalence import compare_logits
 from graftax.train.runs.export import write_base
-from graftax.train.runs import export, resume
 from graftax.train.runs.load import LoadedRun, load_run
 from graftax.train.setup import prepare
 from tiny import same
 
 TOKENIZER = Path(__file__).parent / "golden" / "tokenizers" / "qwen"
-SMALL = ["--mesh", "8", "1", "1", "--data.T", "64", "--data.batch", "8", "--eval-rows", "2", "--no-score-base"]
+SMALL = ["--mesh", "8", "1", "1", "--data.T", "64", "--data.batch", "8", "--eval-rows", "2", "--no-eval-base-first"]
 
 
 def command(capsys, *args):
@@ -124,7 +124,9 @@ def test_a_run_keeps_the_date_of_its_start(adapter, hf_base, monkeypatch):
     assert resume.with_date(later).date == run.date
     assert resume.with_date(dataclasses.replace(later, resume="8")).date == run.date
     assert resume.with_date(dataclasses.replace(later, date="2001-02-03")).date == "2001-02-03"
-    assert resume.with_date(dataclasses.replace(later, resume="never")).date == "2000-01-01"  # a run on top decides anew
+    assert (
+        resume.with_date(dataclasses.replace(later, resume="never")).date == "2000-01-01"
+    )  # a run on top decides anew
     assert load_run(hf_base).tokenizer.date == ""
     manifest = load_run(adapter).manifest
     phase = SimpleNamespace(run=dataclasses.replace(later, date="2001-02-03"), data_digest="other", facts={}, base="",

@@ -67,7 +67,9 @@ def examples(tmp_path_factory):
 
 def tuning(base, examples, method, **changes):
     data = Data(task=str(examples), T=32, batch=8, held_out=0.2)
-    return quick(phase="finetune", base=str(base), method=method, data=data, eval_base_first=False, eval_rows=4, **changes)
+    return quick(
+        phase="finetune", base=str(base), method=method, data=data, eval_base_first=False, eval_rows=4, **changes
+    )
 
 
 @pytest.fixture(scope="session")
@@ -275,7 +277,7 @@ def test_commands(adapter, base, capsys):
 
 
 def test_swapping_a_mask_is_one_flag(base, examples, tmp_path, capsys):
-    flags = ["--mesh", "8", "1", "1", "--data.T", "32", "--steps", "2", "--no-score-base", "--eval-rows", "2"]
+    flags = ["--mesh", "8", "1", "1", "--data.T", "32", "--steps", "2", "--no-eval-base-first", "--eval-rows", "2"]
     main(["finetune", "sft", "--base", str(base), "--data", str(examples), "--out", str(tmp_path / "a"),
           "--method.where", "layers/[1:]/mlp/.*", *flags, "--json"])  # fmt: skip
     said = capsys.readouterr()

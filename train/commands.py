@@ -22,8 +22,8 @@ from ..model import Sampling, generate, presets, shapes_of
 from ..model.hf.files import nearest_folder
 from ..peft import Subset, masks
 from .config import Optim, check_date, did_you_mean
-from .evaluate import choose_answers, held_out_losses, longest_reply, generate_answers, scored_rows
-from .inputs import check_examples_file, with_answerable_rows, report_row_errors, load_task, trained_rows
+from .evaluate import choose_answers, generate_answers, held_out_losses, longest_reply, scored_rows
+from .inputs import check_examples_file, load_task, report_row_errors, trained_rows, with_answerable_rows
 from .optim import make_optimizer
 from .progress import console
 from .runs import report
@@ -67,7 +67,7 @@ class Eval(Checked):
             columns=self.columns or (() if self.task in tasks else got.run.data.columns),
             ignore=self.ignore or (() if self.task in tasks else got.run.data.ignore),
         )  # fmt: skip
-        bad, file = RowErrors(data.bad, data.max_bad_fraction), self.task or data.test
+        bad, file = RowErrors(data.bad_rows, data.max_bad_fraction), self.task or data.test
         if not file or file in tasks:
             named = dataclasses.replace(data, task=file, valid="", test="") if file else data
             task = load_task(named, bad)

@@ -16,7 +16,7 @@ from ..data.errors import Policy
 from ..model import Config, Rope
 from ..model.hf.files import read_json
 from ..peft import Method, Subset
-from .schema import from_fields, did_you_mean
+from .schema import did_you_mean, from_fields
 
 # Environment in which glibc keeps freed memory and uses huge pages. XLA on CPU allocates a step's temporaries anew in
 # each step (as PyTorch does); with glibc's defaults their page faults cost 10-20 % of a step.
@@ -29,7 +29,7 @@ MALLOC_ENV = {
 RUNTIME_FIELDS = {
     f"model.{k}" for k in ("scan", "remat", "dtype", "logits_dtype", "attention", "family")
 }  # computed, not what
-FORCE = ("data", "tokenizer", "base", "method", "model", "lock")  # what --accept takes
+FORCE = ("data", "tokenizer", "base", "method", "model", "lock")  # what --force takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Data(Checked):
     vocab: Count = 4096  # pieces of a tokenizer trained on the domains
     tokenizer: str = ""  # a file or folder to use instead
     cache: str = "auto"  # a folder for tokenised domains; auto: the user's own (train/caches.py); empty: none
-    bad: Policy = "error"  # a row that cannot be used: is an error, is left out, is repaired where that can be
+    bad_rows: Policy = "error"  # a row that cannot be used: is an error, is left out, is repaired where that can be
     max_bad_fraction: Share = 0.01  # part of the rows that may be left out or repaired
 
     def __post_init__(self) -> None:
@@ -127,7 +127,7 @@ class Run(Checked):
     save_every: int = 0  # steps; 0: at the end only
     keep: Count = 2  # newest checkpoints kept, and the best
     resume: str = "never"  # auto: from the newest good checkpoint in `out`, if it has one; a step: from that one
-    accept: str = ""  # what may differ from the checkpoint, with commas between (ACCEPT), or lock: take the folder over
+    force: str = ""  # what may differ from the checkpoint, with commas between (FORCE), or lock: take the folder over
     verify: Literal["full", "fast", "off"] = "full"  # loading: every digest, the files' sizes, the manifest alone
     max_skipped: int = 10  # steps in a row that are left out (NaN, infinity, spikes) until the run stops; 0: never
     tensorboard: bool = True
@@ -138,10 +138,10 @@ class Run(Checked):
         check_date(self.date)
         if not re.fullmatch("never|auto|[0-9]+", self.resume):
             raise InputError(f"--resume {self.resume}: wanted auto, never, or the step of a checkpoint")
-        for word in filter(None, self.accept.split(",")):
+        for word in filter(None, self.force.split(",")):
             if word not in FORCE:
                 raise InputError(
-                    f"--accept {word}{did_you_mean(word, FORCE)}: wanted {', '.join(FORCE)}, commas between"
+                    f"--force {word}{did_you_mean(word, FORCE)}: wanted {', '.join(FORCE)}, commas between"
                 )
         if self.quantize and self.phase == "pretrain":
             raise InputError(f"--quantize {self.quantize}: of a frozen base; pretraining has none")

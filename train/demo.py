@@ -17,7 +17,7 @@ from ..peft import Method, Subset
 from .config import Data, Optim, Run
 from .inputs import load_task
 from .loop import train
-from .progress import format_time, console, read_metrics
+from .progress import console, format_time, read_metrics
 from .recipes import recipes
 from .runs.load import load_run
 from .runs.report import format_bytes

@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import InputError
+from ..atomic import atomic_write
 from ..model.tree import paths
 from .cluster import distributed
 from .config import Run
 from .runs.load import LoadedRun, load_run
-from ..atomic import atomic_write
 
 
 class Health:
-    """Counts the steps in a row that changed nothing, and stops the run at `max_bad` of them."""
+    """Counts the steps in a row that changed nothing, and stops the run at `max_skipped` of them."""
 
     def __init__(self, run: Run, rows: Any, start: int, first: int):
         self.run, self.rows, self.start, self.first = run, rows, start, first  # the loop began at row `start`
@@ -40,7 +40,7 @@ class Health:
         what = f"{len(steps) - spikes} not finite" + (f", {spikes} spikes or without targets" if spikes else "")
         raise InputError(
             f"{self.run.out}: steps {steps[0]}-{steps[-1]} in a row were left out ({what}), so the run stops; their "
-            f"rows are in {path}; look at them, or lower --optim.lr, then go on with --resume (or raise --max-bad)"
+            f"rows are in {path}; look at them, or lower --optim.lr, then go on with --resume (or raise --max-skipped)"
         )
 
     def _rows(self, step: int) -> list[int]:

@@ -64,13 +64,13 @@ class Reiterable:
 
 def corpus_and_tokenizer(data: Data, seed: int, work: Path) -> tuple[Corpus, Tokenizer]:
     """A pretraining run's rows and tokenizer; without --data.tokenizer one is trained on the training documents."""
-    bad = RowErrors(data.bad, data.max_bad_fraction)
+    bad = RowErrors(data.bad_rows, data.max_bad_fraction)
     domains = domain_documents(data, bad)
     if data.tokenizer:
         tokenizer = load_tokenizer(data.tokenizer)
     else:
         first = domain_documents(
-            data, RowErrors(data.bad, data.max_bad_fraction)
+            data, RowErrors(data.bad_rows, data.max_bad_fraction)
         )  # what is left out is counted when it is read again
         texts = (d.text for docs in first.values() for d in docs if not is_held_out(d.id, data.held_out))
         tokenizer = train_tokenizer(texts, work / "tokenizer.model", data.vocab)
@@ -87,10 +87,10 @@ def tuning_rows(
     """The task of a fine-tuning run and its packed rows; V is the vocabulary of the base.
 
     config, virtual: the base and the number of virtual tokens, for a run that is scored: see `judged`.
-    InputError: a row that is bad, or does not fit, wherever it is; unless --data.bad says otherwise.
+    InputError: a row that is bad, or does not fit, wherever it is; unless --data.bad-rows says otherwise.
     """
     check_vocab(tokenizer, V)
-    bad = RowErrors(data.bad, data.max_bad_fraction)
+    bad = RowErrors(data.bad_rows, data.max_bad_fraction)
     task = load_task(data, bad)
     pairs = training_pairs(task, data, seed)
     bad.rows = max(bad.rows, len(pairs) + len(task.valid) + len(task.test))  # tasks that no reader has counted
@@ -124,7 +124,9 @@ def trained_rows(data: Data, seed: int) -> list[dict[str, Any]] | None:
     """The training rows of a run, [] for one that has none; None where they cannot be read."""
     try:
         return (
-            [row for _, row in training_pairs(load_task(data, RowErrors(data.bad, 1.0)), data, seed)] if data.task else []
+            [row for _, row in training_pairs(load_task(data, RowErrors(data.bad_rows, 1.0)), data, seed)]
+            if data.task
+            else []
         )
     except InputError:
         return None
@@ -201,7 +203,7 @@ def load_task(data: Data, bad: RowErrors | None = None) -> Task:
             raise InputError(f"--data.columns and --data.ignore are of a file; the rows of {data.task!r} are known, "
                              f"drop {' '.join(given)}")  # fmt: skip
         return tasks[data.task](Path(data.root or "."))
-    bad, columns = bad or RowErrors(data.bad, data.max_bad_fraction), Columns(data.columns, data.ignore)
+    bad, columns = bad or RowErrors(data.bad_rows, data.max_bad_fraction), Columns(data.columns, data.ignore)
     return file_task(check_examples_file(data.task), data.held_out, 0, bad, data.valid, data.test, columns)
 
 

@@ -29,7 +29,7 @@ from .runs.checkpoint_reader import describe_sidecars
 from .runs.lineage import code_version
 from .runs.lock import Lock
 from .runs.record import evaluate
-from .runs.resume import check_out, with_date, find_checkpoint, restore, accepted_changes
+from .runs.resume import accepted_changes, check_out, find_checkpoint, restore, with_date
 from .setup import TrainSetup, prepare
 
 
@@ -48,7 +48,7 @@ def train(run: Run) -> Path:
         guard: Any = lambda: None  # noqa: E731
         if writes:
             record.make_run_folder(folder)
-            guard = held.enter_context(Lock(folder, "lock" in run.accept.split(","))).check
+            guard = held.enter_context(Lock(folder, "lock" in run.force.split(","))).check
             check_out(run)  # nobody came before
         checkpoints = held.enter_context(CheckpointWriter(folder / "checkpoints", run.keep, guard))
         step, later = find_checkpoint(phase.run, checkpoints)

@@ -17,7 +17,13 @@ from .config import Run
 from .optim import make_optimizer
 from .step import init_state, make_train_step
 
-BATCH_DTYPES = {"ids": jnp.int32, "targets": jnp.int32, "weights": jnp.float32, "segments": jnp.int32, "positions": jnp.int32}
+BATCH_DTYPES = {
+    "ids": jnp.int32,
+    "targets": jnp.int32,
+    "weights": jnp.float32,
+    "segments": jnp.int32,
+    "positions": jnp.int32,
+}
 
 
 class Start(NamedTuple):

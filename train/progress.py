@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from .. import InputError
-from .plan.roofline import chip_of
 from ..atomic import atomic_write
+from .plan.roofline import chip_of
 
 console = Console(stderr=True, highlight=False, markup=False, width=None if sys.stderr.isatty() else 120)
 
@@ -117,7 +117,9 @@ class Log(Metrics):
         row = super().step(step, metrics, tokens)
         left = (self.last - self.began) / (step - self.start) * (self.steps - step)
         mfu = f" · MFU {row['mfu']:.1%}" if "mfu" in row else ""
-        text = f"· loss {metrics['loss']:.4f} · {row['tokens_per_second']:,.0f} tokens/s{mfu} · {format_time(left)} left"
+        text = (
+            f"· loss {metrics['loss']:.4f} · {row['tokens_per_second']:,.0f} tokens/s{mfu} · {format_time(left)} left"
+        )
         self.bar.update(self.task, completed=step, text=text)
         # Without a terminal: about 20 lines a run.
         if not console.is_terminal and (step - self.spoken >= self.steps / 20 or step == self.steps):

@@ -50,7 +50,7 @@ def jsonl(data: bytes) -> None:
     for suffix in (".jsonl", ".json", ".csv", ".txt"):
         path = HERE / f"rows{suffix}"
         path.write_bytes(data)
-        for policy in ("error", "skip", "replace"):
+        for policy in ("error", "skip", "repair"):
             with refused():
                 list(documents(str(path), bad=RowErrors(policy, 1)))
             with refused():

@@ -18,7 +18,15 @@ from typing import Any, NoReturn
 
 from ... import InputError
 from ..config import shorten
-from .processes import detect_cluster, start_coordinator as coordinator, parse_processes, heartbeat_timeout, meet_processes, mute, startup_timeout
+from .processes import (
+    detect_cluster,
+    heartbeat_timeout,
+    meet_processes,
+    mute,
+    parse_processes,
+    start_coordinator,
+    startup_timeout,
+)
 
 STOPPED = 75  # the exit code (EX_TEMPFAIL) when signals ended it and all is saved
 BARRIER = 1800.0  # seconds for all to come to one place of a run; a dead process is noticed sooner
@@ -78,7 +86,9 @@ def run_processes(processes: str | None, work: Callable[[], Any]) -> Any:
         raise
     except BaseException as error:
         if type(error).__name__ == "JaxRuntimeError":
-            time.sleep(heartbeat_timeout() + 5)  # a collective that broke: the watch will know whose fault it is, and end here
+            time.sleep(
+                heartbeat_timeout() + 5
+            )  # a collective that broke: the watch will know whose fault it is, and end here
         lines = "".join(traceback.format_exception(error))
         _fail(f"{type(error).__name__}: {error}".splitlines()[0], 1, lines)
 
@@ -140,13 +150,21 @@ def _start(address: str, n: int, i: int, devices: Any) -> None:
     host, port = address.rsplit(":", 1)
     _State.index = i
     if i == 0:
-        _State.coordinator = coordinator(port, n)
+        _State.coordinator = start_coordinator(port, n)
     _State.peers = meet_processes(host.strip("[]"), int(port), n, i)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM and do nothing about it
     # jax starts a service in process 0 in any case: at a port that nobody knows.
     jax.distributed.initialize(
-        address, n, i, devices, "deactivate", startup_timeout(), heartbeat_timeout(), 10, "localhost:0" if i == 0 else None
+        address,
+        n,
+        i,
+        devices,
+        "deactivate",
+        startup_timeout(),
+        heartbeat_timeout(),
+        10,
+        "localhost:0" if i == 0 else None,
     )
     from jax._src import distributed
 

@@ -100,7 +100,9 @@ def meet_processes(host: str, port: int, n: int, i: int) -> tuple[str, ...]:
             line = ""
         if not line:
             if time.monotonic() > end:
-                raise InputError(f"process 0 of {n} did not come within {startup_timeout()} s: nothing answers at {host}:{port}")
+                raise InputError(
+                    f"process 0 of {n} did not come within {startup_timeout()} s: nothing answers at {host}:{port}"
+                )
             time.sleep(0.5)
     said = json.loads(line)
     if "wrong" in said:

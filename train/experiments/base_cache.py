@@ -14,7 +14,7 @@ from ...data.errors import RowErrors
 from ...model import Context, Transformer
 from ...model.sharding import make_mesh, put_batch
 from ..config import Run, to_json
-from ..evaluate import answerable_rows, with_rendered_replies, evenly_spaced, held_out_losses, mean_loss
+from ..evaluate import answerable_rows, evenly_spaced, held_out_losses, mean_loss, with_rendered_replies
 from ..health import load_base
 from ..inputs import check_row_length, report_row_errors, report_split_sizes, tuning_rows
 from ..optim import lr_schedule
@@ -69,11 +69,11 @@ class BaseCache:
         return self._rows[key]
 
     def asked(self, run: Run, n: int) -> list[Any]:
-        """At most n of the validation rows, which a run answers at its end; --data.bad says what becomes of a row that
+        """At most n of the validation rows, which a run answers at its end; --data.bad-rows says what becomes of a row that
         cannot be answered. InputError where there is none."""
         key = (run.base, to_json(Run(data=run.data)), n)
         if key not in self._asked:
-            base, bad, rows = self.base(run), RowErrors(run.data.bad, 1.0), self.rows(run)[0].valid
+            base, bad, rows = self.base(run), RowErrors(run.data.bad_rows, 1.0), self.rows(run)[0].valid
             bad.rows = len(rows)
             kept = answerable_rows(rows, base.tokenizer, base.config, 0, bad)
             report_row_errors(bad)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from ... import InputError, peft
+from ...atomic import atomic_write
 from ...model import Context
 from ...model.hf.files import read_json
 from ...peft import Method, Subset
@@ -17,10 +18,9 @@ from ..bench.peer import threads
 from ..bench.table import cpu
 from ..cluster.signals import Stop
 from ..config import Run, from_json
-from ..progress import format_time, console
+from ..progress import console, format_time
 from ..runs.checkpoint import CheckpointWriter, versions
 from ..runs.lineage import code_version, trained_digest
-from ...atomic import atomic_write
 from .base_cache import BaseCache
 from .results_log import Line, ResultsLog, found
 from .step_costs import costs
@@ -192,7 +192,9 @@ class MethodComparison:
             self.ledger.add(row)
             rest = (time.monotonic() - began) / (i + 1) * (len(left) - i - 1)
             said = f"{exam.metric} {row['score']:.4f}" if "score" in row else line["status"]
-            console.print(f"test {i + 1}/{len(left)}: {exam.label} {name} seed {seed}: {said} · {format_time(rest)} left")
+            console.print(
+                f"test {i + 1}/{len(left)}: {exam.label} {name} seed {seed}: {said} · {format_time(rest)} left"
+            )
 
     def _tested(self, task: str, name: str, seed: int) -> list[Line]:
         return self.ledger.find(kind="test", task=task, method=name, seed=seed)

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.table import Table
 
-from ..progress import format_time, console
 from ...atomic import atomic_write
+from ..progress import console, format_time
 from ..runs.report import format_bytes
 from .compare_report import CHOSEN, LOST, TableGrid, facts, judged, label, number, runs, samples, word
 from .learning_curve import Outlook, draw, outlook

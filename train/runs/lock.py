@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import InputError
-from ...atomic import is_leftover, atomic_write
+from ...atomic import atomic_write, is_leftover
 from ..progress import console
 
 LOCK = "lock"
@@ -57,7 +57,7 @@ class Lock:
             if there and not self.take and self._lives(there):
                 raise InputError(
                     f"{self.path.parent}: {_who(there)} writes here; wait for it or stop it, or take another --out "
-                    f"(if it is gone: --accept lock)"
+                    f"(if it is gone: --force lock)"
                 )
             if there:
                 console.print(f"{self.path}: taken over from {_who(there)}, which is gone", soft_wrap=True)

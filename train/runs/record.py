@@ -10,15 +10,23 @@ from typing import Any
 import numpy as np
 
 from ... import InputError
+from ...atomic import atomic_write
 from ...model.sharding import put_batch
 from ..cluster import distributed
-from .checkpoint import CheckpointWriter
-from ...atomic import atomic_write
 from ..config import Run, to_json
-from ..evaluate import held_out_losses, longest_reply, mean_loss, generate_answers, row_losses, scored_rows, within_tokens
+from ..evaluate import (
+    generate_answers,
+    held_out_losses,
+    longest_reply,
+    mean_loss,
+    row_losses,
+    scored_rows,
+    within_tokens,
+)
 from ..inputs import save_held_out
-from ..setup import TrainSetup
 from ..progress import console, cut_metrics, plot_losses, read_metrics
+from ..setup import TrainSetup
+from .checkpoint import CheckpointWriter
 
 
 def evaluate(phase: TrainSetup, score: bool = True) -> dict[str, Any]:
@@ -84,7 +92,9 @@ def make_run_folder(folder: Path) -> None:
         raise InputError(f"--out {folder}: cannot be written ({error.strerror}); give a folder that can") from None
 
 
-def write_first_files(phase: TrainSetup, folder: Path, checkpoints: CheckpointWriter, step: int, later: list[int]) -> None:
+def write_first_files(
+    phase: TrainSetup, folder: Path, checkpoints: CheckpointWriter, step: int, later: list[int]
+) -> None:
     """The files that a run starts with, each whole or as it was; what is behind `step` makes way."""
     try:
         with tempfile.TemporaryDirectory() as work:

@@ -71,7 +71,9 @@ def _picked(method: Method, params: Any) -> dict[str, str]:
     return {canonical(path)[0]: next((v for v in values if v), "") for path, values in found.items() if any(values)}
 
 
-def print_parameters(console: Console, title: str, method: Method, params: Any, trainable: Any, tx: Any) -> dict[str, int]:
+def print_parameters(
+    console: Console, title: str, method: Method, params: Any, trainable: Any, tx: Any
+) -> dict[str, int]:
     """Print the table and return its totals."""
     lines = parameter_rows(method, params, trainable, tx)
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
@@ -80,7 +82,11 @@ def print_parameters(console: Console, title: str, method: Method, params: Any, 
     for r in lines:
         if r["trains"]:
             table.add_row(
-                r["name"], f"{r['base']:,}" if r["base"] else "-", f"{r['trains']:,}", format_bytes(r["optimizer"]), r["rule"]
+                r["name"],
+                f"{r['base']:,}" if r["base"] else "-",
+                f"{r['trains']:,}",
+                format_bytes(r["optimizer"]),
+                r["rule"],
             )
     frozen = [r for r in lines if not r["trains"]]
     if frozen:

@@ -12,14 +12,14 @@ from ... import InputError
 from ...atomic import is_leftover
 from ...data.tokenizers.chat import today
 from ..cluster import distributed
-from .checkpoint import CheckpointWriter
 from ..config import RUNTIME_FIELDS, Run, flatten, from_json, shorten, to_json
-from .lock import LOCK
-from ..setup import TrainSetup
 from ..progress import console
+from ..setup import TrainSetup
+from .checkpoint import CheckpointWriter
 from .checkpoint_reader import CheckpointReader
+from .lock import LOCK
 
-# What --accept lets change -> the fields of config.json that it is made of.
+# What --force lets change -> the fields of config.json that it is made of.
 _PARTS = {
     "tokenizer": ("data.tokenizer", "data.vocab", "base"),  # before the data, whose digest has it in it
     "data": ("data.", "seed", "date"),
@@ -91,14 +91,18 @@ def find_checkpoint(run: Run, checkpoints: CheckpointWriter) -> tuple[int | None
 
 def accepted_changes(phase: TrainSetup, manifest: dict[str, Any]) -> list[str]:
     """What differs from the checkpoint and was accepted. InputError, in words, for what was not."""
-    run, step, accept = phase.run, manifest["step"], set(phase.run.accept.split(","))
+    run, step, force = phase.run, manifest["step"], set(phase.run.force.split(","))
     if manifest["phase"] != run.phase:
         raise InputError(f"--resume: {run.out} holds a {manifest['phase']} run, this is a {run.phase}; correct --out")
     then, now = flatten(manifest.get("config", {})), flatten(json.loads(to_json(run)))
     digests = {"data": phase.data_digest, "tokenizer": phase.tokenizer.digest, "base": phase.base}
     taken = []
     for what, fields in _PARTS.items():
-        changed = {k for k in {*then, *now} if k.startswith(fields) and then.get(k) != now.get(k)} - RUNTIME_FIELDS - _ELSEWHERE
+        changed = (
+            {k for k in {*then, *now} if k.startswith(fields) and then.get(k) != now.get(k)}
+            - RUNTIME_FIELDS
+            - _ELSEWHERE
+        )
         words = [f"{k} {shorten(then.get(k))} -> {shorten(now.get(k))}" for k in sorted(changed) if then]
         if what in digests:
             old, new = manifest.get(what, ""), digests[what]
@@ -109,9 +113,9 @@ def accepted_changes(phase: TrainSetup, manifest: dict[str, Any]) -> list[str]:
         if not words:
             continue
         said = f"the {what} changed since step {step}: {', '.join(words)}"
-        if what not in accept:
+        if what not in force:
             raise InputError(f"--resume: {said}; go on with what the run began with, take a new --out, or "
-                             f"--accept {what}")  # fmt: skip
+                             f"--force {what}")  # fmt: skip
         console.print(f"accepted: {said}", soft_wrap=True)
         taken.append(said)
     other = [f"{k} {shorten(then[k])} -> {shorten(now[k])}" for k in sorted(set(then) & set(now))

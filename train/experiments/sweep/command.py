@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .... import InputError
-from ....atomic import is_leftover
+from ....atomic import atomic_write, is_leftover
 from ....bounds import Checked
 from ....data.tokenizers.chat import today
 from ....model.hf.files import read_json
@@ -21,7 +21,6 @@ from ....peft import Subset
 from ...cluster.signals import Stop
 from ...config import Run, flatten, shorten, to_json
 from ...runs.lock import LOCK, Lock
-from ....atomic import atomic_write
 from ...runs.record import make_run_folder
 from ..base_cache import BaseCache
 from .results import report
@@ -117,14 +116,14 @@ def dated(plan: Any, file: str) -> Any:
 
 def plain(run: Run) -> Run:
     """The run that cells are made of: what is said of the folder of all of them is not theirs."""
-    accept = ",".join(word for word in run.accept.split(",") if word not in ("", "lock"))
-    return dataclasses.replace(run, resume="never", accept=accept)
+    force = ",".join(word for word in run.force.split(",") if word not in ("", "lock"))
+    return dataclasses.replace(run, resume="never", force=force)
 
 
 def carry_out(plan: Sweep, made: list[Trial], ground: BaseCache, stop: Stop) -> list[Trial]:
     """All cells of a sweep to their ends, in its folder, with all said that their runs needed."""
     out, run = Path(plan.run.out), plan.run
-    said = {"run": json.loads(to_json(dataclasses.replace(run, out="", resume="never", accept=""))),
+    said = {"run": json.loads(to_json(dataclasses.replace(run, out="", resume="never", force=""))),
             "over": list(plan.over), "halve": plan.halve, "score": plan.score}  # fmt: skip
     check_out(out, run.resume, said, FILE, "sweep")
     made = ground.settled(made)
@@ -139,7 +138,7 @@ def opened(out: Path, run: Run, said: dict[str, Any], file: str) -> Iterator[Any
     """The folder of an experiment, with the file that says what it is, while no other process writes in it; gives what
     raises if one does."""
     make_run_folder(out)
-    with Lock(out, "lock" in run.accept.split(",")) as lock:
+    with Lock(out, "lock" in run.force.split(",")) as lock:
         if not (out / file).exists():
             atomic_write(out / file, json.dumps(said, indent=1) + "\n")
         yield lock.check

@@ -24,7 +24,7 @@ from ...step import make_train_step
 from .trials import Trial
 
 # Fields of a run that its program does not depend on: rows, and what is done between the steps.
-FREE = ("out", "seed", "epochs", "eval_tokens", "max_bad")
+FREE = ("out", "seed", "epochs", "eval_tokens", "max_skipped")
 OFF = {"optim.clip": math.inf}  # what stands for 0, which means off, in an array
 
 

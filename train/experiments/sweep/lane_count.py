@@ -11,7 +11,7 @@ from ...plan.estimate import traced
 from ...plan.planner import held
 from ...plan.topology import target
 from ...program import BATCH_DTYPES, layout
-from ...progress import format_time, console
+from ...progress import console, format_time
 from ...runs.report import format_bytes
 from ..base_cache import BaseCache
 from .groups import Group

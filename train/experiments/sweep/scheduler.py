@@ -11,14 +11,14 @@ from typing import Any
 import jax
 
 from .... import InputError
+from ....atomic import atomic_write
 from ....model.hf.files import read_json
 from ... import faults
 from ...cluster.signals import Stop, Stopped
-from ...evaluate import longest_reply, generate_answers
+from ...evaluate import generate_answers, longest_reply
 from ...health import check_finite
-from ...progress import format_time as clock, console
-from ....atomic import atomic_write
-from ...runs.record import bound_model, evaluate_losses as losses, logged_evaluation, explain_scoring_failure, summarize
+from ...progress import console, format_time
+from ...runs.record import bound_model, evaluate_losses, explain_scoring_failure, logged_evaluation, summarize
 from ..base_cache import BaseCache
 from .groups import Group, groups
 from .lane_count import balanced, lanes_that_fit
@@ -172,7 +172,7 @@ class Scheduler:
         losses = [lane.log.row["loss"] for lane in lanes if not lane.dead] or [float("nan")]
         loss = " to ".join(f"{x:.4f}" for x in sorted({min(losses), max(losses)}))
         console.print(f"{span([lane.cell for lane in lanes])} · step {i}/{until} · loss {loss} · {rate:.2f} "
-                      f"lane-steps/s · {clock(max(self.left, 0) / rate)} left", soft_wrap=True)  # fmt: skip
+                      f"lane-steps/s · {format_time(max(self.left, 0) / rate)} left", soft_wrap=True)  # fmt: skip
 
     def save(self, lanes: list[Lane], stack: Stack | None, i: int, until: int) -> bool:
         """Each living lane's checkpoint; at `until`, when all are there, what each is worth. Whether no signal ended
@@ -189,7 +189,7 @@ class Scheduler:
                 console.print(f"cell {lane.cell.number} ({lane.cell.name}) diverged: {error}", soft_wrap=True)
                 continue
             before = logged_evaluation(lane.folder, i) if stack is None else {}  # killed behind the last save
-            found = before or (self.stop.between(lambda lane=lane: losses(lane.phase)) if i == until else {})
+            found = before or (self.stop.between(lambda lane=lane: evaluate_losses(lane.phase)) if i == until else {})
             whole = whole and found is not None
             lane.course.save(found or {})
             lane.phase.state = None  # type: ignore[assignment]  # the stack has it
