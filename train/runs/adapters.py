@@ -20,7 +20,6 @@ from ..config import Run
 from ..inputs import check_vocab
 from .lineage import write_lineage, read_lineage
 from ..progress import console
-from .lineage import keep, kept
 from .tokenizer_files import write_tokenizer
 
 Target = Literal["", "vllm"]

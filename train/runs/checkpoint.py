@@ -18,14 +18,13 @@ from typing import Any
 
 from ... import InputError, __version__
 from ...model.tree import canonical, is_stacked, named, paths
+from ..cluster import distributed
 from .. import faults
 from ...atomic import sync, atomic_write
 from .manifest import find_damage, describe_files, encode_manifest
 from .digests import array_digest, array_digests, pieces
 from ..progress import console
 from .checkpoint_reader import CheckpointReader
-from .digests import digest, digests, pieces
-from .manifest import describe_files, find_damage, sealed_manifest, sync, write_whole
 
 
 def fingerprint(params: Any) -> str:

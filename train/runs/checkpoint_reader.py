@@ -18,9 +18,6 @@ from . import layout
 from .manifest import describe_files, find_damage, read_manifest
 from .digests import array_digests
 from ..progress import console
-from . import layout
-from .digests import digests
-from .manifest import describe_files, find_damage, read_manifest
 
 
 class CheckpointReader:

@@ -19,9 +19,6 @@ from ...model import hf, resize
 from ...model.hf.files import empty, fetch
 from ...model.tree import named
 from ...peft import Subset, merge
-from ..config import to_json
-from ..inputs import save_held_out
-from ..progress import console
 from . import adapters
 from .adapters import Target
 from .checkpoint import CheckpointWriter, fingerprint, leaf_digests, fingerprint_of

@@ -29,11 +29,7 @@ from ..inputs import check_vocab, check_tokenizer, load_held_out
 from .layout import set_layout, convert_layout, with_shardings
 from .lineage import lineage_of, read_lineage
 from ..progress import console
-from . import adapters, report
-from .checkpoint import CheckpointWriter, fingerprint, fingerprint_of, leaf_digests
 from .checkpoint_reader import check_sidecars
-from .layout import convert_layout, set_layout, sharded
-from .lineage import chain, kept
 
 
 @dataclasses.dataclass(frozen=True)
