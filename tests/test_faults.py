@@ -18,16 +18,18 @@ from graftax import InputError, peft
 from graftax.data import loader
 from graftax.model.tree import replace
 from graftax.peft import LoRA, Subset
-from graftax.train import cli, faults, health, loop
+from graftax.train import cli, evaluate, faults, health, loop
 from graftax.train.cluster import distributed, signals
 from graftax.train.cluster.signals import Stop, Stopped
 from graftax.train.config import Optim, Run, from_json
-from graftax.train.loop import stream_digest, train
+from graftax.train.loop import stream_digest
 from graftax.train.optim import lr_schedule
 from graftax.train.progress import read_metrics
+from graftax.train.runs import prepare as preparation
 from graftax.train.runs import record
 from graftax.train.runs.checkpoint import CheckpointWriter
 from graftax.train.runs.load import load_run
+from graftax.train.runs.train import train
 from test_faults_input import said
 
 pytestmark = pytest.mark.faults
@@ -188,7 +190,7 @@ def test_a_changed_corpus(change, words, runs, tmp_path):  # noqa: F811
     run = copied(runs["pretrain"], tmp_path)
     domains = [(name, str(tmp_path / name), weight) for name, _, weight in run.data.domains]
     for (_, source, _), (_, target, _) in zip(run.data.domains, domains, strict=True):
-        loop.Path(target).symlink_to(source)
+        Path(target).symlink_to(source)
     data = {"mixture": {"domains": tuple((n, s, 0.5) for n, s, _ in run.data.domains)},
             "tokenizer": {"tokenizer": "", "vocab": 380},
             "a file": {}}[change]  # fmt: skip
@@ -280,7 +282,7 @@ def test_scoring_that_fails_costs_no_step(cut, whole, tmp_path, monkeypatch):  #
     """The checkpoint of the last step, with the loss that ranks it, is on the disk before the first answer."""
     run = copied(cut, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(record, "outputs", _raising)
+        patch.setattr(evaluate, "generate_answers", _raising)
         for _ in range(2):  # and so again in its second life, which has nothing else to do
             ended = life(patch, run)
             assert isinstance(ended, InputError)
@@ -346,16 +348,16 @@ def test_a_second_signal_ends_at_once(monkeypatch, capsys):
     left = threading.Event()
     monkeypatch.setattr(signals.os, "_exit", lambda code: code == 75 and left.set())
     with Stop() as one:
-        one.begin(0)
-        assert one.may(1)
+        one.begin_steps(0)
+        assert one.may_step(1)
         signal.raise_signal(signal.SIGTERM)
         for _ in range(500):
-            if not one.may(1):
+            if not one.may_step(1):
                 break
             if one.limit is not None:
                 break
             left.wait(0.01)
-        assert not one.may(2)
+        assert not one.may_step(2)
         assert not left.is_set()
         signal.raise_signal(signal.SIGINT)
         assert left.wait(5)
@@ -376,15 +378,15 @@ def test_all_processes_stop_after_the_same_step(monkeypatch):
 
     monkeypatch.setattr(distributed, "barrier_gather", share)
     for i, one in enumerate(stops):
-        one.begin(0)
-        assert one.may(4 + i)
+        one.begin_steps(0)
+        assert one.may_step(4 + i)
     threads = [threading.Thread(target=one._settle, args=(True,)) for one in stops]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert [one.limit for one in stops] == [6, 6, 6]
-    assert [[one.may(5), one.may(6), one.may(7)] for one in stops] == [[True, True, False]] * 3
+    assert [[one.may_step(5), one.may_step(6), one.may_step(7)] for one in stops] == [[True, True, False]] * 3
 
 
 # --- numbers ---
@@ -420,11 +422,11 @@ def test_too_many_bad_batches_stop_the_run(runs, tmp_path, monkeypatch):  # noqa
 def test_a_base_that_is_not_finite(number, base, monkeypatch):
     spoilt = replace(base.params, {"layers/mlp/up": base.params["layers"]["mlp"]["up"].at[1, 2, 3].set(number)})
     dated, loaded = (dataclasses.make_dataclass("", names) for names in (["date"], ["base", "tokenizer"]))
-    monkeypatch.setattr(health, "load_run", lambda *args, **kwargs: loaded(spoilt, dated("")))
+    monkeypatch.setattr(preparation, "load_run", lambda *args, **kwargs: loaded(spoilt, dated("")))
     run = Run(phase="finetune", base="runs/base", date="2026-11-29")
-    said(lambda: health.load_base(run, None), "runs/base: the parameter layers/mlp/up holds NaN or infinity", "another")
-    monkeypatch.setattr(health, "load_run", lambda *args, **kwargs: loaded(base.params, dated("")))
-    assert health.load_base(run, None) == loaded(base.params, dated("2026-11-29"))
+    said(lambda: preparation.load_base(run, None), "runs/base: the parameter layers/mlp/up holds NaN or infinity", "another")
+    monkeypatch.setattr(preparation, "load_run", lambda *args, **kwargs: loaded(base.params, dated("")))
+    assert preparation.load_base(run, None) == loaded(base.params, dated("2026-11-29"))
 
 
 def test_a_state_that_is_not_finite_is_not_saved(runs, tmp_path, monkeypatch):  # noqa: F811
@@ -434,12 +436,12 @@ def test_a_state_that_is_not_finite_is_not_saved(runs, tmp_path, monkeypatch):  
     def step(self, i, program):
         real(self, i, program)
         if i == 11:
-            trainable = jax.tree.map(lambda x: x * np.inf, self.phase.state.trainable)
-            self.phase.state = self.phase.state._replace(trainable=trainable)
+            trainable = jax.tree.map(lambda x: x * np.inf, self.setup.state.trainable)
+            self.setup.state = self.setup.state._replace(trainable=trainable)
 
     monkeypatch.setattr(loop.Runner, "step", step)
     ended = life(monkeypatch, run)
-    for word in (run.out, "at step 12 layers/attn/k/a is not finite", "nothing was saved of it", "--optim.lr"):
+    for word in (run.out, "at step 12 layers/attn/k/a is not finite", "this step was not saved", "--optim.lr"):
         assert word in str(ended)
     assert good(run.out) == 6
 
@@ -449,8 +451,8 @@ def test_spikes_count_apart(runs, tmp_path):  # noqa: F811
     seen = health.Health(run, [{"row": i} for i in range(80)], 0, 0)
     fine, spike = {"ok": True, "loss": 1.0, "grad_norm": 1.0}, {"ok": False, "loss": 9.0, "grad_norm": 9.0}
     broken = {"ok": False, "loss": np.nan, "grad_norm": 1.0}
-    seen.see(5, [fine, spike, broken, fine, spike])
-    said(lambda: seen.see(7, [spike, broken]), "steps 5-7 in a row", "1 not finite, 2 spikes")
+    seen.update(5, [fine, spike, broken, fine, spike])
+    said(lambda: seen.update(7, [spike, broken]), "steps 5-7 in a row", "1 not finite, 2 spikes")
     said(lambda: Optim(spike=float("nan")), "--optim.spike nan")
 
 
@@ -493,7 +495,7 @@ def test_zero_steps_and_fewer_rows_than_a_batch(runs, tmp_path, monkeypatch, cap
     data = dataclasses.replace(runs["lora"].data, task=str(tmp_path / "few.jsonl"))
     run = dataclasses.replace(runs["lora"], out=str(tmp_path / "run"), data=data, steps=2)
     assert life(monkeypatch, run) is None
-    assert "are fewer than the 8 of a batch: rows stand in a step more than once" in capsys.readouterr().err
+    assert "the batch of 8 is larger than the dataset" in capsys.readouterr().err
 
 
 # --- adapters, masks ---

@@ -494,7 +494,7 @@ CONFIGS = {  # what is in the file: words
     '{"optim": 3}': ("optim: a int", "an object of keys and values is wanted"),
     '{"model": {"V": 8}}': ("model: has no 'D'", "a whole number is wanted"),
     '{"model": {"rope": 3}}': ("model.rope: a int", "an object"),
-    '{"steps": 1, "steps": 2}': ("the key 'steps' stands twice",),
+    '{"steps": 1, "steps": 2}': ("duplicate key 'steps'",),
     '{"out": "\\ud800"}': ("not readable as JSON", "surrogates not allowed"),
     '{"steps": 1': ("not readable as JSON",),
     "[" * 99_999: ("not readable as JSON",),

@@ -72,7 +72,7 @@ def run_of(phase: str, args: list[str], also: Sequence[str] = ()) -> Run:
 def _train(phase: str) -> Callable[[list[str]], Any]:
     def command(args: list[str]) -> Any:
         run = run_of(phase, args)
-        from .loop import train
+        from .runs.train import train
 
         with pattern_source(args[0]) if args[0].endswith(".json") else contextlib.nullcontext():
             folder = train(run)

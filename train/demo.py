@@ -16,11 +16,11 @@ from ..model import generate
 from ..peft import Method, Subset
 from .config import Data, Optim, Run
 from .inputs import load_task
-from .loop import train
 from .progress import console, format_time, read_metrics
 from .recipes import recipes
 from .runs.load import load_run
 from .runs.report import format_bytes
+from .runs.train import train
 
 TASK = "embedded:next_token"
 OPENING = "def read(self, size):\n"

@@ -17,10 +17,10 @@ from ...model.tree import canonical, named
 from ...peft.methods.lora import LoRA
 from ..config import Data, Optim, Run
 from ..evaluate import held_out_losses, mean_loss
-from ..loop import train
 from ..progress import read_metrics
 from ..runs.load import load_run
 from ..runs.report import nbytes
+from ..runs.train import train
 
 
 def sizes(shapes: Any) -> list[str]:

@@ -25,7 +25,7 @@ class Stopped(SystemExit):
 
 
 class Stop:
-    """`with Stop() as stop:` takes the signals; before each step of the loop `stop.may(step)` says if it is to run.
+    """`with Stop() as stop:` takes the signals; before each step of the loop `stop.may_step(step)` says if it is to run.
 
     A thread notices the signals, whatever the main thread is in. In a run of several processes each says through the
     coordinator which step it began last and begins none until all have said it; all stop after the latest of them. So
@@ -59,17 +59,17 @@ class Stop:
             self._over.set()
             os.close(self._write)  # the thread reads the end
 
-    def begin(self, step: int) -> None:
+    def begin_steps(self, step: int) -> None:
         """The loop begins behind this step; from here on it is not left in the middle of something."""
         with self._change:
             self.last, self._free, self._begun = step, False, True
 
-    def rest(self) -> None:
+    def end_steps(self) -> None:
         """The loop is over, and what comes now may be left at any place until the next one begins."""
         with self._change:
             self._free, self._begun = True, False
 
-    def may(self, step: int) -> bool:
+    def may_step(self, step: int) -> bool:
         """Whether a step is to run."""
         with self._change:
             while self.asked and self.limit is None:
@@ -84,7 +84,7 @@ class Stop:
         if self.asked:
             raise Stopped
 
-    def between(self, call: Callable[[], Any]) -> Any:
+    def interruptible(self, call: Callable[[], Any]) -> Any:
         """What `call` returns; None if a signal ends it. (Several processes do it together: none leaves it.)"""
         if distributed.count() > 1:
             return call()

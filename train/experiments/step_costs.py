@@ -10,10 +10,9 @@ import numpy as np
 
 from ...peft import Subset
 from ..cluster.signals import Stop
-from ..loop import compile_step
 from ..plan.estimate import traced
-from ..program import BATCH_DTYPES, layout
 from ..runs.report import nbytes
+from ..setup import BATCH_DTYPES, compile_step, layout
 from .base_cache import BaseCache
 
 TURNS, STEPS = 6, 4  # each method takes STEPS steps in each of TURNS turns; the first of a turn finds its memory again

@@ -20,6 +20,7 @@ from ....model.hf.files import read_json
 from ....peft import Subset
 from ...cluster.signals import Stop
 from ...config import Run, flatten, shorten, to_json
+from ...config_versions import VERSION, upgrade
 from ...runs.lock import LOCK, Lock
 from ...runs.record import make_run_folder
 from ..base_cache import BaseCache
@@ -156,7 +157,8 @@ def check_out(out: Path, resume: str, said: dict[str, Any], file: str, what: str
         raise InputError(f"--out {out} is not an empty folder; take another, or go on with --resume")
     if not (out / file).exists():
         raise InputError(f"--resume: {out} holds no {what} (it has {', '.join(held[:3])}); correct --out")
-    then, now = flatten(read_json(out / file)), flatten(said)
+    saved = read_json(out / file)
+    then, now = flatten(saved | {"run": {"version": VERSION} | upgrade(saved.get("run", {}))}), flatten(said)
     for key in sorted({*then, *now}):
         if then.get(key) != now.get(key) and key not in FREELY and not key.startswith(CHOSEN):
             raise InputError(f"--resume: {key} is {shorten(now.get(key))}, the {what} in {out} began with "

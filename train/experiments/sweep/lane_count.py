@@ -10,9 +10,9 @@ import numpy as np
 from ...plan.estimate import traced
 from ...plan.planner import held
 from ...plan.topology import target
-from ...program import BATCH_DTYPES, layout
 from ...progress import console, format_time
 from ...runs.report import format_bytes
+from ...setup import BATCH_DTYPES, layout
 from ..base_cache import BaseCache
 from .groups import Group
 from .lanes import Stack

@@ -15,10 +15,11 @@ from ....atomic import atomic_write
 from ....model.hf.files import read_json
 from ... import faults
 from ...cluster.signals import Stop, Stopped
-from ...evaluate import generate_answers, longest_reply
+from ...evaluate import bound_model, evaluate_losses, generate_answers, longest_reply
 from ...health import check_finite
+from ...loop import explain_scoring_failure
 from ...progress import console, format_time
-from ...runs.record import bound_model, evaluate_losses, explain_scoring_failure, logged_evaluation, summarize
+from ...runs.record import logged_evaluation, summarize
 from ..base_cache import BaseCache
 from .groups import Group, groups
 from .lane_count import balanced, lanes_that_fit
@@ -105,7 +106,7 @@ class Scheduler:
                 stack = Stack(group, which, [lane.phase for lane in lanes], K, self.devices, self.ground)
                 i = self.steps(lanes, stack, at, until)
             judged = self.save(lanes, stack, i, until)
-            self.stop.rest()
+            self.stop.end_steps()
         if not judged:
             console.print(f"stopped at step {i} of {span(chosen)}, saved but not evaluated; go on with --resume")
             raise Stopped
@@ -118,12 +119,12 @@ class Scheduler:
         """Steps at + 1 to `until`, or to where a signal ends them; returns the last."""
         run, pending, i = lanes[0].run, [], at
         self.stop.check()  # before this loop: it has no step to end with
-        self.stop.begin(at)
+        self.stop.begin_steps(at)
         self.clock(lanes)
         while i < until:
             for lane in lanes:
                 lane.checkpoints.check()
-            if self.stop.asked or not self.stop.may(i + 1) or all(lane.dead for lane in lanes):
+            if self.stop.asked or not self.stop.may_step(i + 1) or all(lane.dead for lane in lanes):
                 break
             i += 1
             faults.at("step", i)
@@ -189,7 +190,7 @@ class Scheduler:
                 console.print(f"cell {lane.cell.number} ({lane.cell.name}) diverged: {error}", soft_wrap=True)
                 continue
             before = logged_evaluation(lane.folder, i) if stack is None else {}  # killed behind the last save
-            found = before or (self.stop.between(lambda lane=lane: evaluate_losses(lane.phase)) if i == until else {})
+            found = before or (self.stop.interruptible(lambda lane=lane: evaluate_losses(lane.phase)) if i == until else {})
             whole = whole and found is not None
             lane.course.save(found or {})
             lane.phase.state = None  # type: ignore[assignment]  # the stack has it
@@ -198,7 +199,7 @@ class Scheduler:
         for lane, state, found, noted_before in ended:
             lane.checkpoints.wait()
             lane.phase.state = state
-            scores = {} if noted_before else self.stop.between(lambda lane=lane: self.scores(lane))
+            scores = {} if noted_before else self.stop.interruptible(lambda lane=lane: self.scores(lane))
             if whole := whole and scores is not None:
                 found |= scores
                 if not noted_before:
@@ -211,7 +212,7 @@ class Scheduler:
 
     def scores(self, lane: Lane) -> dict[str, Any]:
         """The scores of a lane at its end on validation rows, if the sweep asks for them."""
-        if not self.sweep.score or lane.course.done != lane.run.steps:
+        if not self.sweep.score or lane.course.last_step != lane.run.steps:
             return {}
         phase, rows = lane.phase, self.ground.asked(lane.run, self.sweep.score)
         phase.state = jax.device_put(phase.state, self.ground.whole)
