@@ -211,7 +211,7 @@ def test_a_changed_corpus(change, words, runs, tmp_path):  # noqa: F811
 
 def test_folders_that_are_no_place_for_a_run(runs, cut, tmp_path, monkeypatch):  # noqa: F811
     run = dataclasses.replace(cut, resume="never")
-    said(lambda: train(run), f"--out {run.out} is not an empty folder", "go on with --resume")
+    said(lambda: train(run), f"--out {run.out} is not an empty folder", "continue with --resume")
     (tmp_path / "file").write_text("")
     said(lambda: train(dataclasses.replace(run, out=str(tmp_path / "file"))), "is a file; give a folder")
     (tmp_path / "photos").mkdir()
@@ -363,12 +363,12 @@ def test_a_second_signal_ends_at_once(monkeypatch, capsys):
         assert left.wait(5)
     err = capsys.readouterr().err
     assert "SIGTERM: this step is finished and saved, exit code 75; again: at once" in err
-    assert "graftax: SIGINT again: stopped at once; go on with --resume" in err
+    assert "graftax: SIGINT again: stopped at once; continue with --resume" in err
 
 
 def test_all_processes_stop_after_the_same_step(monkeypatch):
     """Three of them, each a step further, as threads; one gets the signal."""
-    monkeypatch.setattr(distributed._State, "peers", ("a", "b", "c"))
+    monkeypatch.setattr(distributed.state, "peers", ("a", "b", "c"))
     barrier, told, stops = threading.Barrier(3), {}, [Stop() for _ in range(3)]
 
     def share(what, text):
@@ -617,7 +617,7 @@ def test_the_variable_says_what_it_wants(monkeypatch):
     assert [faults.at("step", i) for i in (2, 3, 5, 6)] == ["", "nan", "nan", ""]
     for wrong in ("stop:nan", "step:explode", "step@x:nan", "kill"):
         monkeypatch.setenv(faults.VARIABLE, wrong)
-        said(lambda: faults.at("step", 3), f"GRAFTAX_FAULT={wrong}: wanted POINT[@STEP[-STEP]]:WHAT")
+        said(lambda: faults.at("step", 3), f"GRAFTAX_FAULT={wrong}: wanted POINT[@STEP[-STEP]]:ACTION")
 
 
 def test_config_of_before_says_resume_with_true(tmp_path):

@@ -199,7 +199,7 @@ def test_rows_that_judge_are_checked_before_the_first_step(tok, tmp_path, capsys
     tuned("skip", 0.01, valid=str(test))
     assert "1 of 100 rows left out, 0 repaired" in capsys.readouterr().err, "once, though it is read for two things"
     write(test, LONG[2:3])
-    said(lambda: tuned("skip", 1.0, test=str(test)), "none of the 1 rows that judge can be used", f"{test}:1")
+    said(lambda: tuned("skip", 1.0, test=str(test)), "none of the 1 rows to score can be used", f"{test}:1")
 
 
 def test_a_row_of_the_rest_is_refused_for_the_longest_answer(tok, tmp_path):
@@ -449,7 +449,7 @@ def test_another_tokenizer_of_equal_size(tok, tmp_path):
     other = train_tokenizer([text[::-1] for text in TEXTS], tmp_path, 300)
     assert other.vocab_size == tok.vocab_size
     check_tokenizer(tok, tok.digest, tmp_path)
-    words = ("tokenizer.model is not the tokenizer of this run", tok.digest[:12], "put the old file back")
+    words = ("tokenizer.model is not the tokenizer of this run", tok.digest[:12], "restore the old file")
     said(lambda: check_tokenizer(other, tok.digest, tmp_path), str(tmp_path), *words)
 
 

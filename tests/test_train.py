@@ -253,7 +253,7 @@ def test_a_run_on_all_rows(base, examples, tmp_path, capsys):
     assert "no row was kept back to judge by; give --task FILE" in said.err
     for flag in ("valid", "test"):
         named = dataclasses.replace(run.data, task="snips", **{flag: str(examples)})
-        with pytest.raises(InputError, match=rf"--data\.{flag}: task 'snips' has rows of its own"):
+        with pytest.raises(InputError, match=rf"--data\.{flag}: task 'snips' has its own validation and test rows"):
             load_task(named)
 
 

@@ -14,7 +14,8 @@ from typing import Any
 from .. import InputError, __version__
 from ..bounds import is_text
 from ..model.pattern import pattern_source
-from .cluster.distributed import STOPPED, run_processes
+from .cluster.distributed import STOPPED
+from .cluster.launch import run_processes
 from .config import MALLOC_ENV, Run, did_you_mean, from_json, method_class
 from .flags import WORDS, parse, suggestion, take_json
 

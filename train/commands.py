@@ -13,7 +13,6 @@ from rich.text import Text
 from .. import InputError, peft
 from ..bounds import Checked, Count, Seed
 from ..data.columns import Columns
-from ..data.errors import RowErrors
 from ..data.sft import render_prompt
 from ..data.sources import documents, text_of
 from ..data.tasks.base import Task, same_prompts, tasks, whole_task
@@ -67,7 +66,7 @@ class Eval(Checked):
             columns=self.columns or (() if self.task in tasks else got.run.data.columns),
             ignore=self.ignore or (() if self.task in tasks else got.run.data.ignore),
         )  # fmt: skip
-        bad, file = RowErrors(data.bad_rows, data.max_bad_fraction), self.task or data.test
+        bad, file = data.row_errors(), self.task or data.test
         if not file or file in tasks:
             named = dataclasses.replace(data, task=file, valid="", test="") if file else data
             task = load_task(named, bad)

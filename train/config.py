@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from .. import InputError, peft
 from ..bounds import LARGEST, Bounds, Checked, Count, Decay, Positive, Seed, Share, did_you_mean, from_fields
 from ..data.columns import Columns
-from ..data.errors import Policy
+from ..data.errors import Policy, RowErrors
 from ..json_files import read_json
 from ..model import Config, Rope
 from ..peft import Method, Subset
@@ -90,6 +90,10 @@ class Data(Checked):
         for name, *_ in self.domains:  # it names arrays in held_out.npz, and metrics
             if not re.fullmatch(r"\w[\w.-]*", name):
                 raise InputError(f"--data.domains: the name {name!r}: wanted letters, digits, '_', '-' and '.'")
+
+    def row_errors(self) -> RowErrors:
+        """Return a new count of bad rows with this policy and limit."""
+        return RowErrors(self.bad_rows, self.max_bad_fraction)
 
 
 @dataclasses.dataclass(frozen=True)
