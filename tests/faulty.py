@@ -73,10 +73,7 @@ def whole(runs):
 
     def folder(case):
         run = runs[case]
-        return (
-            train(dataclasses.replace(run, resume="auto"))
-            and CheckpointWriter(Path(run.out) / "checkpoints").folder
-        )
+        return train(dataclasses.replace(run, resume="auto")) and CheckpointWriter(Path(run.out) / "checkpoints").folder
 
     return folder
 

@@ -21,7 +21,7 @@ from graftax.peft import LoRA, Subset
 from graftax.train import cli, evaluate, faults, health, loop
 from graftax.train.cluster import distributed, signals
 from graftax.train.cluster.signals import Stop, Stopped
-from graftax.train.config import Optim, Run, from_json
+from graftax.train.config import Data, Optim, Run, from_json
 from graftax.train.loop import stream_digest
 from graftax.train.optim import lr_schedule
 from graftax.train.progress import read_metrics
@@ -424,7 +424,11 @@ def test_a_base_that_is_not_finite(number, base, monkeypatch):
     dated, loaded = (dataclasses.make_dataclass("", names) for names in (["date"], ["base", "tokenizer"]))
     monkeypatch.setattr(preparation, "load_run", lambda *args, **kwargs: loaded(spoilt, dated("")))
     run = Run(phase="finetune", base="runs/base", date="2026-11-29")
-    said(lambda: preparation.load_base(run, None), "runs/base: the parameter layers/mlp/up holds NaN or infinity", "another")
+    said(
+        lambda: preparation.load_base(run, None),
+        "runs/base: the parameter layers/mlp/up holds NaN or infinity",
+        "another",
+    )
     monkeypatch.setattr(preparation, "load_run", lambda *args, **kwargs: loaded(base.params, dated("")))
     assert preparation.load_base(run, None) == loaded(base.params, dated("2026-11-29"))
 
@@ -504,7 +508,7 @@ def test_zero_steps_and_fewer_rows_than_a_batch(runs, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize(("which", "words"), [
     ("equal shapes", ("was tuned on another base than", "give its own with --base")),
     ("other shapes", ("was tuned on another base than", "give its own with --base")),
-    ("other rank", ("config.json: method.rank is 4, but step 18 was saved with 2", "put that back")),
+    ("other rank", ("config.json: method.rank is 4, but step 18 was saved with 2", "restore that value")),
     ("other model", ("config.json: model.rope.theta is 5000.0, but step 40 was saved with 10000.0",)),
     ("other tokenizer", ("tokenizer.model", "damaged; put it back")),
     ("no tokenizer", ("tokenizer.model is missing",)),
@@ -620,6 +624,39 @@ def test_the_variable_says_what_it_wants(monkeypatch):
         said(lambda: faults.at("step", 3), f"GRAFTAX_FAULT={wrong}: wanted POINT[@STEP[-STEP]]:ACTION")
 
 
-def test_config_of_before_says_resume_with_true(tmp_path):
-    (tmp_path / "config.json").write_text('{"resume": true}')
-    assert from_json(tmp_path / "config.json").resume == "auto"
+OLD_NAMES = {
+    "resume": True,
+    "accept": "data",
+    "score_base": False,
+    "max_bad": 3,
+    "data": {"bad": "replace", "bad_cap": 0.5},
+}
+
+
+def test_a_config_with_the_names_of_before(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(OLD_NAMES))
+    data = Data(bad_rows="repair", max_bad_fraction=0.5)
+    assert from_json(path) == Run(resume="auto", force="data", eval_base_first=False, max_skipped=3, data=data)
+    path.write_text('{"version": 99}')
+    said(lambda: from_json(path), f"{path}: version 99, this graftax reads 1 to 2")
+
+
+def test_a_run_with_the_names_of_before_goes_on(cut, whole, tmp_path, monkeypatch):  # noqa: F811
+    run = copied(cut, tmp_path)
+
+    def rename(config):
+        for new, old in (("force", "accept"), ("eval_base_first", "score_base"), ("max_skipped", "max_bad")):
+            config[old] = config.pop(new)
+        data = config["data"]
+        data["bad"], data["bad_cap"] = data.pop("bad_rows"), data.pop("max_bad_fraction")
+        del config["version"]
+
+    for step in (12, 18):
+        _rewrite(Path(run.out) / f"checkpoints/{step}/manifest.json", lambda m: rename(m["config"]))
+    config = json.loads((Path(run.out) / "config.json").read_text())
+    rename(config)
+    (Path(run.out) / "config.json").write_text(json.dumps(config))
+    load_run(run.out)
+    assert life(monkeypatch, run) is None
+    assert last(run.out) == last(whole("lora"))

@@ -129,10 +129,15 @@ def test_a_run_keeps_the_date_of_its_start(adapter, hf_base, monkeypatch):
     )  # a run on top decides anew
     assert load_run(hf_base).tokenizer.date == ""
     manifest = load_run(adapter).manifest
-    phase = SimpleNamespace(run=dataclasses.replace(later, date="2001-02-03"), data_digest="other", data_sizes={}, base_fingerprint="",
-                            tokenizer=SimpleNamespace(digest=manifest["tokenizer"]))  # fmt: skip
+    setup = SimpleNamespace(
+        run=dataclasses.replace(later, date="2001-02-03"),
+        data_digest="other",
+        data_sizes={},
+        base_fingerprint="",
+        tokenizer=SimpleNamespace(digest=manifest["tokenizer"]),
+    )
     with pytest.raises(InputError, match=f'the data changed since step 8: date "{run.date}" -> "2001-02-03"'):
-        resume.accepted_changes(phase, manifest)
+        resume.accepted_changes(setup, manifest)
 
 
 def test_merged_and_exported_are_checked(adapter, hf_base, tmp_path, capsys):

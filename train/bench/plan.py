@@ -102,7 +102,8 @@ def measure(case: Case) -> dict[str, Any]:
         put, shape = put_batch(mesh), (run.data.batch, run.data.T)
         for i in range(3):
             rows = np.random.default_rng(i).integers(1, config.V, shape)
-            batch = {k: np.ones(shape, v) if k in ("weights", "segments") else rows.astype(v) for k, v in BATCH_DTYPES.items()}
+            ones = ("weights", "segments")
+            batch = {k: np.ones(shape, v) if k in ones else rows.astype(v) for k, v in BATCH_DTYPES.items()}
             batch["positions"] = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
             state, metrics = step(state, frozen, put(batch))
             jax.block_until_ready(metrics)

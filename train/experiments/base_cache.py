@@ -67,8 +67,8 @@ class BaseCache:
         return self._rows[key]
 
     def asked(self, run: Run, n: int) -> list[Any]:
-        """At most n of the validation rows, which a run answers at its end; --data.bad-rows says what becomes of a row that
-        cannot be answered. InputError where there is none."""
+        """At most n of the validation rows, which a run answers at its end; --data.bad-rows says what becomes of a
+        row that cannot be answered. InputError where there is none."""
         key = (run.base, to_json(Run(data=run.data)), n)
         if key not in self._asked:
             base, bad, rows = self.base(run), RowErrors(run.data.bad_rows, 1.0), self.rows(run)[0].valid

@@ -49,8 +49,9 @@ def _turned_tables(layout: Layout) -> float:
 
     Seen in its programs: a copy of each at the beginning.
     """
-    pairs = zip(paths((layout.shapes[1].trainable, layout.shapes[1].opt_state)),
-                jax.tree.leaves((layout.shardings[1].trainable, layout.shardings[1].opt_state)), strict=True)  # fmt: skip
+    shapes, shardings = layout.shapes[1], layout.shardings[1]
+    splits = jax.tree.leaves((shardings.trainable, shardings.opt_state))
+    pairs = zip(paths((shapes.trainable, shapes.opt_state)), splits, strict=True)
     return sum(shard(x, where) for (path, x), where in pairs if path.endswith("embed/table"))
 
 

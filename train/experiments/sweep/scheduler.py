@@ -190,7 +190,8 @@ class Scheduler:
                 console.print(f"cell {lane.cell.number} ({lane.cell.name}) diverged: {error}", soft_wrap=True)
                 continue
             before = logged_evaluation(lane.folder, i) if stack is None else {}  # killed behind the last save
-            found = before or (self.stop.interruptible(lambda lane=lane: evaluate_losses(lane.phase)) if i == until else {})
+            evaluates = not before and i == until
+            found = self.stop.interruptible(lambda lane=lane: evaluate_losses(lane.phase)) if evaluates else before
             whole = whole and found is not None
             lane.course.save(found or {})
             lane.phase.state = None  # type: ignore[assignment]  # the stack has it

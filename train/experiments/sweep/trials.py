@@ -15,8 +15,8 @@ from ...config import Run, method_class
 from ...flags import nearest_flag
 
 # What a sweep says for all of its cells.
-PER_SWEEP_FIELDS = ("out", "phase", "recipe", "mesh", "resume", "force", "verify", "offload", "wandb", "tensorboard", "keep",
-          "log_every", "save_every", "eval_every", "eval_rows", "eval_base_first", "date")  # fmt: skip
+PER_SWEEP_FIELDS = ("out", "phase", "recipe", "mesh", "resume", "force", "verify", "offload", "wandb", "tensorboard",
+          "keep", "log_every", "save_every", "eval_every", "eval_rows", "eval_base_first", "date")  # fmt: skip
 MAX_TRIALS = 4096  # cells
 
 
