@@ -636,7 +636,7 @@ OLD_NAMES = {
 def test_a_config_with_the_names_of_before(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(OLD_NAMES))
-    data = Data(bad_rows="repair", max_bad_fraction=0.5)
+    data = Data(bad_rows="repair", max_bad_rows=0.5)
     assert from_json(path) == Run(resume="auto", force="data", eval_base_first=False, max_skipped=3, data=data)
     path.write_text('{"version": 99}')
     said(lambda: from_json(path), f"{path}: version 99, this graftax reads 1 to 2")
@@ -649,7 +649,7 @@ def test_a_run_with_the_names_of_before_goes_on(cut, whole, tmp_path, monkeypatc
         for new, old in (("force", "accept"), ("eval_base_first", "score_base"), ("max_skipped", "max_bad")):
             config[old] = config.pop(new)
         data = config["data"]
-        data["bad"], data["bad_cap"] = data.pop("bad_rows"), data.pop("max_bad_fraction")
+        data["bad"], data["bad_cap"] = data.pop("bad_rows"), data.pop("max_bad_rows")
         del config["version"]
 
     for step in (12, 18):

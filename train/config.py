@@ -13,9 +13,9 @@ from .. import InputError, peft
 from ..bounds import LARGEST, Bounds, Checked, Count, Decay, Positive, Seed, Share, did_you_mean, from_fields
 from ..data.columns import Columns
 from ..data.errors import Policy, RowErrors
-from ..json_files import read_json
 from ..model import Config, Rope
 from ..peft import Method, Subset
+from ..strict_json import read_json
 from .config_versions import VERSION, upgrade
 
 # Environment in which glibc keeps freed memory and uses huge pages. XLA on CPU allocates a step's temporaries anew in
@@ -80,7 +80,7 @@ class Data(Checked):
     tokenizer: str = ""  # a tokenizer file or folder to use instead
     cache: str = "auto"  # folder for tokenised domains; auto: the user's cache folder; empty: none
     bad_rows: Policy = "error"  # rows that cannot be used: stop, skip them, or repair them where possible
-    max_bad_fraction: Share = 0.01  # fraction of the rows that may be skipped or repaired
+    max_bad_rows: Share = 0.01  # fraction of the rows that may be skipped or repaired
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,7 +93,7 @@ class Data(Checked):
 
     def row_errors(self) -> RowErrors:
         """Return a new count of bad rows with this policy and limit."""
-        return RowErrors(self.bad_rows, self.max_bad_fraction)
+        return RowErrors(self.bad_rows, self.max_bad_rows)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 VERSION = 2  # of config.json
 RENAMED = {  # section of config.json -> {name before version 2: name}
     "": {"accept": "force", "score_base": "eval_base_first", "max_bad": "max_skipped"},
-    "data": {"bad": "bad_rows", "bad_cap": "max_bad_fraction"},
+    "data": {"bad": "bad_rows", "bad_cap": "max_bad_rows"},
     "method": {"behind": "after_output_proj"},
 }
 

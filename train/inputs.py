@@ -14,13 +14,17 @@ import numpy as np
 from .. import InputError
 from ..bounds import did_you_mean
 from ..data.columns import Columns
+from ..data.documents import Document, is_held_out
 from ..data.errors import RAISE, RowErrors
+from ..data.five_domains import five_domains
 from ..data.mixture import Corpus, HeldOut, pretrain_rows
 from ..data.pack import empty_row
 from ..data.python_library import code, prose
 from ..data.sft import Sft, sft_rows
-from ..data.sources import Document, documents, five_domains, is_held_out
-from ..data.tasks.base import Task, file_task, tasks
+from ..data.sources import documents
+from ..data.tasks import tasks
+from ..data.tasks.base import Task
+from ..data.tasks.file_task import file_task
 from ..data.tokenizers.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from ..model import Config
 from .caches import cache_folder
@@ -59,7 +63,7 @@ def domain_documents(data: Data, bad: RowErrors = RAISE) -> dict[str, Any]:
         elif source in ("embedded:code", "embedded:prose"):
             domains[name] = Reiterable(code if source.endswith("code") else prose)
         else:
-            domains[name] = Reiterable(lambda source=source: documents(source, bad=bad))
+            domains[name] = Reiterable(lambda source=source: documents(source, errors=bad))
     return domains
 
 
@@ -138,8 +142,8 @@ def with_answerable_rows(task: Task, tokenizer: Tokenizer, config: Config, virtu
     rows = task.test or task.valid
     kept = answerable_rows(rows, tokenizer, config, virtual, bad) if rows else []
     if rows and not kept:
-        bad.settle()
-        raise InputError(f"{task.name}: none of the {len(rows)} rows to score can be used; {bad.first[0]}")
+        bad.check_cap()
+        raise InputError(f"{task.name}: none of the {len(rows)} rows to score can be used; {bad.messages[0]}")
     return dataclasses.replace(task, test=kept) if task.test else dataclasses.replace(task, valid=kept)
 
 
@@ -157,7 +161,7 @@ def report_split_sizes(task: Task) -> None:
 
 def report_row_errors(bad: RowErrors, dropped: int = 0) -> None:
     """Print which rows were left out or repaired. Raises InputError if they are more than the limit."""
-    for line in bad.settle():
+    for line in bad.summary():
         console.print(line, soft_wrap=True)
     if dropped:
         console.print(f"left out of training: {dropped:,} that are held out too", soft_wrap=True)

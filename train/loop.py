@@ -97,7 +97,7 @@ class Runner:
             raise InputError(f"--steps {run.steps}: {run.out} is at step {self.first_step}; raise it, or --resume STEP")
         self.metrics: list[dict[str, Any]] = []
         self.process_rows, self.counted_rows = batch_rows(setup.mesh, run.data.batch)
-        self.loader = Loader(setup.rows, run.data.batch, start=start_row, held=self.process_rows)
+        self.loader = Loader(setup.rows, run.data.batch, start=start_row, local_rows=self.process_rows)
         self.put, self.lr = put_batch(setup.mesh, run.data.batch), lr_schedule(run.optim, run.steps)
         self.health = Health(run, setup.rows, start_row, self.first_step)
         self.updates = self.first_step - int(setup.state.skipped)  # what the schedule counts

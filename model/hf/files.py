@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ... import InputError
-from ...json_files import read_json, unique_keys
+from ...strict_json import read_json, unique_keys
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 CARRIED = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",

@@ -1,4 +1,4 @@
-"""JSON files that must hold one object."""
+"""JSON objects without duplicate keys. Python's parser would silently keep the last value of a duplicate."""
 
 import json
 from pathlib import Path
@@ -20,8 +20,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An `object_pairs_hook` that raises ValueError for a duplicate key; json itself keeps the last value silently."""
+    """`object_pairs_hook` of `json`: return the object. Raises ValueError for a duplicate key."""
     keys = [key for key, _ in pairs]
-    if duplicate := next((k for k in keys if keys.count(k) > 1), None) if len(set(keys)) < len(keys) else None:
-        raise ValueError(f"duplicate key {duplicate!r}")
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
     return dict(pairs)
