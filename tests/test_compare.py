@@ -15,7 +15,7 @@ from graftax.data.tasks.base import accuracy
 from graftax.peft import LoRA, Subset
 from graftax.train.cli import main
 from graftax.train.config import Optim
-from graftax.train.evaluate import longest_reply, generate_answers
+from graftax.train.evaluate import generate_answers, longest_reply
 from graftax.train.experiments import comparison, stats
 from graftax.train.experiments.compare import Compare, compare, execute, method_of
 from graftax.train.experiments.compare_report import report

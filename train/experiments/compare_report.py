@@ -156,7 +156,8 @@ def expenses(lines: list[Line]) -> TableGrid:
              f"of {reference}'s"]  # fmt: skip
     rows = [[
         word(c["method"]), number(c["trainable"], ",d"), number(100 * c["share"], ".3g", " %"),
-        TableCell(format_bytes(c["artifact_bytes"]), c["artifact_bytes"]), TableCell(format_bytes(c["peak_bytes"]), c["peak_bytes"]),
+        TableCell(format_bytes(c["artifact_bytes"]), c["artifact_bytes"]),
+        TableCell(format_bytes(c["peak_bytes"]), c["peak_bytes"]),
         number(c["flops"] / 1e9, ".2f"), number(1e3 * c["seconds"], ".0f"), number(c["ratio"], ".2f"),
     ] for c in found(lines, kind="cost")]  # fmt: skip
     return TableGrid(heads, rows)

@@ -19,8 +19,9 @@ from ..bench.table import cpu
 from ..cluster.signals import Stop
 from ..config import Run, from_json
 from ..progress import console, format_time
-from ..runs.checkpoint import CheckpointWriter, versions
+from ..runs.checkpoint import CheckpointWriter
 from ..runs.lineage import code_version, trained_digest
+from ..runs.manifest import versions
 from .base_cache import BaseCache
 from .results_log import Line, ResultsLog, found
 from .step_costs import costs

@@ -12,7 +12,7 @@ from ... import InputError
 from ...model import Context
 from ..choices import continuation_losses, pair_scores, prompt_reads
 from ..cluster.signals import Stop
-from ..evaluate import with_rendered_replies, evenly_spaced, generate_texts
+from ..evaluate import evenly_spaced, generate_texts, with_rendered_replies
 from ..progress import console
 from .base_cache import BaseCache
 from .example_selection import BM25Examples, EmbeddingExamples, RandomExamples, token_flops

@@ -8,8 +8,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from ..progress import read_metrics, save_figure
 from ...atomic import atomic_write
+from ..progress import read_metrics, save_figure
 from .compare_report import Finding, TableGrid, expenses, facts, runs, samples
 from .results_log import Line, found
 

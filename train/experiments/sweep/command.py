@@ -21,7 +21,8 @@ from ....peft import Subset
 from ...cluster.signals import Stop
 from ...config import Run, flatten, shorten, to_json
 from ...config_versions import VERSION, upgrade
-from ...runs.lock import LOCK, Lock
+from ...runs.files import LOCK
+from ...runs.lock import Lock
 from ...runs.record import make_run_folder
 from ..base_cache import BaseCache
 from .results import report

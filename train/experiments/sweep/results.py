@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from ...progress import console, save_figure
 from ....atomic import atomic_write
+from ...progress import console, save_figure
 from .trials import Trial
 
 REPEATS = "seed"  # the axis that is averaged over
