@@ -13,7 +13,7 @@ import tokenizers
 from graftax import InputError
 from graftax.data.sft import encode_example, render_prompt
 from graftax.data.tokenizers.added_tokens import add_special, add_tokens
-from graftax.data.tokenizers.default_template import default_template
+from graftax.data.tokenizers.template import default_template
 from graftax.data.tokenizers.tokenizer import SPECIAL, load_tokenizer, train_tokenizer
 from graftax.train.runs.tokenizer_files import write_tokenizer
 from tokenizers import decoders, models, pre_tokenizers

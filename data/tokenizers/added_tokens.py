@@ -7,7 +7,7 @@ from pathlib import Path
 from ... import InputError
 from .hf_files import CONFIG
 from .huggingface import from_files, model_of
-from .sentencepiece_bpe import append, user_pieces
+from .sentencepiece import append, user_pieces
 from .tokenizer import SPECIAL, Tokenizer, from_sentencepiece
 
 

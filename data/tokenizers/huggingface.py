@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import InputError
-from .default_template import default_template
+from .template import default_template
 from .hf_files import Folder, parse, read_folder
 from .tokenizer import Tokenizer, wanted
 
@@ -88,7 +88,7 @@ def _folder(path: Path, main: str, data: bytes, files: dict[str, bytes]) -> Fold
     folder = read_folder(path, files)
     if main != "tokenizer.model":
         return folder
-    from .sentencepiece_bpe import names
+    from .sentencepiece import names
 
     return dataclasses.replace(folder, names=names(data, path / main) | folder.names)
 
@@ -109,7 +109,7 @@ def _base(folder: Folder, main: str, data: bytes) -> Any:
         return _read(folder, data)
     if main == "vocab.json":
         return _byte_level(folder, data)
-    from .sentencepiece_bpe import convert
+    from .sentencepiece import convert
 
     return convert(folder, data)
 

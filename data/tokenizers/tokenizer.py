@@ -214,7 +214,7 @@ def _alone(data: bytes, path: Path, files: dict[str, bytes]) -> bool:
     """Whether SentencePiece itself reads the model: nothing of Hugging Face's is beside it, or nothing it needs."""
     if not set(files) & set(BESIDE):
         return True
-    from .sentencepiece_bpe import is_bpe
+    from .sentencepiece import is_bpe
 
     return not read_folder(path.parent, files).template and (BOS.encode() in data or not is_bpe(data, path))
 
