@@ -10,7 +10,8 @@ from typing import Any
 from .. import InputError
 from .errors import RAISE, RowErrors
 from .sources import text_of
-from .tokenizers.tokenizer import ROLES
+
+ROLES = ("system", "user", "assistant")
 
 Message = dict[str, Any]  # {"role", "content"} and maybe other fields of _FIELDS
 _SENDERS = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}  # ShareGPT's

@@ -15,7 +15,7 @@ import numpy as np
 from .. import InputError
 from .pack import Row, Windows, tokenize
 from .sources import Document, is_held_out
-from .tokenizers.tokenizer import Tokenizer
+from .tokenizers import Tokenizer
 
 DOMAIN_STRIDE = 1 << 40  # `row` = domain index * DOMAIN_STRIDE + the row's index in the domain
 _HELD_OUT_OFFSET = 1 << 39  # held-out rows are numbered apart from training rows

@@ -16,7 +16,7 @@ import numpy as np
 from .. import InputError
 from ..atomic import whole_folder
 from .sources import Document
-from .tokenizers.tokenizer import Tokenizer
+from .tokenizers import Tokenizer
 
 Row = dict[str, Any]  # of arrays and the scalar `row`
 _FIELDS = {"ids": np.int32, "targets": np.int32, "weights": np.float32, "segments": np.int32, "positions": np.int32}

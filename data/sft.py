@@ -18,7 +18,7 @@ from .dialogue import Chat, Message, as_chat
 from .errors import RAISE, RowErrors
 from .pack import Row, empty_row
 from .tokenizers.chat import encode_chats, encode_prompts
-from .tokenizers.tokenizer import Tokenizer
+from .tokenizers import Tokenizer
 
 _BINS = 256  # rows kept open while packing
 

@@ -6,7 +6,7 @@ import pydoc_data.topics
 import shutil
 
 import pytest
-from graftax.data.tokenizers.tokenizer import train_tokenizer
+from graftax.data.tokenizers import train_tokenizer
 from graftax.model.sharding import make_mesh
 from graftax.peft import LoRA, Prompt, Subset
 from graftax.train import loop

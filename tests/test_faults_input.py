@@ -21,7 +21,7 @@ from graftax.data.pack import tokenize
 from graftax.data.sft import sft_rows
 from graftax.data.sources import Document, documents, is_held_out, rows
 from graftax.data.tasks.base import file_task
-from graftax.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
+from graftax.data.tokenizers import load_tokenizer, train_tokenizer
 from graftax.model import Rope
 from graftax.model.hf.files import nearest_folder
 from graftax.peft.methods.oft import nearest_divisor

@@ -17,7 +17,7 @@ from ..data.errors import RowErrors
 from ..data.sft import render_prompt
 from ..data.sources import documents, text_of
 from ..data.tasks.base import Task, same_prompts, tasks, whole_task
-from ..data.tokenizers.tokenizer import train_tokenizer
+from ..data.tokenizers import train_tokenizer
 from ..model import Sampling, generate, presets, shapes_of
 from ..model.hf.files import nearest_folder
 from ..peft import Subset, masks

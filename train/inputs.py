@@ -20,7 +20,7 @@ from ..data.python_library import code, prose
 from ..data.sft import Sft, sft_rows
 from ..data.sources import Document, documents, five_domains, is_held_out
 from ..data.tasks.base import Task, file_task, tasks
-from ..data.tokenizers.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from ..data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 from ..model import Config
 from .caches import cache_folder
 from .config import Data, did_you_mean

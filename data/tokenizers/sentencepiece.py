@@ -1,19 +1,126 @@
-"""A SentencePiece BPE model of Llama's kind as a `tokenizers.Tokenizer`, as transformers makes it."""
+"""SentencePiece models: BPE trained by graftax, loaded and extended."""
 
-import json
+import heapq
+import io
+import zlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ... import InputError
-from .hf_files import CONFIG, Folder, read_folder
-from .tokenizer import Tokenizer
+from ..clean import cut
+from .tokenizer import BOS, EOS, PAD, SPECIAL, Tokenizer, require_id
 
-_UNKNOWN, _CONTROL, _USER = 2, 3, 4  # SentencePiece's types of pieces
-_BLOCK = "\u2581"  # SentencePiece writes a space as this character
+SAMPLE_BYTES = 8 << 20  # BPE learns from this much text: more costs time and changes few pieces
+_SPACE = "\u2581"  # SentencePiece writes a space as this character
+_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # SentencePiece's types of pieces
+
+
+def train_tokenizer(
+    texts: Iterable[str], path: Path | str, vocab_size: int, sample_bytes: int = SAMPLE_BYTES
+) -> Tokenizer:
+    """Train BPE on a bounded sample of `texts` and write it to `path`. The order of the texts does not matter.
+
+    Raises InputError if the text is too small for `vocab_size`, or `vocab_size` too small for the text.
+    """
+    import sentencepiece
+
+    sample = _sample(texts, sample_bytes)
+    if not sample:
+        raise InputError("tokenizer: no text to train on; provide at least one document that is not blank")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sample),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            normalization_rule_name="identity",  # the default destroys newlines, tabs and runs of spaces
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            byte_fallback=True,
+            split_digits=True,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            pad_piece=PAD,
+            bos_piece=BOS,
+            eos_piece=EOS,
+            control_symbols=list(SPECIAL[3:]),
+            max_sentence_length=1 << 20,  # longer ones are silently left out
+            num_threads=2,  # written into the file, so a constant
+            minloglevel=2,
+        )
+    except RuntimeError as e:
+        raise InputError(_training_error(str(e), vocab_size, sum(len(s.encode()) for s in sample))) from None
+    path = Path(path)
+    path = path if path.suffix == ".model" else path / "tokenizer.model"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(model.getvalue())
+    return from_sentencepiece(path, model.getvalue())
+
+
+def _training_error(message: str, vocab_size: int, n_bytes: int) -> str:
+    if "too high" in message:
+        most = message.rpartition("<= ")[2].rstrip(". ")
+        few = f"tokenizer: {n_bytes} bytes of text are too few for {vocab_size} pieces"
+        return f"{few}; give more text, or ask for at most {most}"
+    if "smaller than required_chars" in message:
+        return f"tokenizer: {vocab_size} pieces cannot hold the 256 bytes and the characters of the text; ask for more"
+    return f"tokenizer: SentencePiece refused {vocab_size} pieces ({message.strip().splitlines()[-1]})"
+
+
+def _sample(texts: Iterable[str], limit: int) -> list[str]:
+    """Return at most `limit` bytes of pieces of `texts`: those of smallest crc32, whatever their order."""
+    heap: list[tuple[int, str]] = []
+    size, dropped = 0, (-(1 << 32), "")  # the best key dropped: a worse one may not take its room later
+    for text in texts:
+        for piece in cut(text, 4096):
+            key = (-zlib.crc32(piece.encode()), piece)
+            if key < dropped:
+                continue
+            heapq.heappush(heap, key)
+            size += len(piece.encode())
+            while size > limit and len(heap) > 1:
+                dropped = heapq.heappop(heap)
+                size -= len(dropped[1].encode())
+    return [piece for _, piece in sorted(heap, reverse=True)]
+
+
+def from_sentencepiece(path: Path, data: bytes) -> Tokenizer:
+    """Return the tokenizer of a SentencePiece model; `path` is for messages."""
+    import sentencepiece
+
+    try:
+        if not data:  # SentencePiece takes an empty one for a model to be loaded later
+            raise RuntimeError
+        model = sentencepiece.SentencePieceProcessor(model_proto=data)
+        size = model.get_piece_size()
+    except RuntimeError:
+        raise InputError(
+            f"{path}: not a whole SentencePiece model; expected a tokenizer.model or tokenizer.json"
+        ) from None
+    special = {model.id_to_piece(i): i for i in range(size) if model.is_control(i)}
+    space_bytes = [model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+
+    def encode_batch(texts: Sequence[str]) -> list[list[int]]:
+        ids = model.encode(list(texts), out_type=int)
+        for n, text in enumerate(texts):
+            if _SPACE in text and model.unk_id() not in space_bytes:  # a literal one would come back as a space
+                parts = model.encode(text.split(_SPACE), out_type=int)
+                ids[n] = parts[0] + [i for part in parts[1:] for i in (*space_bytes, *part)]
+        return ids
+
+    eos = require_id(model.eos_id(), "eos", path)
+    bos = model.bos_id() if model.bos_id() >= 0 else eos
+    pad = model.pad_id() if model.pad_id() >= 0 else eos
+    return Tokenizer("tokenizer.model", data, size, bos, eos, pad, special, encode_batch, model.decode)
 
 
 def read_proto(data: bytes, path: Path = Path("tokenizer.model")) -> Any:
-    """The ModelProto of a tokenizer.model; `path` is for messages."""
+    """Return the ModelProto of a tokenizer.model; `path` is for messages."""
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
@@ -28,100 +135,47 @@ def read_proto(data: bytes, path: Path = Path("tokenizer.model")) -> Any:
 
 
 def is_bpe(data: bytes, path: Path) -> bool:
-    """Whether `convert` can."""
+    """Return whether the model is BPE, and not a unigram model."""
     spec = read_proto(data, path).trainer_spec
     return spec.model_type == spec.BPE
 
 
-def names(data: bytes, path: Path) -> dict[str, str]:
-    """{"eos_token": "</s>", ...}: what the model itself calls its tokens."""
-    proto = read_proto(data, path)
-    ids = {k: getattr(proto.trainer_spec, f"{k}_id") for k in ("bos", "eos", "pad", "unk")}
-    return {f"{k}_token": proto.pieces[i].piece for k, i in ids.items() if 0 <= i < len(proto.pieces)}
-
-
-def convert(folder: Folder, data: bytes) -> Any:
-    """The same pieces and merges. The dummy prefix is HF's: with "legacy": false at the beginning of a text only."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models
-
+def token_names(data: bytes) -> dict[str, str]:
+    """Return {"eos_token": "</s>", ...}: the special tokens that the model itself names."""
     proto = read_proto(data)
-    if not is_bpe(data, folder.path):
-        raise InputError(
-            f"{folder.path / 'tokenizer.model'}: a unigram model's chat template needs a tokenizer.json; "
-            "transformers writes one with save_pretrained"
-        )
-    vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
-    control = {piece.piece for piece in proto.pieces if piece.type in (_UNKNOWN, _CONTROL)}
-    unknown = next((piece.piece for piece in proto.pieces if piece.type == _UNKNOWN), None)
-    merges = _merges(vocab, control)
-    model = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    prefix = folder.config.get("add_prefix_space")
-    prefix = proto.normalizer_spec.add_dummy_prefix if prefix is None else bool(prefix)
-    _spaces(model, proto.normalizer_spec, prefix, legacy=bool(folder.config.get("legacy")))
-    steps = [decoders.Replace(_BLOCK, " "), decoders.ByteFallback(), decoders.Fuse()]
-    model.decoder = decoders.Sequence(steps + ([decoders.Strip(content=" ", left=1)] if prefix else []))
-    for piece in proto.pieces:
-        if piece.piece in control:
-            model.add_special_tokens([AddedToken(piece.piece, special=True, normalized=False)])
-        elif piece.type == _USER:
-            model.add_tokens([AddedToken(piece.piece, special=False, normalized=False)])
-    return model
+    ids = {kind: getattr(proto.trainer_spec, f"{kind}_id") for kind in ("bos", "eos", "pad", "unk")}
+    return {f"{kind}_token": proto.pieces[i].piece for kind, i in ids.items() if 0 <= i < len(proto.pieces)}
 
 
-def _merges(vocab: dict[str, int], control: set[str]) -> list[tuple[str, str]]:
-    """Every pair of pieces that makes a piece, best first: SentencePiece orders them by the id of what they make."""
-    pairs = []
-    for piece, i in vocab.items():
-        cuts = ((piece[:n], piece[n:]) for n in range(1, len(piece))) if piece not in control else ()
-        local = sorted((vocab[a], vocab[b], a, b) for a, b in cuts if a in vocab and b in vocab)
-        pairs += [(i, len(a), len(b), a, b) for _, _, a, b in local]
-    pairs.sort(key=lambda pair: pair[:3])
-    return [(a, b) for *_, a, b in pairs]
+def listed_pieces(data: bytes) -> tuple[bytes, dict[str, dict[str, Any]]]:
+    """Return (the model, {id: token}): its control and user-defined pieces as added tokens for transformers.
 
-
-def _spaces(model: Any, spec: Any, prefix: bool, legacy: bool) -> None:
-    from tokenizers import Regex, normalizers, pre_tokenizers
-
-    steps: list[Any] = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
-    if spec.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    if steps:
-        model.normalizer = normalizers.Sequence(steps)
-    # "first" looks for the place 0 of a text, which is gone where white space before it is.
-    scheme = "never" if not prefix else "always" if legacy or spec.remove_extra_whitespaces else "first"
-    model.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_BLOCK, prepend_scheme=scheme, split=False)
+    transformers would match user-defined pieces by a rule that lets a text give any other piece by its name.
+    """
+    proto = read_proto(data)
+    tokens: dict[str, dict[str, Any]] = {}
+    for i, piece in enumerate(proto.pieces):
+        if piece.type in (_CONTROL, _USER_DEFINED):
+            special = piece.type == _CONTROL
+            content = piece.piece if special else piece.piece.replace(_SPACE, " ")
+            tokens[str(i)] = {"content": content, "special": special, "normalized": False}
+            piece.type = piece.type if special else _UNUSED
+    return proto.SerializeToString(), tokens
 
 
 def user_pieces(data: bytes) -> dict[str, int]:
-    """{text: id} of the pieces that are made of their text whatever stands around it."""
-    found = {piece.piece: i for i, piece in enumerate(read_proto(data).pieces) if piece.type == _USER}
-    return {piece.replace(_BLOCK, " "): i for piece, i in found.items()}
+    """Return {text: id} of the user-defined pieces, which their text always gives."""
+    pieces = enumerate(read_proto(data).pieces)
+    return {piece.piece.replace(_SPACE, " "): i for i, piece in pieces if piece.type == _USER_DEFINED}
 
 
-def append(data: bytes, new: dict[str, bool]) -> bytes:
-    """The model with pieces {text: special} at its end: a special one never comes from text, any other always does."""
+def append_pieces(data: bytes, new: dict[str, bool]) -> bytes:
+    """Return the model with pieces {text: special} at its end: no text gives a special one, its text any other."""
     proto = read_proto(data)
     known = {piece.piece for piece in proto.pieces}
     for name, special in new.items():
-        piece = name if special else name.replace(" ", _BLOCK)
+        piece = name if special else name.replace(" ", _SPACE)
         if piece in known:
             raise InputError(f"added token {name!r}: already an ordinary piece of this vocabulary; take another name")
-        proto.pieces.add(piece=piece, score=0.0, type=_CONTROL if special else _USER)
+        proto.pieces.add(piece=piece, score=0.0, type=_CONTROL if special else _USER_DEFINED)
     return proto.SerializeToString()
-
-
-def for_transformers(tokenizer: Tokenizer) -> Tokenizer:
-    """A tokenizer in files that transformers reads: one of graftax's own becomes a tokenizer.json; any other is that
-    already. A literal U+2581 becomes a space. InputError if other ids would differ."""
-    if tokenizer.encode_marked is not None:
-        return tokenizer
-    from .huggingface import from_files
-
-    model = convert(read_folder(Path(), {}), tokenizer.data)
-    said = names(tokenizer.data, Path(tokenizer.file))
-    files = {CONFIG: json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **said}, indent=2).encode()}
-    made = from_files(Path(), "tokenizer.json", model.to_str(pretty=True).encode(), files)
-    for text in ("a  b\n\tc 1234 \u00e9\u4e2d\U0001f600\x00 ", " x<|eos|>", "def f(x):\r\n    return x\n"):
-        if made.encode(text) != tokenizer.encode(text):
-            raise InputError(f"{tokenizer.file}: its tokenizer.json would give other ids for {text!r}")
-    return made

@@ -13,8 +13,7 @@ import tyro
 from ... import InputError
 from ...atomic import whole_folder
 from ...bounds import Bounds, Checked, Positive
-from ...data.tokenizers.added_tokens import add_tokens
-from ...data.tokenizers.sentencepiece import for_transformers
+from ...data.tokenizers import add_tokens, for_transformers
 from ...model import hf, resize
 from ...model.hf.files import empty, fetch
 from ...model.tree import named

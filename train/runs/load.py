@@ -13,7 +13,7 @@ import jax
 
 from ... import InputError
 from ...data.mixture import HeldOut
-from ...data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from ...data.tokenizers import Tokenizer, load_tokenizer
 from ...model import Config, Context, Transformer, hf, shapes_of
 from ...model.backend import backend
 from ...model.hf.files import fetch, is_hub_id, nearest_folder

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ...data.tokenizers.hf_files import GENERATION, TEMPLATE
-from ...data.tokenizers.sentencepiece import for_transformers
 from ...data.sft import encode_example
-from ...data.tokenizers.tokenizer import Tokenizer
+from ...data.tokenizers import Tokenizer, for_transformers
 from ...model.hf.files import CARRIED, read_json
 from ..progress import console
 
