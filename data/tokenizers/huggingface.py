@@ -103,8 +103,10 @@ def _known_only(key: str, value: Any, known: set[str]) -> Any:
 
     transformers would append them to the vocabulary, where no row of a table was trained for them.
     """
-    if key.endswith("special_tokens") and isinstance(value, list):
-        return [token for token in value if token_text(token) in known]
+    if key.endswith("special_tokens"):  # additional_ or extra_; transformers fails at anything but a list or an object
+        if isinstance(value, dict):
+            return {name: token for name, token in value.items() if token_text(token) in known}
+        return [token for token in value if token_text(token) in known] if isinstance(value, list) else None
     return None if key.endswith("_token") and token_text(value) not in known and type(value) is not bool else value
 
 
