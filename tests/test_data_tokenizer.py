@@ -12,8 +12,8 @@ import sentencepiece
 import tokenizers
 from graftax import InputError
 from graftax.data.sft import encode_example, render_prompt
-from graftax.data.tokenizers.template import default_template
 from graftax.data.tokenizers import SPECIAL, add_special, add_tokens, load_tokenizer, train_tokenizer
+from graftax.data.tokenizers.template import default_template
 from graftax.train.runs.tokenizer_files import write_tokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -472,7 +472,11 @@ BROKEN = [
     ("tokenizer_config.json", "[" * 100_000, r"tokenizer_config\.json: not valid JSON"),
     ("tokenizer_config.json", "[]", "expected a JSON object"),
     ("tokenizer_config.json", '{"chat_template": 3}', "chat_template is a int; expected text"),
-    ("tokenizer_config.json", '{"chat_template": [{"name": "rag", "template": ""}]}', r"\['rag'\]; expected one named default"),
+    (
+        "tokenizer_config.json",
+        '{"chat_template": [{"name": "rag", "template": ""}]}',
+        r"\['rag'\]; expected one named default",
+    ),
     ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "no table of ids"),
     ("tokenizer_config.json", '{"added_tokens_decoder": {"7": {}}}', "added token 7 has no content"),
     (
@@ -502,11 +506,11 @@ def test_a_broken_folder_is_one_line(file, text, message, tmp_path):
 def test_broken_slow_files_are_one_line(tmp_path):
     slow, _ = family("qwen_slow", tmp_path)
     edit(slow / "tokenizer_config.json", tokenizer_class="NoSuchTokenizer")
-    with pytest.raises(InputError, match=r"vocab\.json: transformers cannot load this tokenizer \("):
+    with pytest.raises(InputError, match=r"vocab\.json: transformers cannot use this tokenizer \("):
         load_tokenizer(slow)
     edit(slow / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")
     (slow / "merges.txt").write_text("q q\n")
-    with pytest.raises(InputError, match=r"vocab\.json: transformers cannot load this tokenizer"):
+    with pytest.raises(InputError, match=r"vocab\.json: transformers cannot use this tokenizer"):
         load_tokenizer(slow)
     (slow / "merges.txt").unlink()
     with pytest.raises(InputError, match=r"vocab\.json without merges\.txt"):

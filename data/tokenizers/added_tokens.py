@@ -3,9 +3,10 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ... import InputError
-from .hf_files import parse_object
+from .hf_files import TokenizerFiles
 from .huggingface import from_files, load_backend
 from .sentencepiece import append_pieces, from_sentencepiece, user_pieces
 from .tokenizer import CONFIG, SPECIAL, Tokenizer
@@ -37,8 +38,13 @@ def text_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     """Return {text: id} of the added tokens that are not special: their text gives them."""
     if tokenizer.encode_marked is None:
         return user_pieces(tokenizer.data)
-    added = load_backend(Path(), tokenizer.file, tokenizer.data, tokenizer.files).model.get_added_tokens_decoder()
+    added = load_backend(_files(tokenizer))[0].get_added_tokens_decoder()
     return {token.content: i for i, token in added.items() if not token.special}
+
+
+def _files(tokenizer: Tokenizer) -> TokenizerFiles:
+    folder = Path(tokenizer.template_file).parent  # for messages
+    return TokenizerFiles(folder, tokenizer.file, tokenizer.data, tokenizer.files)
 
 
 def _extend(tokenizer: Tokenizer, tokens: dict[str, bool]) -> Tokenizer:
@@ -50,24 +56,22 @@ def _extend(tokenizer: Tokenizer, tokens: dict[str, bool]) -> Tokenizer:
     new = {name: special for name, special in tokens.items() if name not in known}
     if not new:
         return tokenizer
-    folder = Path(tokenizer.template_file).parent  # for messages
+    files = _files(tokenizer)
     if tokenizer.encode_marked is None:
-        return from_sentencepiece(folder / tokenizer.file, append_pieces(tokenizer.data, new))
+        return from_sentencepiece(files.path, append_pieces(tokenizer.data, new))
     from tokenizers import AddedToken
 
-    model, names = load_backend(Path(), tokenizer.file, tokenizer.data, tokenizer.files)
+    model, names = load_backend(files)
     ordinary = next((name for name in new if model.token_to_id(name) is not None), None)
     if ordinary is not None:
         raise InputError(f"added token {ordinary!r}: already an ordinary piece of this vocabulary; take another name")
+    config: dict[str, Any] = names | files.json(CONFIG)
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
     for name, special in new.items():
         token = AddedToken(name, special=special, normalized=False)
         (model.add_special_tokens if special else model.add_tokens)([token])
-    config = names | parse_object(folder, tokenizer.files, CONFIG)
-    if config.get("added_tokens_decoder"):
-        flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
-        config["added_tokens_decoder"] |= {
-            str(model.token_to_id(name)): {"content": name, **flags, "special": special}
-            for name, special in new.items()
-        }
-    files = tokenizer.files | {CONFIG: json.dumps(config, indent=2).encode()}
-    return from_files(folder, "tokenizer.json", model.to_str(pretty=True).encode(), files)
+        if config.get("added_tokens_decoder"):
+            listed = {"content": name, **flags, "special": special}
+            config["added_tokens_decoder"][str(model.token_to_id(name))] = listed
+    beside = tokenizer.files | {CONFIG: json.dumps(config, indent=2).encode()}
+    return from_files(TokenizerFiles(files.folder, "tokenizer.json", model.to_str(pretty=True).encode(), beside))

@@ -109,7 +109,7 @@ def _special(tokenizer: Tokenizer) -> str:
 
 
 def _check_content(special: re.Pattern, where: str, chat: Chat) -> None:
-    """Raise InputError if a row holds the text of a special token: HF takes it for the token, which could end a turn."""
+    """Raise InputError for the text of a special token: HF takes it for the token, so a row could end its own turn."""
     parts = {f"message {n}": turn for n, turn in enumerate(chat.messages)}
     for part, value in {**parts, "tools": chat.tools, "chat_template_kwargs": chat.variables}.items():
         if match := next(filter(None, map(special.search, strings(value))), None):

@@ -112,7 +112,9 @@ def _has_header(render: Render, turns: list) -> bool:
     before, words = render(turns, False), "graftax answers"
     if before != render(turns, True):
         return False
-    header, separator, _ = render([*turns, {"role": "assistant", "content": words}], False)[len(before) :].partition(words)
+    header, separator, _ = render([*turns, {"role": "assistant", "content": words}], False)[len(before) :].partition(
+        words
+    )
     return not separator or bool(header.strip())
 
 

@@ -4,45 +4,39 @@ Ids, offsets and special tokens are those of transformers. Beyond that, text nev
 files that contradict each other are an error.
 """
 
+import contextlib
 import inspect
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ... import InputError
 from .chat import turn_end
-from .hf_files import (
-    ADDED_TOKENS, SPECIAL_MAP, find_template, generation_eos_ids, listed_tokens, parse_object, token_text,
-)  # fmt: skip
+from .hf_files import ADDED_TOKENS, MERGES, SPECIAL_MAP, TokenizerFiles, token_text
 from .sentencepiece import listed_pieces, read_proto, token_names
 from .template import default_template
 from .tokenizer import CONFIG, Tokenizer, require_id
 
 
-class Backend(NamedTuple):
-    """What transformers loaded."""
+def from_files(files: TokenizerFiles) -> Tokenizer:
+    """Return the tokenizer of `files`.
 
-    model: Any  # a tokenizers.Tokenizer that recognises special tokens in text
-    names: dict[str, str]  # {"eos_token": "</s>", ...}
-
-
-def from_files(folder: Path, main: str, data: bytes, files: dict[str, bytes]) -> Tokenizer:
-    """Return the tokenizer whose main file is `main` with content `data`; `files` are those beside it.
-
-    `folder` is for messages. Raises InputError for a broken file, a tokenizer without eos, files that do not belong
-    together, and a vocabulary in which plain text gives a special token.
+    Raises InputError for a broken file, a tokenizer without eos, files that do not belong together, and a vocabulary in
+    which plain text gives a special token.
     """
-    template, template_file = find_template(folder, files)
-    end_ids = generation_eos_ids(folder, files)
-    marked, names = load_backend(folder, main, data, files)
+    template, template_file = files.template()
+    end_ids = files.eos_ids()
+    marked, names = load_backend(files)
     special = {token.content: i for i, token in marked.get_added_tokens_decoder().items() if token.special}
     # No bos (Qwen) or no pad is common: eos then separates documents, and a padded position never counts.
-    eos = require_id(special.get(names.get("eos_token", "")), "eos", folder / main)
+    eos = require_id(special.get(names.get("eos_token", "")), "eos", files.path)
     bos, pad = (special.get(names.get(f"{kind}_token", ""), eos) for kind in ("bos", "pad"))
-    plain = _plain_text_model(marked, special, names.get("unk_token", "<unk>"), folder / main)
+    with _as_input_error(files.path):
+        unknown = names.get("unk_token", "<unk>")  # any text may give this one
+        plain = _plain_text_model(marked, {t: i for t, i in special.items() if t != unknown}, files.path)
 
     def encode_batch(texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in plain.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -52,8 +46,8 @@ def from_files(folder: Path, main: str, data: bytes, files: dict[str, bytes]) ->
 
     ids = set(marked.get_vocab(with_added_tokens=True).values())
     return Tokenizer(
-        file=main,
-        data=data,
+        file=files.main,
+        data=files.data,
         vocab_size=1 + max(ids),  # not the number of tokens: ids may have gaps
         bos=bos,
         eos=eos,
@@ -66,25 +60,24 @@ def from_files(folder: Path, main: str, data: bytes, files: dict[str, bytes]) ->
         template_file=template_file,
         names=names,
         ends=tuple(dict.fromkeys((eos, *end_ids))),
-        files=files,
+        files=files.beside,
         encode_marked=encode_marked,
         turn_end=turn_end,
     )
 
 
-def load_backend(folder: Path, main: str, data: bytes, files: dict[str, bytes]) -> Backend:
-    """Have transformers load a tokenizer, with the tokens that the files define and no others."""
-    listed = listed_tokens(folder, files)
-    known = _vocabulary(folder, main, data, files) | {token_text(token) for token in listed.values()}
-    try:
-        config, data = _config(folder, main, data, files)
+def load_backend(files: TokenizerFiles) -> tuple[Any, dict[str, str]]:
+    """Have transformers load a tokenizer, with the tokens that its files define and no others.
+
+    Returns (a tokenizers.Tokenizer that recognises special tokens in text, {"eos_token": "</s>", ...}).
+    """
+    listed = files.listed_tokens()
+    known = _vocabulary(files) | {token_text(token) for token in listed.values()}
+    with _as_input_error(files.path):
+        config, data = _config(files)
         config = {key: _known_only(key, value, known) for key, value in config.items()}
-        beside = {name: files[name] for name in (ADDED_TOKENS, "merges.txt") if name in files}
-        loaded = _from_pretrained({CONFIG: json.dumps(config).encode(), main: data, **beside})
-    except (InputError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as e:  # Rust raises bare Exception and panics; Python raises whatever a strange file causes
-        raise InputError(f"{folder / main}: transformers cannot load this tokenizer ({_reason(e)})") from None
+        beside = {name: files.beside[name] for name in (ADDED_TOKENS, MERGES) if name in files.beside}
+        loaded = _from_pretrained({CONFIG: json.dumps(config).encode(), files.main: data, **beside})
     model = loaded.backend_tokenizer
     model.no_truncation()
     model.no_padding()
@@ -92,10 +85,56 @@ def load_backend(folder: Path, main: str, data: bytes, files: dict[str, bytes]) 
     for i, content in ((i, token_text(token)) for i, token in listed.items()):
         if (actual := model.token_to_id(content)) != i:
             raise InputError(
-                f"{folder}: added token {content!r} is listed as id {i}, but has id {actual}; these files do not "
+                f"{files.folder}: added token {content!r} is listed as id {i}, but has id {actual}; these files do not "
                 "belong together"
             )
-    return Backend(model, loaded.special_tokens_map)
+    return model, loaded.special_tokens_map
+
+
+def _vocabulary(files: TokenizerFiles) -> set[str]:
+    """Return the tokens in the main file. Raises InputError if it is broken."""
+    if files.main == "tokenizer.model":
+        return {piece.piece for piece in read_proto(files.data, files.path).pieces}
+    if files.main == "vocab.json":
+        if MERGES not in files.beside:
+            raise InputError(f"{files.folder}: vocab.json without {MERGES}; provide both, or a tokenizer.json")
+        return set(files.json("vocab.json"))
+    import tokenizers
+
+    try:
+        return set(tokenizers.Tokenizer.from_str(files.data.decode("utf-8")).get_vocab(with_added_tokens=True))
+    except Exception as e:  # Rust raises bare Exception
+        raise InputError(f"{files.path}: not a Hugging Face tokenizer.json ({_reason(e)})") from None
+
+
+def _config(files: TokenizerFiles) -> tuple[dict[str, Any], bytes]:
+    """Return (tokenizer_config.json, the main file) as transformers shall read them.
+
+    A tokenizer.json is read as it is: some classes of transformers would rebuild it with rules of their own.
+    """
+    config = files.json(CONFIG)
+    if config.get("added_tokens_decoder") is None:  # only then transformers reads the map, and prefers it
+        config |= files.json(SPECIAL_MAP)
+        config.pop("added_tokens_decoder", None)
+    config.pop("chat_template", None)
+    for name, token in config.items():
+        if name.endswith("_token") and isinstance(token, dict):
+            config[name] = {"__type": "AddedToken", "special": True, **token}
+    kind = config.get("tokenizer_class")
+    config = _default_names(kind) | config
+    if files.main == "tokenizer.json":
+        return config | {"tokenizer_class": "PreTrainedTokenizerFast"}, files.data
+    if files.main == "vocab.json":
+        unnamed = dict.fromkeys(("bos_token", "eos_token", "unk_token"))
+        return config if kind else unnamed | config | {"tokenizer_class": "GPT2Tokenizer"}, files.data
+    config = token_names(files.data) | config
+    if config.get("add_bos_token") is None:
+        config["add_bos_token"] = True
+    if kind:
+        return config, files.data
+    data, pieces = listed_pieces(files.data)  # transformers follows the rules in the model
+    listed = {str(i): token for i, token in files.listed_tokens().items()}
+    return config | {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": pieces | listed}, data
 
 
 def _known_only(key: str, value: Any, known: set[str]) -> Any:
@@ -108,52 +147,6 @@ def _known_only(key: str, value: Any, known: set[str]) -> Any:
             return {name: token for name, token in value.items() if token_text(token) in known}
         return [token for token in value if token_text(token) in known] if isinstance(value, list) else None
     return None if key.endswith("_token") and token_text(value) not in known and type(value) is not bool else value
-
-
-def _vocabulary(folder: Path, main: str, data: bytes, files: dict[str, bytes]) -> set[str]:
-    """Return the tokens in the main file. Raises InputError if it is broken."""
-    if main == "tokenizer.model":
-        return {piece.piece for piece in read_proto(data, folder / main).pieces}
-    if main == "vocab.json":
-        if "merges.txt" not in files:
-            raise InputError(f"{folder}: vocab.json without merges.txt; provide both, or a tokenizer.json")
-        return set(parse_object(folder, {main: data}, main))
-    import tokenizers
-
-    try:
-        return set(tokenizers.Tokenizer.from_str(data.decode("utf-8")).get_vocab(with_added_tokens=True))
-    except Exception as e:  # Rust raises bare Exception
-        raise InputError(f"{folder / main}: not a Hugging Face tokenizer.json ({_reason(e)})") from None
-
-
-def _config(folder: Path, main: str, data: bytes, files: dict[str, bytes]) -> tuple[dict[str, Any], bytes]:
-    """Return (tokenizer_config.json, the main file) as transformers shall read them.
-
-    A tokenizer.json is read as it is: some classes of transformers would rebuild it with rules of their own.
-    """
-    config = parse_object(folder, files, CONFIG)
-    if config.get("added_tokens_decoder") is None:  # only then transformers reads the map, and prefers it
-        config |= parse_object(folder, files, SPECIAL_MAP)
-        config.pop("added_tokens_decoder", None)
-    config.pop("chat_template", None)
-    for name, token in config.items():
-        if name.endswith("_token") and isinstance(token, dict):
-            config[name] = {"__type": "AddedToken", "special": True, **token}
-    kind = config.get("tokenizer_class")
-    config = _default_names(kind) | config
-    if main == "tokenizer.json":
-        return config | {"tokenizer_class": "PreTrainedTokenizerFast"}, data
-    if main == "vocab.json":
-        unnamed = dict.fromkeys(("bos_token", "eos_token", "unk_token"))
-        return config if kind else unnamed | config | {"tokenizer_class": "GPT2Tokenizer"}, data
-    config = token_names(data) | config
-    if config.get("add_bos_token") is None:
-        config["add_bos_token"] = True
-    if not kind:  # a model that follows SentencePiece's own rules
-        data, pieces = listed_pieces(data)
-        listed = {str(i): token for i, token in listed_tokens(folder, files).items()}
-        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": pieces | listed}
-    return config, data
 
 
 def _default_names(kind: Any) -> dict[str, str]:
@@ -187,34 +180,39 @@ def _from_pretrained(files: dict[str, bytes]) -> Any:
         transformers.logging.set_verbosity(verbosity)
 
 
+@contextlib.contextmanager
+def _as_input_error(path: Path) -> Iterator[None]:
+    """Raise InputError for any other error."""
+    try:
+        yield
+    except (InputError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # Rust raises bare Exception and panics; Python raises whatever a strange file causes
+        raise InputError(f"{path}: transformers cannot use this tokenizer ({_reason(e)}); fetch it again") from None
+
+
 def _reason(e: BaseException) -> str:
     return next(iter(str(e).splitlines()), type(e).__name__)
 
 
-def _plain_text_model(marked: Any, special: dict[str, int], unknown: str, path: Path) -> Any:
+def _plain_text_model(marked: Any, special: dict[str, int], path: Path) -> Any:
     """Return a copy of the model that takes special tokens in a text for plain text.
 
-    Any text may give the token `unknown`. Raises InputError if the text of another special token still gives it.
+    Raises InputError if the text of a token in `special` still gives that token.
     """
     import tokenizers
 
-    try:
-        pieces = {token: {piece.value for piece in marked.model.tokenize(token)} for token in special}
-        state = marked.to_str()
-        plain = tokenizers.Tokenizer.from_str(
-            _without_special(state, set(special)) if any(token in pieces[token] for token in special) else state
-        )
+    state = marked.to_str()
+    for repair in (False, True):
+        plain = tokenizers.Tokenizer.from_str(_without_special(state, set(special)) if repair else state)
         plain.encode_special_tokens = True
         plain.encode("\U000f0000 \x00", add_special_tokens=False)  # a model without <unk> may fail at such a text alone
-        for form in ("{}", "a{}a", " {} "):
-            for token, i in special.items():
-                if token != unknown and i in plain.encode(form.format(token), add_special_tokens=False).ids:
-                    raise InputError(f"{path}: the plain text {token!r} gives its special token; this cannot be helped")
-    except (InputError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as e:  # Rust raises bare Exception and panics
-        raise InputError(f"{path}: not a tokenizer that works ({_reason(e)}); fetch it again") from None
-    return plain
+        texts = [(i, token, form.format(token)) for form in ("{}", "a{}a", " {} ") for token, i in special.items()]
+        encodings = plain.encode_batch([text for *_, text in texts], add_special_tokens=False)
+        leaks = [token for (i, token, _), encoding in zip(texts, encodings, strict=True) if i in encoding.ids]
+        if not leaks:
+            return plain
+    raise InputError(f"{path}: the plain text {leaks[0]!r} gives its special token, which nothing here prevents")
 
 
 def _without_special(state: str, special: set[str]) -> str:
@@ -237,10 +235,10 @@ def for_transformers(tokenizer: Tokenizer) -> Tokenizer:
     if tokenizer.encode_marked is not None:
         return tokenizer
     unmarked = {CONFIG: json.dumps({"add_bos_token": False}).encode()}
-    model, _ = load_backend(Path(), tokenizer.file, tokenizer.data, unmarked)
+    model, _ = load_backend(TokenizerFiles(Path(), tokenizer.file, tokenizer.data, unmarked))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **token_names(tokenizer.data)}
-    files = {CONFIG: json.dumps(config, indent=2).encode()}
-    converted = from_files(Path(), "tokenizer.json", model.to_str(pretty=True).encode(), files)
+    beside = {CONFIG: json.dumps(config, indent=2).encode()}
+    converted = from_files(TokenizerFiles(Path(), "tokenizer.json", model.to_str(pretty=True).encode(), beside))
     for text in ("a  b\n\tc 1234 \u00e9\u4e2d\U0001f600\x00 ", " x<|eos|>", "def f(x):\r\n    return x\n"):
         if converted.encode(text) != tokenizer.encode(text):
             raise InputError(f"{tokenizer.file}: its tokenizer.json would give other ids for {text!r}")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ... import InputError
-from .hf_files import BESIDE, MAIN, collect_files, find_template
+from .hf_files import BESIDE, MAIN, TokenizerFiles, read_files
 from .huggingface import from_files
 from .sentencepiece import from_sentencepiece, is_bpe
 from .tokenizer import BOS, Tokenizer
@@ -21,24 +21,15 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         if not mains:
             raise InputError(f"{path}: no tokenizer.model and no tokenizer.json in it; graftax tokenizer trains one")
         path = mains[0]
-    try:
-        data = path.read_bytes()
-    except OSError as e:
-        raise InputError(
-            f"{path}: cannot be read ({e.strerror}); expected a tokenizer.model or tokenizer.json"
-        ) from None
-    main = "tokenizer.model" if path.suffix != ".json" else path.name if path.name in MAIN else "tokenizer.json"
-    files = collect_files(path.parent, main)
-    if main == "tokenizer.model" and _needs_sentencepiece_alone(data, path, files):
-        return from_sentencepiece(path, data)
-    return from_files(path.parent, main, data, files)
+    files = read_files(path)
+    if files.main == "tokenizer.model" and _is_complete_model(files, path):
+        return from_sentencepiece(path, files.data)
+    return from_files(files)
 
 
-def _needs_sentencepiece_alone(data: bytes, path: Path, files: dict[str, bytes]) -> bool:
-    """Return whether no file beside the model matters: none is Hugging Face's, or graftax trained it, or it is unigram.
-
-    A chat template always matters.
-    """
-    if not set(files) & set(BESIDE):
+def _is_complete_model(files: TokenizerFiles, path: Path) -> bool:
+    """Return whether no file beside a SentencePiece model matters: none is Hugging Face's, or none has a chat template
+    and the model is unigram or was trained by graftax."""
+    if not set(files.beside) & set(BESIDE):
         return True
-    return not find_template(path.parent, files)[0] and (BOS.encode() in data or not is_bpe(data, path))
+    return not files.template()[0] and (BOS.encode() in files.data or not is_bpe(files.data, path))

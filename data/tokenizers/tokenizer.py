@@ -41,7 +41,9 @@ class Tokenizer:
     names: dict[str, str] = field(default_factory=dict)  # {"eos_token": "</s>", ...}: variables of the template
     date: str = ""  # ISO date that `strftime_now` in a template formats; empty: today
     ends: tuple[int, ...] = ()  # eos, then the eos_token_id of generation_config.json
-    files: dict[str, bytes] = field(default_factory=dict, repr=False)  # {name: content} of the files beside the main one
+    files: dict[str, bytes] = field(
+        default_factory=dict, repr=False
+    )  # {name: content} of the files beside the main one
     encode_marked: Callable[[Sequence[str], bool], list[Any]] | None = field(default=None, repr=False, compare=False)
     """(texts, add_special_tokens) -> `tokenizers.Encoding`s; special tokens in the texts are recognised."""
     turn_end: Callable[["Tokenizer"], tuple[int, ...]] | None = field(default=None, repr=False, compare=False)
