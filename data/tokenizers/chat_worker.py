@@ -34,6 +34,7 @@ class Generation(ext.Extension):
     environment: Any
 
     def parse(self, parser: Any) -> Any:
+        """Parse a block into a call of `mark`."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         self.environment.marked = True
@@ -41,6 +42,7 @@ class Generation(ext.Extension):
 
     @pass_eval_context
     def mark(self, context: Any, caller: Callable[[], str]) -> str:
+        """Render the block, and record its text and where it starts."""
         text = caller()
         self.environment.marks.append((sum(map(len, self.environment.parts)), text))
         return text
@@ -50,6 +52,7 @@ class SafeNamespace(Namespace):
     """`namespace(...)` as in transformers: no names that begin with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any):  # so that `namespace(self=...)` works
+        """Make a namespace from mappings and keyword arguments."""
         self, *rest = args
         values = dict(*rest, **kwargs)
         for name in values:
@@ -57,6 +60,7 @@ class SafeNamespace(Namespace):
         Namespace.__init__(self, values)
 
     def __setitem__(self, name: str, value: Any) -> None:
+        """Set an attribute."""
         SafeNamespace._check(name)
         Namespace.__setitem__(self, name, value)
 
@@ -70,9 +74,11 @@ class SafeDict:
     """`dict(...)` and `dict.fromkeys(...)` as in transformers: not the class itself."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict:
+        """Return `dict(...)`."""
         return dict(*args, **kwargs)
 
     def fromkeys(self, *args: Any) -> dict:
+        """Return `dict.fromkeys(...)`."""
         return dict.fromkeys(*args)
 
 
@@ -83,6 +89,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     """
 
     def __init__(self, date: str) -> None:
+        """Make the environment; `date` is in ISO format."""
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
         self.marked, self.parts, self.marks = False, [], []
         self.filters["tojson"] = _tojson

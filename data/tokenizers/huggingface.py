@@ -99,12 +99,11 @@ def _vocabulary(files: TokenizerFiles) -> set[str]:
         if MERGES not in files.beside:
             raise InputError(f"{files.folder}: vocab.json without {MERGES}; provide both, or a tokenizer.json")
         return set(files.json("vocab.json"))
-    import tokenizers
-
-    try:
-        return set(tokenizers.Tokenizer.from_str(files.data.decode("utf-8")).get_vocab(with_added_tokens=True))
-    except Exception as e:  # Rust raises bare Exception
-        raise InputError(f"{files.path}: not a Hugging Face tokenizer.json ({_reason(e)})") from None
+    tree = files.json("tokenizer.json")
+    with _as_input_error(files.path):
+        vocab = tree["model"]["vocab"]
+        pieces = vocab if isinstance(vocab, dict) else [piece for piece, _ in vocab]
+        return {*pieces, *(token["content"] for token in tree.get("added_tokens") or ())}
 
 
 def _config(files: TokenizerFiles) -> tuple[dict[str, Any], bytes]:
@@ -188,11 +187,8 @@ def _as_input_error(path: Path) -> Iterator[None]:
     except (InputError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as e:  # Rust raises bare Exception and panics; Python raises whatever a strange file causes
-        raise InputError(f"{path}: transformers cannot use this tokenizer ({_reason(e)}); fetch it again") from None
-
-
-def _reason(e: BaseException) -> str:
-    return next(iter(str(e).splitlines()), type(e).__name__)
+        reason = next(iter(str(e).splitlines()), type(e).__name__)
+        raise InputError(f"{path}: not a tokenizer that transformers can load ({reason}); fetch it again") from None
 
 
 def _plain_text_model(marked: Any, special: dict[str, int], path: Path) -> Any:

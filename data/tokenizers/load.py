@@ -28,8 +28,10 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 
 
 def _is_complete_model(files: TokenizerFiles, path: Path) -> bool:
-    """Return whether no file beside a SentencePiece model matters: none is Hugging Face's, or none has a chat template
-    and the model is unigram or was trained by graftax."""
+    """Return whether the files beside a SentencePiece model may be ignored.
+
+    They may if none is Hugging Face's, or if none has a chat template and the model is unigram or graftax's own.
+    """
     if not set(files.beside) & set(BESIDE):
         return True
     return not files.template()[0] and (BOS.encode() in files.data or not is_bpe(files.data, path))
