@@ -14,9 +14,12 @@ from .. import InputError, peft
 from ..bounds import Checked, Count, Seed
 from ..data.columns import Columns
 from ..data.errors import RowErrors
+from ..data.fields import text_of
 from ..data.sft import render_prompt
-from ..data.sources import documents, text_of
-from ..data.tasks.base import Task, same_prompts, tasks, whole_task
+from ..data.sources import documents
+from ..data.tasks import tasks
+from ..data.tasks.base import Task
+from ..data.tasks.file_task import same_prompts, whole_task
 from ..data.tokenizers import train_tokenizer
 from ..model import Sampling, generate, presets, shapes_of
 from ..model.hf.files import nearest_folder

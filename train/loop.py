@@ -143,7 +143,7 @@ class Runner:
             raise InputError(f"--steps {run.steps}: {folder} is at step {self.first}; raise it, or --resume STEP")
         self.saved, self.pending = at or 0, []
         self.held, self.counted = batch_rows(phase.mesh, run.data.batch)
-        self.loader = Loader(phase.rows, run.data.batch, start=start, held=self.held)
+        self.loader = Loader(phase.rows, run.data.batch, start=start, local_rows=self.held)
         self.put, self.schedule = put_batch(phase.mesh, run.data.batch), schedule(run.optim, run.steps)
         self.health = Health(run, phase.rows, start, self.first)
         told = checkpoints.manifest(at).get("accepted", []) if at is not None else []

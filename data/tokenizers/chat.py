@@ -88,7 +88,7 @@ def _render(tokenizer: Tokenizer, chats: Chats, prompt: bool, spans: bool, bad: 
                     raise InputError(f"{chats[i][0]}: {name}: {answer['error']}")
                 rendered[i] = Rendered(answer["text"], [(a, b) for a, b in answer["spans"]], answer["marked"])
         if left := left[len(answers) :]:
-            bad.settle()  # ending a process takes seconds: not once for every row
+            bad.check_cap()  # ending a process takes seconds: not once for every row
     return rendered
 
 

@@ -22,14 +22,14 @@ from ...model.quantize import quantized
 from ...model.sharding import infer_adapter_shardings, shardings
 from ...model.tree import canonical, named, nested
 from ...peft import Method, Subset, merge
-from . import adapters, report
-from .checkpoint import CheckpointWriter, fingerprint, leaf_digests, fingerprint_of
-from ..config import Data, Run, from_json, check_config_unchanged, method_to_dict
+from ..config import Data, Run, check_config_unchanged, from_json, method_to_dict
 from ..inputs import check_rows, check_tokenizer, load_held_out
-from .layout import set_layout, convert_layout, sharded
-from .lineage import chain, kept
 from ..progress import console
+from . import adapters, report
+from .checkpoint import CheckpointWriter, fingerprint, fingerprint_of, leaf_digests
 from .checkpoint_reader import check_sidecars
+from .layout import convert_layout, set_layout, sharded
+from .lineage import chain, kept
 
 
 @dataclasses.dataclass(frozen=True)
