@@ -8,20 +8,18 @@ from ...data.sft import encode_example
 from ...data.tokenizers import Tokenizer, for_transformers
 from ...data.tokenizers.hf_files import TEMPLATE
 from ...data.tokenizers.tokenizer import GENERATION
-from ...model.hf.files import CARRIED, read_json
+from ...model.hf.files import read_json
 from ..progress import console
 
 PROBE = [("system", " a"), ("user", "b c\n"), ("assistant", "\n  d"), ("user", "1\u00e9"), ("assistant", "e ")]
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, chat: bool) -> None:
-    """Write the files of a tokenizer, and remove those of another one that are there.
+    """Write the files of a tokenizer into a folder that has none.
 
     generation_config.json lists every id that ends a reply. With `chat`, a tokenizer without a template gets the one
     that graftax tunes with. If its text would have other ids than training had, it is left out and a message says so.
     """
-    for name in CARRIED:
-        (folder / name).unlink(missing_ok=True)
     written = for_transformers(tokenizer)
     written.save(folder)
     kinds = [kind for kind in ("bos", "eos", "pad") if f"{kind}_token" in written.names]
