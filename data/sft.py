@@ -19,7 +19,7 @@ from .dialogue import Chat, Message, as_chat
 from .errors import RAISE, RowErrors
 from .pack import Row, empty_row
 from .tokenizers.chat import encode_chats, encode_prompts
-from .tokenizers.tokenizer import Tokenizer
+from .tokenizers import Tokenizer
 
 _OPEN_ROWS = 256  # rows that are filled at the same time while packing
 NamedChats = Sequence[tuple[str, Chat | list[Message]]]  # (where it comes from, dialogue)

@@ -22,7 +22,7 @@ from graftax.data.pack import tokenize
 from graftax.data.sft import sft_rows
 from graftax.data.sources import documents, rows
 from graftax.data.tasks.file_task import file_task
-from graftax.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
+from graftax.data.tokenizers import load_tokenizer, train_tokenizer
 from graftax.model import Rope
 from graftax.model.hf.files import nearest_folder
 from graftax.peft.methods.oft import nearest_divisor
@@ -459,7 +459,7 @@ def test_a_truncated_tokenizer(kind, tok, tmp_path):
     golden = Path(__file__).parent / "golden" / "tokenizers" / "llama3" / "tokenizer.json"
     data = tok.data if kind == "model" else golden.read_bytes()
     path = tmp_path / f"tokenizer.{kind}"
-    what = "not a whole SentencePiece model" if kind == "model" else "not a Hugging Face tokenizer.json"
+    what = "not a whole SentencePiece model" if kind == "model" else "not valid JSON"
     for part in (0, 1, len(data) // 3, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:part])
         said(lambda: load_tokenizer(tmp_path), f"{path}: {what}")

@@ -21,7 +21,7 @@ from graftax.data.sft import sft_rows
 from graftax.data.sources import documents
 from graftax.data.tasks import tasks
 from graftax.data.tokenizers import chat
-from graftax.data.tokenizers.tokenizer import load_tokenizer
+from graftax.data.tokenizers import load_tokenizer
 from graftax.model import pattern
 from graftax.model.hf.files import fetch, header, index, shards
 from graftax.peft import hf as adapters
@@ -206,7 +206,7 @@ def test_domains_with_one_name_inside_another_stay_apart(tmp_path):
 STRANGE = {  # tokenizer_config.json or tokenizer.json (fuzzing found these): words
     '{"eos_token": "\\ud800"}': ("tokenizer_config.json: not valid JSON", "surrogates not allowed"),
     '{"additional_special_tokens": 3}': ("names no eos token",),
-    '{"chat_template": [{"name": []}]}': ("one named default is wanted",),
+    '{"chat_template": [{"name": []}]}': ("expected one named default",),
     '{"model": {"type": "WordPiece", "vocab": {"a": 0}}}': ("tokenizer.json: not a",),
 }
 

@@ -19,7 +19,7 @@ from ..data.sources import documents
 from ..data.tasks import tasks
 from ..data.tasks.base import Task
 from ..data.tasks.file_task import same_prompts, whole_task
-from ..data.tokenizers.tokenizer import train_tokenizer
+from ..data.tokenizers import train_tokenizer
 from ..model import Sampling, generate, presets, shapes_of
 from ..model.hf.files import nearest_folder
 from ..peft import Subset, masks

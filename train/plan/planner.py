@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ... import InputError
-from ...data.tokenizers.tokenizer import load_tokenizer
+from ...data.tokenizers import load_tokenizer
 from ...model import Config, Transformer, hf, presets, shapes_of
 from ...model.backend import target_backend
 from ...model.hf.files import nearest_folder, read_json

@@ -11,8 +11,7 @@ import jax
 
 from ... import InputError
 from ...atomic import atomic_folder
-from ...data.tokenizers.added_tokens import add_tokens
-from ...data.tokenizers.sentencepiece_bpe import for_transformers
+from ...data.tokenizers import add_tokens, for_transformers
 from ...model import hf, resize
 from ...model.hf.files import fetch
 from ...model.tree import named

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from ... import InputError
-from ...data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from ...data.tokenizers import Tokenizer, load_tokenizer
 from ...model import Config, hf, shapes_of
 from ...model.backend import backend
 from ...model.hf.files import fetch
