@@ -17,9 +17,9 @@ from graftax.train.cli import main
 from graftax.train.config import Optim
 from graftax.train.evaluate import longest_reply, generate_answers
 from graftax.train.experiments import comparison, stats
-from graftax.train.experiments.compare import Compare, compare, execute, method_of
-from graftax.train.experiments.compare_report import report
-from graftax.train.experiments.results_log import found, read
+from graftax.train.experiments.compare import Compare, compare, execute, parse_method
+from graftax.train.experiments.report.compare import report
+from graftax.train.experiments.results_log import select, read_results
 from graftax.train.inputs import load_task
 from graftax.train.runs.load import load_run
 from test_faults_input import said
@@ -93,7 +93,7 @@ def tables(text):
 
 def test_no_winner_inside_the_noise(written):
     _, lines = written
-    sheets = {name: found(lines, kind="test", task="one", method=name) for name in SCORES}
+    sheets = {name: select(lines, kind="test", task="one", method=name) for name in SCORES}
     seen = stats.compare_scores(sheets)
     assert [name for name, e in seen.methods.items() if e.as_good] == ["full", "lora"]
     assert all(e.low < e.mean < e.high for e in seen.methods.values())
@@ -128,10 +128,10 @@ def test_edges_of_the_noise():
     assert stats.compare_scores({}).methods == {}
     same = [{"score": 0.5, "marks": [0.0, 1.0] * 9}]
     assert stats.compare_scores({"a": same, "b": same}).pairs["a", "b"] == (0, 0, 0), "all are drawn on the same rows"
-    drawn = [{"score": 0.3, "draws": [0.3] * stats.FEW}]
+    drawn = [{"score": 0.3, "draws": [0.3] * stats.RESCORED_DRAWS}]
     assert set(stats.compare_scores({"a": sure, "b": drawn}).methods) == {"a", "b"}, "as many draws as the fewest have"
     few = lambda rows, answers: {"of_a": 0.5} if any(r["a"] for r in rows) else {}  # noqa: E731
-    assert set(stats.by_row(few, "of_a", [{"a": i == 0} for i in range(3)], "xyz")["draws"]) == {0.5}
+    assert set(stats.resampled_scores(few, "of_a", [{"a": i == 0} for i in range(3)], "xyz")["draws"]) == {0.5}
 
 
 @pytest.mark.parametrize("shift", [0.0, -5.0, -2.35])
@@ -149,8 +149,8 @@ def test_scores_of_any_sign_have_a_spread(shift):
 def test_scores_that_are_no_means_are_drawn_again():
     rows, answers = [{"completion": str(i)} for i in range(9)], ["0"] * 9
     least = lambda rows, answers: {"least": float(min(len(rows), 5))}  # noqa: E731
-    assert stats.by_row(least, "least", rows, answers)["draws"] == [5.0] * stats.FEW
-    assert stats.by_row(accuracy, "accuracy", rows, answers)["marks"] == [1.0] + [0.0] * 8
+    assert stats.resampled_scores(least, "least", rows, answers)["draws"] == [5.0] * stats.RESCORED_DRAWS
+    assert stats.resampled_scores(accuracy, "accuracy", rows, answers)["marks"] == [1.0] + [0.0] * 8
 
 
 def test_the_reports_say_what_the_results_say(written):
@@ -270,21 +270,21 @@ def plan(runs, tmp_path_factory):  # noqa: F811
 def done(plan):
     """The lines of its results."""
     execute(plan, "graftax compare ...")
-    return read(Path(plan.run.out) / "results.jsonl")
+    return read_results(Path(plan.run.out) / "results.jsonl")
 
 
 def test_a_comparison_is_what_it_says(plan, done):
     out, kinds = Path(plan.run.out), [line["kind"] for line in done]
     assert {kind: kinds.count(kind) for kind in kinds} == {"setup": 1, "base": 2, "cost": 3, "search": 12, "test": 12}
-    for line in found(done, kind="test"):
+    for line in select(done, kind="test"):
         key = {k: line[k] for k in ("task", "method")}
-        tried = found(done, kind="search", **key)
+        tried = select(done, kind="search", **key)
         best = min(tried, key=lambda one: one["valid_loss"])
         assert line["lr"] == best["lr"], "the rate is that with the least validation loss"
         assert line["seed"] or line["folder"] == best["folder"]
-        guess = 4e-3 * method_of(line["method"]).lr_multiplier
+        guess = 4e-3 * parse_method(line["method"]).lr_multiplier
         assert [one["lr"] for one in tried] == pytest.approx([guess * factor for factor in plan.factors])
-    line = found(done, kind="test", method="lora:rank=2", seed=1)[0]
+    line = select(done, kind="test", method="lora:rank=2", seed=1)[0]
     got = load_run(out / line["folder"])
     assert got.run.method == LoRA(rank=2)
     task = load_task(got.run.data)
@@ -292,9 +292,9 @@ def test_a_comparison_is_what_it_says(plan, done):
     assert not {r["prompt"] for r in task.test} & {r["prompt"] for r in task.valid}
     answers = generate_answers(*got.bound, got.tokenizer, task.test, longest_reply(task.test, got.tokenizer))
     assert task.score(task.test, answers) == line["scores"]
-    assert found(done, kind="cost", method="full")[0]["ratio"] == pytest.approx(1, abs=0.2)
+    assert select(done, kind="cost", method="full")[0]["ratio"] == pytest.approx(1, abs=0.2)
     assert (
-        found(done, kind="cost", method="full")[0]["artifact_bytes"] == 4 * found(done, kind="setup")[0]["parameters"]
+        select(done, kind="cost", method="full")[0]["artifact_bytes"] == 4 * select(done, kind="setup")[0]["parameters"]
     )
     assert (out / "report.html").exists()
 
@@ -314,7 +314,7 @@ def test_it_goes_on_where_it_was_ended(plan, done, tmp_path, monkeypatch):
     clock = ("seconds", "compile_seconds", "ratio", "evaluating")
     order = lambda line: [str(line.get(k)) for k in ("kind", "task", "method", "factor", "seed")]  # noqa: E731
     timeless = [sorted(({k: v for k, v in line.items() if k not in clock} for line in some), key=order)
-                for some in (read(out / "results.jsonl"), done)]  # fmt: skip
+                for some in (read_results(out / "results.jsonl"), done)]  # fmt: skip
     assert timeless[0] == timeless[1]
     lines = [json.loads(line) for line in (out / "results.jsonl").read_text("utf-8").splitlines()]
     lines[0]["fingerprint"] = "0" * 64
@@ -330,9 +330,9 @@ def test_a_budget_says_how_many_steps(plan, done, tmp_path):
     under_way = comparison.MethodComparison(
         dataclasses.replace(least, budget=50.0), dict.fromkeys(plan.methods), [], None, None, "compare.json"
     )
-    under_way.exams = [type("Exam", (), {"name": line["task"]}) for line in found(done, kind="base")]
+    under_way.exams = [type("Exam", (), {"name": line["task"]}) for line in select(done, kind="base")]
     steps = under_way.steps(time.monotonic())
-    per_step = sum(line["seconds"] for line in found(done, kind="cost")) * 6
+    per_step = sum(line["seconds"] for line in select(done, kind="cost")) * 6
     assert 0.5 < steps * per_step / (50 * 60) < 0.86
     assert under_way.steps(time.monotonic()) == steps, "kept, so that a resumed comparison has as many"
 
@@ -378,6 +378,6 @@ def test_help_and_names(capsys):
     with pytest.raises(SystemExit):
         main(["compare", "--help"])
     assert "--budget" in capsys.readouterr().out
-    assert method_of("full") == Subset("all")
-    assert method_of("last_2") == Subset("last_2")
-    assert method_of("lora:rank=3:alpha=6") == LoRA(rank=3, alpha=6)
+    assert parse_method("full") == Subset("all")
+    assert parse_method("last_2") == Subset("last_2")
+    assert parse_method("lora:rank=3:alpha=6") == LoRA(rank=3, alpha=6)

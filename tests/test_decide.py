@@ -14,12 +14,13 @@ from graftax.peft import LoRA, Subset
 from graftax.train.cli import main
 from graftax.train.cluster.signals import Stop, Stopped
 from graftax.train.config import Optim, Run
-from graftax.train.experiments import decision_report, learning_curve, step_costs
+from graftax.train.experiments.report import decide
+from graftax.train.experiments import learning_curve, step_costs
 from graftax.train.experiments.base_cache import BaseCache
 from graftax.train.experiments.decide import Decide, decide, execute
 from graftax.train.experiments.example_selection import BM25Examples, EmbeddingExamples, RandomExamples
-from graftax.train.experiments.prompts import Form
-from graftax.train.experiments.results_log import found, read
+from graftax.train.experiments.prompts import PromptFormat
+from graftax.train.experiments.results_log import select, read_results
 from graftax.train.inputs import tuning_rows
 from graftax.train.runs.load import load_run
 from test_faults_input import said
@@ -42,7 +43,7 @@ def plan(runs, tmp_path_factory):  # noqa: F811
 @pytest.fixture(scope="module")
 def done(plan):
     """(what it returned, the lines of its results)."""
-    return execute(plan, "graftax decide ..."), read(Path(plan.run.out) / "results.jsonl")
+    return execute(plan, "graftax decide ..."), read_results(Path(plan.run.out) / "results.jsonl")
 
 
 def test_every_option_is_there(plan, done):
@@ -59,25 +60,25 @@ def test_every_option_is_there(plan, done):
     assert by_name["zero-shot"]["in all, FLOPs"] == 100_000 * by_name["zero-shot"]["a request, FLOPs"]
     trained = by_name["lora on 20 examples"]
     assert trained["to train, FLOPs"] == pytest.approx(
-        6 * found(lines, kind="cost", method="mask norms")[0]["flops"], rel=0.3
+        6 * select(lines, kind="cost", method="mask norms")[0]["flops"], rel=0.3
     )
     assert trained["in all, FLOPs"] == trained["to train, FLOPs"] + 100_000 * trained["a request, FLOPs"]
     text = (Path(plan.run.out) / "decision.md").read_text("utf-8")
     assert all(f"| {name} |" in text for name in names)
     assert told["decision"] in text
-    copied = found(lines, name="the nearest example's answer (BM25), no model")[0]
+    copied = select(lines, name="the nearest example's answer (BM25), no model")[0]
     assert copied["score"] >= 0.9, "the word stands in the question, and in the nearest example"
     assert told["decision"].startswith("The cheapest that surely reaches exact_match >= 0.5 is the nearest example's")
 
 
 def test_the_trained_ones_are_runs_on_so_many_examples(plan, done):
     _, lines = done
-    line = found(lines, kind="test", method="lora on 40 examples")[0]
+    line = select(lines, kind="test", method="lora on 40 examples")[0]
     got = load_run(Path(plan.run.out) / line["folder"])
     assert got.run.data.examples == 40
     assert got.run.method == LoRA(rank=2)
     assert got.manifest["rows"]["examples"] == 40
-    few, more = (found(lines, kind="test", method=f"lora on {n} examples")[0]["digests"]["data"] for n in (20, 40))
+    few, more = (select(lines, kind="test", method=f"lora on {n} examples")[0]["digests"]["data"] for n in (20, 40))
     assert few != more
 
 
@@ -100,7 +101,7 @@ def test_it_goes_on(plan, done):
     again = dataclasses.replace(plan, run=dataclasses.replace(plan.run, resume="auto"))
     told, lines = done
     assert execute(again) == told
-    assert read(Path(plan.run.out) / "results.jsonl") == lines
+    assert read_results(Path(plan.run.out) / "results.jsonl") == lines
     said(
         lambda: execute(dataclasses.replace(again, target="exact_match>=0.6")), "--resume: target", "take another --out"
     )
@@ -159,7 +160,7 @@ def test_what_stands_before_a_row_is_near(plan):
 def test_forms(plan):
     tokenizer = BaseCache().base(plan.run).tokenizer
     row, shots = {"prompt": "say it", "completion": "it"}, [{"prompt": "say om", "completion": "om"}] * 3
-    lines, pairs, chat = (Form(kind, tokenizer, 40) for kind in ("lines", "pairs", "chat"))
+    lines, pairs, chat = (PromptFormat(kind, tokenizer, 40) for kind in ("lines", "pairs", "chat"))
     assert lines.text(row, shots[:1]) == "say om\nom\n\nsay it\n"
     assert pairs.text(row, shots[:1]) == "say om: om\nsay it:"
     assert tokenizer.decode(lines.prompts([row], [shots[:1]])[0]) == "say om\nom\n\nsay it\n"
@@ -167,10 +168,10 @@ def test_forms(plan):
     for form in (lines, pairs, chat):
         (tail,) = form.tails(row, ["it"])
         assert tokenizer.decode(tail).strip() == "it"
-        lengths = [len(Form(form.kind, tokenizer, n).prompts([row], [shots])[0]) for n in (40, 25, 12)]
+        lengths = [len(PromptFormat(form.kind, tokenizer, n).prompts([row], [shots])[0]) for n in (40, 25, 12)]
         assert lengths == sorted(lengths, reverse=True)
         assert lengths[-1] <= 12, "examples make way"
-    said(lambda: Form("lines", tokenizer, 2).prompts([row], [shots]), "do not fit into the base's 2", "say it")
+    said(lambda: PromptFormat("lines", tokenizer, 2).prompts([row], [shots]), "do not fit into the base's 2", "say it")
 
 
 def test_a_curve_is_found_again():
@@ -223,10 +224,10 @@ def test_the_cheapest_that_surely_reaches_the_target():
         "lora on 100": (0.6, 5e3, 0),
         "lora on all": (0.9, 1e4, 0),
     }
-    made = {option.name: option for option in decision_report.options(results(0.5, few))}
+    made = {option.name: option for option in decide.options(results(0.5, few))}
     assert made["retrieved"].flops(1000) == 1e5
     assert made["lora on all"].flops(1000) == 2e4
-    text = decision_report.decision(results(0.5, few))
+    text = decide.decision(results(0.5, few))
     assert text.startswith("The cheapest that surely reaches accuracy >= 0.5 is lora on 100: 0.600")
     assert "for 1.5e+04 FLOPs over 1,000 requests (5e+03 to train)" in text
     assert "The next is lora on all with 0.900" in text
@@ -236,33 +237,33 @@ def test_the_cheapest_that_surely_reaches_the_target():
     assert f"A target above {low:.3f} would take lora on all, 0.900" in text
     assert "In as many steps the error of lora falls as n^-" in text
     assert "100 were enough for the target." in text
-    close = decision_report.decision(results(0.59, few))
+    close = decide.decision(results(0.59, few))
     assert close.startswith("The cheapest that surely reaches accuracy >= 0.59 is lora on all")
-    unsure = decision_report.decision(results(0.88, few))
+    unsure = decide.decision(results(0.88, few))
     assert unsure.startswith("The cheapest that reaches accuracy >= 0.88 is lora on all")
     assert "may find that it misses" in unsure
-    untrained = decision_report.decision(results(0.5, few | {"nearest": (0.8, 0, 0.0)}))
+    untrained = decide.decision(results(0.5, few | {"nearest": (0.8, 0, 0.0)}))
     assert untrained.startswith("The cheapest that surely reaches accuracy >= 0.5 is nearest: 0.800")
     assert "the error of lora falls as n^-" in untrained
     assert "Nothing that was tried reaches more than 0.900." in unsure
     assert "The highest score" not in text + unsure, "it is said already"
-    third = decision_report.decision(results(0.5, few | {"retrieved": (0.95, 0, 1e6)}))
+    third = decide.decision(results(0.5, few | {"retrieved": (0.95, 0, 1e6)}))
     assert "would take lora on all, 0.900" in third
     assert "The highest score is that of retrieved, 0.950" in third
 
 
 def test_a_target_out_of_reach():
     few = {"zero-shot": (0.2, 0, 10.0), "lora on 100": (0.4, 5e3, 0), "lora on all": (0.6, 1e4, 0)}
-    text = decision_report.decision(results(0.8, few))
+    text = decide.decision(results(0.8, few))
     assert text.startswith("No option reaches accuracy >= 0.8: the best is lora on all with 0.600")
     assert "it would take about" in text
     assert "a better base" in text
-    assert "no number of examples" in decision_report.decision(results(1.0, few))
-    assert "does not fall with more examples" in decision_report.decision(
+    assert "no number of examples" in decide.decision(results(1.0, few))
+    assert "does not fall with more examples" in decide.decision(
         results(0.8, few | {"lora on all": (0.4, 1e4, 0)})
     )
-    assert "no number of examples" in decision_report.decision(results(0.8, few | {"lora on all": (0.4, 1e4, 0)}))
-    assert "falls as" not in decision_report.decision(results(0.9, {"zero-shot": (0.2, 0, 1.0)}))
+    assert "no number of examples" in decide.decision(results(0.8, few | {"lora on all": (0.4, 1e4, 0)}))
+    assert "falls as" not in decide.decision(results(0.9, {"zero-shot": (0.2, 0, 1.0)}))
 
 
 BAD = {

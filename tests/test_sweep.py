@@ -18,11 +18,11 @@ from graftax.train.cluster.signals import Stopped
 from graftax.train.config import Optim, from_json
 from graftax.train.experiments.base_cache import BaseCache
 from graftax.train.experiments.sweep.command import Sweep, dated, execute, scheduler
-from graftax.train.experiments.sweep.groups import groups
+from graftax.train.experiments.sweep.programs import groups
 from graftax.train.experiments.sweep.lane_count import balanced
-from graftax.train.experiments.sweep.lanes import Stack
+from graftax.train.experiments.sweep.lanes import LaneStack
 from graftax.train.experiments.sweep.results import gathered
-from graftax.train.experiments.sweep.trials import axis, changed, trials_of
+from graftax.train.experiments.sweep.trials import parse_axis, with_fields, make_trials
 from graftax.train.faults import VARIABLE
 from graftax.train.loop import train
 from graftax.train.progress import read_metrics
@@ -167,7 +167,7 @@ def test_a_state_that_is_not_finite_ends_its_lane_alone(run):
 
 def test_a_signal_in_a_later_chunk(run, monkeypatch):
     """It ends after the step under way, though an earlier chunk took more; and while nothing steps, at once."""
-    real, seen = Stack.take, []
+    real, seen = LaneStack.take, []
 
     def take(self, batch):
         seen.append(len(seen))
@@ -175,7 +175,7 @@ def test_a_signal_in_a_later_chunk(run, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return real(self, batch)
 
-    monkeypatch.setattr(Stack, "take", take)
+    monkeypatch.setattr(LaneStack, "take", take)
     with pytest.raises(Stopped):
         execute(Sweep(dataclasses.replace(run, save_every=0), ("optim.lr=1e-3,2e-3,3e-3",), lanes=1))
     assert len(seen) == 15
@@ -209,7 +209,7 @@ def test_which_cells_are_one_program(run, tmp_path):
     def parts(*over, method="lora"):
         start = dataclasses.replace(run, method=peft.methods[method]())
         ground = BaseCache()
-        found, apart = groups(ground.settled(trials_of(start, over, tmp_path)), ground.model)
+        found, apart = groups(ground.settled(make_trials(start, over, tmp_path)), ground.model)
         return [[cell.number for cell in g.cells] for g in found], apart, found
 
     numbers = ("optim.lr=1e-3,2e-3", "optim.weight_decay=0,0.1", "optim.clip=0,1", "method.dropout=0,0.1")
@@ -301,10 +301,10 @@ def test_steps_may_be_an_axis(run):
 
 
 def test_axes():
-    assert axis("seed=0..3,7") == ("seed", ["0", "1", "2", "3", "7"])
-    assert axis("optim.weight-decay=0.1") == ("optim.weight_decay", ["0.1"])
+    assert parse_axis("seed=0..3,7") == ("seed", ["0", "1", "2", "3", "7"])
+    assert parse_axis("optim.weight-decay=0.1") == ("optim.weight_decay", ["0.1"])
     start = dataclasses.replace(from_dict(), method=LoRA())
-    made = changed(start, {"method.rank": "4", "method": "dora", "data.pack": "false", "optim.name": "muon"})
+    made = with_fields(start, {"method.rank": "4", "method": "dora", "data.pack": "false", "optim.name": "muon"})
     assert (type(made.method).__name__, made.method.rank, made.data.pack, made.optim.name) == ("DoRA", 4, False, "muon")
 
 

@@ -15,7 +15,7 @@ from ...model import Config, Transformer, init, presets
 from ...peft import partition
 from ...peft.methods.lora import LoRA
 from ..config import Data, Optim, Run
-from ..experiments.sweep.groups import batch_shapes, lane_step
+from ..experiments.sweep.programs import batch_shapes, lane_step
 from ..optim import make_optimizer
 from ..step import init_state
 from .peer import threads

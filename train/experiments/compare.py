@@ -20,10 +20,10 @@ from ..cluster.signals import Stop
 from ..config import Run, did_you_mean, method_class, to_json
 from ..setup import resolve_method
 from .base_cache import BaseCache
-from .compare_report import report
+from .report.compare import report
 from .comparison import Entry, MethodComparison
 from .sweep.command import Sweep, check_out, dated, opened, plain
-from .sweep.trials import changed, floats, given, words
+from .sweep.trials import with_fields, floats, given, words
 from .task_evaluator import TaskEvaluator
 
 FILE = "compare.json"
@@ -86,7 +86,7 @@ class Compare(Checked):
         return dataclasses.replace(plain(self.run), method=method, data=data, optim=optim, seed=seed, steps=steps)
 
 
-def method_of(said: str) -> Method:
+def parse_method(said: str) -> Method:
     """The method of NAME:field=value:..., a name being that of a method or of a mask."""
     name, *fields = said.split(":")
     mask = MASKS.get(name, name)
@@ -101,7 +101,7 @@ def method_of(said: str) -> Method:
     values = {f"method.{key}": value for key, _, value in (field.partition("=") for field in fields)}
     run = Run(method=method)
     try:
-        return changed(run, values).method
+        return with_fields(run, values).method
     except InputError as error:
         raise InputError(str(error).replace("--over ", f"--methods {said}: ", 1)) from None
 
@@ -132,7 +132,7 @@ def execute(plan: Compare, command: str = "") -> dict[str, Any]:
     """Compare, or go on with it; returns each task's table and where the reports are."""
     plan = dated(plan, FILE)
     out, run, began = Path(plan.run.out), plan.run, time.monotonic()
-    entries = {said: Entry(method_of(said)) for said in plan.methods}
+    entries = {said: Entry(parse_method(said)) for said in plan.methods}
     said = {"run": json.loads(to_json(dataclasses.replace(run, out="", resume="never", force=""))),
             **{key: getattr(plan, key) for key in ("factors", "seeds", "budget")},
             "tasks": list(plan.tasks), "methods": list(plan.methods)}  # fmt: skip

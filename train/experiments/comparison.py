@@ -22,7 +22,7 @@ from ..progress import console, format_time
 from ..runs.checkpoint import CheckpointWriter, versions
 from ..runs.lineage import code_version, trained_digest
 from .base_cache import BaseCache
-from .results_log import Line, ResultsLog, found
+from .results_log import Line, ResultsLog, select
 from .step_costs import costs
 from .sweep.command import Sweep, carry_out
 from .sweep.results import diverged, told
@@ -205,7 +205,7 @@ class MethodComparison:
 
 def chosen(lines: list[Line], task: str, method: str) -> Line | None:
     """The rate with the least validation loss; None if none has any."""
-    tried = found(lines, kind="search", task=task, method=method, status="done")
+    tried = select(lines, kind="search", task=task, method=method, status="done")
     return min(tried, key=lambda line: line["valid_loss"], default=None)
 
 

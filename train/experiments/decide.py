@@ -22,9 +22,9 @@ from ..cluster.signals import Stop
 from ..config import Run, method_to_dict, to_json
 from ..setup import resolve_method
 from .base_cache import BaseCache
-from .compare import Compare, method_of
+from .compare import Compare, parse_method
 from .comparison import Entry, MethodComparison
-from .decision_report import report
+from .report.decide import report
 from .prompting import Prompting
 from .sweep.command import check_out, dated, opened
 from .sweep.trials import floats, given, ints
@@ -110,7 +110,7 @@ class Decide(Checked):
         method = self.run.method
         name = type(method).__name__.lower()
         sizes = {f"{name} on {size:,} examples": Entry(method, size) for size in sorted(self.sizes) if size < n}
-        return {**sizes, f"{name} on all examples": Entry(method), f"mask {self.mask}": Entry(method_of(self.mask)),
+        return {**sizes, f"{name} on all examples": Entry(method), f"mask {self.mask}": Entry(parse_method(self.mask)),
                 "full fine-tuning": Entry(Subset("all"))}  # fmt: skip
 
 

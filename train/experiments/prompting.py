@@ -16,7 +16,7 @@ from ..evaluate import with_rendered_replies, evenly_spaced, generate_texts
 from ..progress import console
 from .base_cache import BaseCache
 from .example_selection import BM25Examples, EmbeddingExamples, RandomExamples, token_flops
-from .prompts import KINDS, Form
+from .prompts import KINDS, PromptFormat
 from .results_log import ResultsLog
 from .task_evaluator import BATCH, TaskEvaluator
 
@@ -38,9 +38,9 @@ class Prompting:
         # Text longer than the rows that it was trained on is nothing a base can read, whatever its positions allow.
         imported = "imported" in base.manifest or base.run.phase != "pretrain"
         context, T = base.config.context, base.config.context if imported else base.run.data.T
-        self.forms = [Form(kind, exam.tokenizer, min(T, context) - exam.new) for kind in KINDS]
+        self.forms = [PromptFormat(kind, exam.tokenizer, min(T, context) - exam.new) for kind in KINDS]
         if exam.longest_prompt > self.forms[0].longest:
-            self.forms = [Form(form.kind, exam.tokenizer, context - exam.new) for form in self.forms]
+            self.forms = [PromptFormat(form.kind, exam.tokenizer, context - exam.new) for form in self.forms]
 
     @cached_property
     def words(self) -> BM25Examples:
@@ -55,7 +55,7 @@ class Prompting:
         flops = (asked + answer) * token_flops(self.model.config, self.parameters, asked)
         return {"prompt_tokens": asked, "request_tokens": asked + answer, "request_flops": flops}
 
-    def _written_tokens(self, form: Form) -> float:
+    def _written_tokens(self, form: PromptFormat) -> float:
         """Tokens of an answer, on average."""
         rows = evenly_spaced(self.exam.rows, TRIED)
         return float(np.mean([len(form.tails(row, [row["completion"]])[0]) for row in rows]))
@@ -107,7 +107,7 @@ class Prompting:
         answers = [some[-1]["completion"] for some in near]
         return answers, {"prompt_tokens": 0, "request_flops": 0.0, "request_seconds": seconds}
 
-    def _chosen_form(self) -> Form:
+    def _chosen_form(self) -> PromptFormat:
         """The form in which the answers of some validation rows, behind their nearest examples, are the likeliest.
         One that the tokenizer or its template cannot have is left out; InputError if that is both."""
         if found := self.ledger.find(kind="form"):

@@ -23,7 +23,7 @@ def asked(row: Row) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
+class PromptFormat:
     """How a question, with worked examples before it, is put to a model: in turns of a `chat`, or in a shape of plain
     text."""
 

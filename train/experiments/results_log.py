@@ -14,11 +14,11 @@ class ResultsLog:
     """The lines of a file of results, in the order in which they were found."""
 
     def __init__(self, path: Path):
-        self.path, self.lines = path, read(path) if path.exists() else []
+        self.path, self.lines = path, read_results(path) if path.exists() else []
 
     def find(self, **key: Any) -> list[Line]:
         """The lines that have these values."""
-        return found(self.lines, **key)
+        return select(self.lines, **key)
 
     def add(self, line: Line) -> Line:
         """One more; the file is whole at any moment."""
@@ -27,7 +27,7 @@ class ResultsLog:
         return line
 
 
-def read(path: Path) -> list[Line]:
+def read_results(path: Path) -> list[Line]:
     """The lines of a file of results. InputError for one that is none."""
     try:
         return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
@@ -35,6 +35,6 @@ def read(path: Path) -> list[Line]:
         raise InputError(f"{path}: not a file of results ({error}); take another folder") from None
 
 
-def found(lines: list[Line], **key: Any) -> list[Line]:
+def select(lines: list[Line], **key: Any) -> list[Line]:
     """The lines that have these values."""
     return [line for line in lines if key.items() <= line.items()]

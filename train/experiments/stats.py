@@ -44,7 +44,7 @@ def picks(rows: int, draws: int) -> np.ndarray:
     return np.random.default_rng(rows).integers(0, rows, (draws, rows), dtype=np.int32)
 
 
-def by_row(score: Callable[[Any, Any], dict[str, float]], metric: str, rows: Any, answers: Any) -> dict[str, Any]:
+def resampled_scores(score: Callable[[Any, Any], dict[str, float]], metric: str, rows: Any, answers: Any) -> dict[str, Any]:
     """What the bootstrap needs of a scored answer sheet: {"marks": a number a row} if the score is their mean, else
     {"draws": the score of each draw of rows}."""
     whole = score(rows, answers)[metric]

@@ -21,7 +21,7 @@ from ..config import Run, did_you_mean
 from ..evaluate import evenly_spaced, generate_answers, longest_reply, row_chats, scored_rows
 from ..inputs import load_task, report_row_errors, with_answerable_rows
 from .base_cache import BaseCache
-from .stats import by_row
+from .stats import resampled_scores
 
 SHOWN = 12  # rows whose answers are shown side by side
 BATCH = 50  # rows that are answered at once
@@ -93,7 +93,7 @@ class TaskEvaluator:
         scores = self.task.score(rows, given)
         samples = evenly_spaced(given, SHOWN)
         return {"score": scores[self.metric], "scores": scores,
-                **by_row(self.task.score, self.metric, rows, given), "samples": samples}  # fmt: skip
+                **resampled_scores(self.task.score, self.metric, rows, given), "samples": samples}  # fmt: skip
 
     @property
     def longest(self) -> list[Any]:

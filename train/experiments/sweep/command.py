@@ -25,7 +25,7 @@ from ...runs.record import make_run_folder
 from ..base_cache import BaseCache
 from .results import report
 from .scheduler import FILE, Scheduler
-from .trials import Trial, given, trials_of
+from .trials import Trial, given, make_trials
 
 # May change on --resume; a budget counts until it has said how many steps a training has.
 FREELY = ("budget", "run.date", "run.log_every", "run.save_every", "run.keep", "run.tensorboard", "run.verify")
@@ -100,7 +100,7 @@ def execute(plan: Sweep) -> dict[str, Any]:
     """Run a sweep, or go on with it; returns its best cell and where all are."""
     plan = dated(plan, FILE)
     run = plan.run
-    made = trials_of(plain(run), plan.over, Path(run.out))
+    made = make_trials(plain(run), plan.over, Path(run.out))
     with contextlib.ExitStack() as held:
         stop = held.enter_context(Stop())
         made = carry_out(plan, made, BaseCache(), stop)

@@ -14,8 +14,8 @@ from ...program import BATCH_DTYPES, layout
 from ...progress import console, format_time
 from ...runs.report import format_bytes
 from ..base_cache import BaseCache
-from .groups import Group
-from .lanes import Stack
+from .programs import Group
+from .lanes import LaneStack
 
 ROOM = 0.8  # part of the memory that lanes may take
 PAYS = 5.0  # trying another number must cost less than what is left over this
@@ -66,7 +66,7 @@ def timed(group: Group, ground: BaseCache, K: int, devices: list[Any], steps: in
     """(seconds of a step over its lanes, seconds of compiling) with K lanes at once."""
     K = balanced(K, K, len(devices))
     which = list(range(min(K, len(group.cells))))
-    stack = Stack(group, which, [ground.phase(group.cells[i].run) for i in which], K, devices, ground)
+    stack = LaneStack(group, which, [ground.phase(group.cells[i].run) for i in which], K, devices, ground)
     shape = (group.run.data.batch, group.run.data.T)
     batch = {name: np.ones(shape, dtype) for name, dtype in BATCH_DTYPES.items()}
     given, took = stack.put([batch]), []

@@ -21,14 +21,14 @@ from ....atomic import atomic_write
 from ...runs.resume import accepted_changes
 from ...setup import TrainSetup
 from ..base_cache import BaseCache
-from .groups import Group, batch_shapes, lane_step
+from .programs import Group, batch_shapes, lane_step
 from .results import diverged, told
 from .trials import Trial
 
 Tree = Any
 
 
-class Stack:
+class LaneStack:
     """The state of K lanes as one, and the program that takes a step of all of them.
 
     On several devices each has K / n lanes and the whole frozen base. Where there are fewer lanes than K, the last one

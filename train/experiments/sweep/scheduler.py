@@ -20,9 +20,9 @@ from ...health import check_finite
 from ...progress import console, format_time
 from ...runs.record import bound_model, evaluate_losses, explain_scoring_failure, logged_evaluation, summarize
 from ..base_cache import BaseCache
-from .groups import Group, groups
+from .programs import Group, groups
 from .lane_count import balanced, lanes_that_fit
-from .lanes import Lane, Stack, common_step
+from .lanes import Lane, LaneStack, common_step
 from .results import diverged, reached, write
 from .trials import Trial
 
@@ -102,7 +102,7 @@ class Scheduler:
                     lane.log.write({"step": 0, **self.ground.before(lane.run)})
             stack, i = None, at
             if at < until and not all(lane.dead for lane in lanes):
-                stack = Stack(group, which, [lane.phase for lane in lanes], K, self.devices, self.ground)
+                stack = LaneStack(group, which, [lane.phase for lane in lanes], K, self.devices, self.ground)
                 i = self.steps(lanes, stack, at, until)
             judged = self.save(lanes, stack, i, until)
             self.stop.rest()
@@ -114,7 +114,7 @@ class Scheduler:
                           "go on with --resume", soft_wrap=True)  # fmt: skip
             raise Stopped
 
-    def steps(self, lanes: list[Lane], stack: Stack, at: int, until: int) -> int:
+    def steps(self, lanes: list[Lane], stack: LaneStack, at: int, until: int) -> int:
         """Steps at + 1 to `until`, or to where a signal ends them; returns the last."""
         run, pending, i = lanes[0].run, [], at
         self.stop.check()  # before this loop: it has no step to end with
@@ -148,7 +148,7 @@ class Scheduler:
             if lane.log:
                 lane.log.last = self.since
 
-    def take(self, lanes: list[Lane], stack: Stack, pending: list[Any]) -> None:
+    def take(self, lanes: list[Lane], stack: LaneStack, pending: list[Any]) -> None:
         """Give each lane what the steps since the last time gave; one transfer for all."""
         rows = [(step, jax.device_get(metrics)) for step, metrics in pending]
         pending.clear()
@@ -174,7 +174,7 @@ class Scheduler:
         console.print(f"{span([lane.cell for lane in lanes])} · step {i}/{until} · loss {loss} · {rate:.2f} "
                       f"lane-steps/s · {format_time(max(self.left, 0) / rate)} left", soft_wrap=True)  # fmt: skip
 
-    def save(self, lanes: list[Lane], stack: Stack | None, i: int, until: int) -> bool:
+    def save(self, lanes: list[Lane], stack: LaneStack | None, i: int, until: int) -> bool:
         """Each living lane's checkpoint; at `until`, when all are there, what each is worth. Whether no signal ended
         that."""
         states, ended, whole = stack.split_up() if stack else [lane.phase.state for lane in lanes], [], True
@@ -220,7 +220,7 @@ class Scheduler:
             return {"valid_scores": phase.task.score(rows, answers)}
 
 
-def cost(stack: Stack | None, lanes: int) -> dict[str, Any]:
+def cost(stack: LaneStack | None, lanes: int) -> dict[str, Any]:
     """What the compiler says of a stack's program, and how many cells share its steps."""
     made = {"step_peak_bytes": stack.peak, "compile_seconds": round(stack.seconds, 2)} if stack else {}
     return made | {"lanes": lanes}

@@ -67,7 +67,7 @@ class Trial(NamedTuple):
         return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in self.values.items())
 
 
-def axis(text: str) -> tuple[str, list[str]]:
+def parse_axis(text: str) -> tuple[str, list[str]]:
     """('optim.lr', ['1e-4', '3e-4']) of `optim.lr=1e-4,3e-4`; a..b are the whole numbers from a to b, b too."""
     name, equals, listed = text.partition("=")
     name, values = name.replace("-", "_"), []  # --optim.weight-decay is a flag, optim.weight_decay a field
@@ -82,9 +82,9 @@ def axis(text: str) -> tuple[str, list[str]]:
     return name, values
 
 
-def trials_of(run: Run, over: Sequence[str], out: Path) -> list[Trial]:
+def make_trials(run: Run, over: Sequence[str], out: Path) -> list[Trial]:
     """Every combination of the axes, as runs below `out`/cells. InputError for an axis that no run has."""
-    axes = [axis(text) for text in over]
+    axes = [parse_axis(text) for text in over]
     names = [name for name, _ in axes]
     if not axes:
         raise InputError("nothing to sweep over: give --over FIELD=VALUE,VALUE,..., for example optim.lr=1e-4,3e-4")
@@ -95,12 +95,12 @@ def trials_of(run: Run, over: Sequence[str], out: Path) -> list[Trial]:
     found = []
     for number, values in enumerate(itertools.product(*(values for _, values in axes))):
         chosen = dict(zip(names, values, strict=True))
-        made = dataclasses.replace(changed(run, chosen), out=str(out / "cells" / f"{number:03d}"))
+        made = dataclasses.replace(with_fields(run, chosen), out=str(out / "cells" / f"{number:03d}"))
         found.append(Trial(number, chosen, made))
     return found
 
 
-def changed(run: Run, values: dict[str, str]) -> Run:
+def with_fields(run: Run, values: dict[str, str]) -> Run:
     """The run with these fields; a method comes before its own fields."""
     for name in sorted(values, key=lambda name: name.count(".")):
         if name.split(".")[0] in PER_SWEEP_FIELDS:

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from ..progress import console
-from ..runs.report import format_bytes
-from .results_log import Line, found, read
-from .stats import ScoreComparison, compare_scores
+from ...progress import console
+from ...runs.report import format_bytes
+from ..results_log import Line, select, read_results
+from ..stats import ScoreComparison, compare_scores
 
 LOST = "Left out, as a training diverged or none reached its end: "
 CHOSEN = "The task has no test: the rows that are scored also chose the rates, so that scores are a little too high."
@@ -63,8 +63,8 @@ def mean(lines: Sequence[Line], key: str) -> float | None:
 
 def judged(lines: list[Line], task: str) -> tuple[dict[str, list[Line]], list[str]]:
     """({method: a tested line a seed}, the methods that diverged) on a task."""
-    setup = found(lines, kind="setup")[0]
-    whole = {name: [line for line in found(lines, kind="test", task=task, method=name) if "score" in line]
+    setup = select(lines, kind="setup")[0]
+    whole = {name: [line for line in select(lines, kind="test", task=task, method=name) if "score" in line]
              for name in setup["methods"]}  # fmt: skip
     return ({name: sheets for name, sheets in whole.items() if len(sheets) == setup["seeds"]},
             [name for name, sheets in whole.items() if len(sheets) < setup["seeds"]])  # fmt: skip
@@ -72,7 +72,7 @@ def judged(lines: list[Line], task: str) -> tuple[dict[str, list[Line]], list[st
 
 def finding(lines: list[Line], task: str) -> Finding:
     """Scores with their intervals, the best first, and what they say."""
-    setup = found(lines, kind="setup")[0]
+    setup = select(lines, kind="setup")[0]
     metric = setup["tasks"][task]["metric"]
     sheets, diverged = judged(lines, task)
     seen = compare_scores(sheets)
@@ -81,7 +81,7 @@ def finding(lines: list[Line], task: str) -> Finding:
     rows = []
     for name, e in seen.methods.items():
         mine = sheets[name]
-        rates = sorted(line["lr"] for line in found(lines, kind="search", task=task, method=name))
+        rates = sorted(line["lr"] for line in select(lines, kind="search", task=task, method=name))
         edge = {rates[0]: " ↓", rates[-1]: " ↑"}.get(mine[0]["lr"], "") if len(rates) > 1 else ""
         rows.append([
             word(name), number(e.mean), TableCell(f"{e.low:.3f} to {e.high:.3f}", e.low),
@@ -109,14 +109,14 @@ def _words(
     lines: list[Line], task: str, metric: str, seen: ScoreComparison, diverged: list[str], edges: list[str]
 ) -> list[str]:
     """What may be said of a task."""
-    setup, said = found(lines, kind="setup")[0], []
+    setup, said = select(lines, kind="setup")[0], []
     reference = setup.get("reference", "full")
-    costs = {line["method"]: line for line in found(lines, kind="cost")}
+    costs = {line["method"]: line for line in select(lines, kind="cost")}
     (first, best), *_ = seen.methods.items() if seen.methods else [("", None)]
     if best is None:
         return [f"Every method diverged on {task}."]
     good = [name for name, e in seen.methods.items() if e.as_good]
-    base = found(lines, kind="base", task=task)[0]
+    base = select(lines, kind="base", task=task)[0]
     lost = [LOST + f"{', '.join(diverged)}."] if diverged else []
     if best.mean <= base["score"]:
         none = f"No method is above the base as it is, which has {base['score']:.3f}: train longer, or on more."
@@ -151,20 +151,20 @@ def _words(
 
 def expenses(lines: list[Line]) -> TableGrid:
     """What a step of each method costs."""
-    reference = found(lines, kind="setup")[0].get("reference", "full")
+    reference = select(lines, kind="setup")[0].get("reference", "full")
     heads = ["method", "trainable", "of the base", "artifact", "peak memory", "GFLOPs a step", "ms a step",
              f"of {reference}'s"]  # fmt: skip
     rows = [[
         word(c["method"]), number(c["trainable"], ",d"), number(100 * c["share"], ".3g", " %"),
         TableCell(format_bytes(c["artifact_bytes"]), c["artifact_bytes"]), TableCell(format_bytes(c["peak_bytes"]), c["peak_bytes"]),
         number(c["flops"] / 1e9, ".2f"), number(1e3 * c["seconds"], ".0f"), number(c["ratio"], ".2f"),
-    ] for c in found(lines, kind="cost")]  # fmt: skip
+    ] for c in select(lines, kind="cost")]  # fmt: skip
     return TableGrid(heads, rows)
 
 
 def facts(lines: list[Line]) -> list[tuple[str, str]]:
     """How it was made."""
-    s = found(lines, kind="setup")[0]
+    s = select(lines, kind="setup")[0]
     steps = next((line["steps"] for line in lines if line["kind"] == "search"), 0)
     rows, T = s["rows"]
     tested = ", ".join(f"{label(task)} {t['rows']:,} ({t.get('part', 'test')})" for task, t in s["tasks"].items())
@@ -180,21 +180,21 @@ def facts(lines: list[Line]) -> list[tuple[str, str]]:
 
 def runs(lines: list[Line]) -> TableGrid:
     """The tested runs: the command that makes each again, and digests of what went in and came out."""
-    out = found(lines, kind="setup")[0].get("out", ".")
+    out = select(lines, kind="setup")[0].get("out", ".")
     rows = [[
         word(label(t["task"])), word(t["method"]), number(t["seed"], "d"), number(t["lr"], ".3g"),
         word(f"graftax finetune {out}/{t['folder']}/config.json --out again"), word(t["digests"]["rows"][:12]),
         word(t["digests"]["trainable"][:12]),
-    ] for t in found(lines, kind="test") if "digests" in t]  # fmt: skip
+    ] for t in select(lines, kind="test") if "digests" in t]  # fmt: skip
     heads = ["task", "method", "seed", "rate", "command", "sha256 of its rows", "of what it trained"]
     return TableGrid(heads, rows)  # fmt: skip
 
 
 def samples(lines: list[Line], task: str) -> TableGrid:
     """Rows of the test, and what each method's first seed answers."""
-    shown = found(lines, kind="setup")[0]["tasks"][task]["shown"]
-    sheets = {"the base": found(lines, kind="base", task=task)[0]}
-    sheets |= {line["method"]: line for line in found(lines, kind="test", task=task, seed=0) if "samples" in line}
+    shown = select(lines, kind="setup")[0]["tasks"][task]["shown"]
+    sheets = {"the base": select(lines, kind="base", task=task)[0]}
+    sheets |= {line["method"]: line for line in select(lines, kind="test", task=task, seed=0) if "samples" in line}
     rows = [[word(row["prompt"]), word(row["wanted"]), *(word(sheet["samples"][i]) for sheet in sheets.values())]
             for i, row in enumerate(shown)]  # fmt: skip
     return TableGrid(["prompt", "wanted", *sheets], rows)
@@ -202,10 +202,10 @@ def samples(lines: list[Line], task: str) -> TableGrid:
 
 def report(out: Path) -> dict[str, Any]:
     """Writes report.html and report.md, says the tables, and returns what they hold."""
-    from .report_page import write
+    from .page import write
 
-    lines = read(out / "results.jsonl")
-    found_here = [finding(lines, task) for task in found(lines, kind="setup")[0]["tasks"]]
+    lines = read_results(out / "results.jsonl")
+    found_here = [finding(lines, task) for task in select(lines, kind="setup")[0]["tasks"]]
     write(out, lines, found_here)
     for f in found_here:
         shown = Table(box=None, pad_edge=False, title=f"{f.label}: {f.metric}", title_justify="left")

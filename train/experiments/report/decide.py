@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.table import Table
 
-from ...atomic import atomic_write
-from ..progress import console, format_time
-from ..runs.report import format_bytes
-from .compare_report import CHOSEN, LOST, TableGrid, facts, judged, label, number, runs, samples, word
-from .learning_curve import Outlook, draw, outlook
-from .report_page import table
-from .results_log import Line, found, read
-from .stats import Estimate, averaged, compare_scores
+from ....atomic import atomic_write
+from ...progress import console, format_time
+from ...runs.report import format_bytes
+from .compare import CHOSEN, LOST, TableGrid, facts, judged, label, number, runs, samples, word
+from ..learning_curve import Outlook, draw, outlook
+from .page import table
+from ..results_log import Line, select, read_results
+from ..stats import Estimate, averaged, compare_scores
 
 RULE = ("An option reaches the target if its score does, surely if the lower end of its 95 % interval does. Of those "
         "that surely reach it (of those that reach it, if none surely does) the one with the fewest FLOPs is taken: of "
@@ -42,24 +42,24 @@ class Option(NamedTuple):
 
 def question(lines: list[Line]) -> tuple[str, dict[str, Any], Line]:
     """(the task, what is known of it, what was asked)."""
-    (task, about), *_ = found(lines, kind="setup")[0]["tasks"].items()
-    return task, about, found(lines, kind="asked")[0]
+    (task, about), *_ = select(lines, kind="setup")[0]["tasks"].items()
+    return task, about, select(lines, kind="asked")[0]
 
 
 def options(lines: list[Line]) -> list[Option]:
     """All that were measured, as they were tried."""
     task, about, asked = question(lines)
-    prompted = found(lines, kind="option")
+    prompted = select(lines, kind="option")
     seen = compare_scores({line["name"]: [line] for line in prompted}).methods if prompted else {}
     made = [Option(line["name"], seen[line["name"]], line["examples"], line["made_flops"], line["made_seconds"],
                    line["request_flops"], line["request_seconds"], line["prompt_tokens"], line["bytes"])
             for line in prompted]  # fmt: skip
     sheets, _ = judged(lines, task)
     trained = compare_scores(sheets).methods if sheets else {}
-    costs = {line["method"]: line for line in found(lines, kind="cost")}
+    costs = {line["method"]: line for line in select(lines, kind="cost")}
     for name in sheets:
         cost, tested = costs[name], sheets[name]
-        tried = len(found(lines, kind="search", task=task, method=name))
+        tried = len(select(lines, kind="search", task=task, method=name))
         steps = tested[0]["steps"] * tried
         fast = min(line["seconds"] for line in tested) / about["rows"]
         request = asked["request_flops"] * (1 + cost["virtual"] / asked["request_tokens"])
@@ -211,10 +211,10 @@ def grid(lines: list[Line]) -> TableGrid:
 
 def report(out: Path) -> dict[str, Any]:
     """Writes decision.md and curve.png, says table and decision, and returns them."""
-    lines = read(out / "results.jsonl")
+    lines = read_results(out / "results.jsonl")
     task, about, asked = question(lines)
     seen, text = grid(lines), decision(lines)
-    form = found(lines, kind="form")
+    form = select(lines, kind="form")
     parts = ["# Decision", "", text, "", f"Rule: {RULE}", "", *table(seen), ""]
     if drawn_ := picture(out, lines):
         parts += [f"![learning curve]({drawn_})", ""]

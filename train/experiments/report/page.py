@@ -8,10 +8,10 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from ..progress import read_metrics, save_figure
-from ...atomic import atomic_write
-from .compare_report import Finding, TableGrid, expenses, facts, runs, samples
-from .results_log import Line, found
+from ...progress import read_metrics, save_figure
+from ....atomic import atomic_write
+from .compare import Finding, TableGrid, expenses, facts, runs, samples
+from ..results_log import Line, select
 
 DIFFERENCES = "Row less column, with the 95 % interval of the pair alone; * is told apart, over all pairs at once."
 # What a Pareto plot may have on its axis: (key of a cost line, what it is, factor to its unit).
@@ -34,16 +34,16 @@ def write(out: Path, lines: list[Line], findings: Sequence[Finding]) -> None:
 
 def plotted(out: Path, lines: list[Line], f: Finding) -> dict[str, Any]:
     """What the pictures of a task show: points of score and costs, losses by rate, losses by step (seed 0)."""
-    costs = {line["method"]: line for line in found(lines, kind="cost")}
+    costs = {line["method"]: line for line in select(lines, kind="cost")}
     points = [{"name": name, "score": e.mean, "low": e.low, "high": e.high, "good": e.as_good,
                "costs": {key: costs[name][key] * factor for key, _, factor in COSTS}}
               for name, e in f.verdict.methods.items()]  # fmt: skip
     rates: dict[str, Any] = {}
-    for line in found(lines, kind="search", task=f.task):
+    for line in select(lines, kind="search", task=f.task):
         if "valid_loss" in line:
             rates.setdefault(line["method"], []).append([line["lr"], line["valid_loss"]])
     curves = {}
-    for line in found(lines, kind="test", task=f.task, seed=0):
+    for line in select(lines, kind="test", task=f.task, seed=0):
         folder = out / line["folder"]
         if (folder / "metrics.jsonl").exists():
             rows = [r for r in read_metrics(folder) if isfinite(r.get("loss", nan))]
