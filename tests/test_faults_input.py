@@ -336,7 +336,7 @@ def test_tuning_reads_what_pretraining_reads(tok, tmp_path, monkeypatch):
     ],
 )
 def test_a_metric_behind_a_task(text, name, metric):
-    assert TaskEvaluator.parted(text) == (name, metric)
+    assert TaskEvaluator.split_metric(text) == (name, metric)
 
 
 def corpus(folder, work, **changes):
@@ -524,7 +524,8 @@ def test_good_configs_are_read(tmp_path):
 
 def checked():
     """Every class whose fields are checked, methods included."""
-    for name in ("commands", "export", "lineage", "demo", "experiments.compare", "experiments.decide"):
+    for name in ("commands", "export", "lineage", "demo", "experiments.compare", "experiments.decide",
+        "experiments.sweep.command"):
         module = importlib.import_module(f"graftax.train.{name}")
         commands = [c for c in vars(module).values() if isinstance(c, type) and dataclasses.is_dataclass(c)]
         assert [c for c in commands if hasattr(c, "run") and not issubclass(c, Checked)] == []

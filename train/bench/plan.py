@@ -22,10 +22,10 @@ from ...model.quantize import quantize
 from ...model.sharding import put_batch, shardings
 from ...peft import methods
 from ..config import Data, Run
+from ..machine import cpu_name
 from ..plan.planner import architecture, planned
 from ..plan.topology import target
 from ..program import BATCH_DTYPES, base_shapes, layout, lower
-from .table import cpu
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "plan.md"
 
@@ -102,7 +102,10 @@ def measure(case: Case) -> dict[str, Any]:
         put, shape = put_batch(mesh), (run.data.batch, run.data.T)
         for i in range(3):
             rows = np.random.default_rng(i).integers(1, config.V, shape)
-            batch = {k: np.ones(shape, v) if k in ("weights", "segments") else rows.astype(v) for k, v in BATCH_DTYPES.items()}
+            batch = {
+                k: np.ones(shape, v) if k in ("weights", "segments") else rows.astype(v)
+                for k, v in BATCH_DTYPES.items()
+            }
             batch["positions"] = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
             state, metrics = step(state, frozen, put(batch))
             jax.block_until_ready(metrics)
@@ -149,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
         old = RESULTS.read_text("utf-8")
         begin, end = "<!-- begin -->\n", "<!-- end -->"
         before, after = old.split(begin)[0], old.split(end)[1]
-        libraries = f"{cpu()}; jax {jax.__version__}.\n\n"
+        libraries = f"{cpu_name()}; jax {jax.__version__}.\n\n"
         RESULTS.write_text(f"{before}{begin}{libraries}{text}\n{end}{after}", "utf-8")
 
 
