@@ -164,7 +164,7 @@ def test_the_reports_say_what_the_results_say(written):
         tested = [
             line for line in lines if line["kind"] == "test" and (line["task"], line["method"]) == ("one", row[0])
         ]
-        assert row[1] == f"{statistics.mean(statistics.mean(line['marks']) for line in tested):.3f}"
+        assert row[1] == f"{statistics.mean(statistics.mean(line['row_correct']) for line in tested):.3f}"
         assert row[3] == " ".join(f"{line['score']:.3f}" for line in tested)
         assert float(row[4]) == pytest.approx(float(scores[2][1]) - float(row[1]), abs=0.0011)
         assert row[7:] == ["2.000", "0.01", "+0.500"]
@@ -180,6 +180,21 @@ def test_the_reports_say_what_the_results_say(written):
     runs_ = tables(text)[-1]
     assert len(runs_) == 2 + 2 * len(SCORES) * SEEDS
     assert runs_[2][4:] == ["graftax finetune runs/out/seeds/trials/000/config.json --out again", "a" * 12, "b" * 12]
+
+
+def test_results_of_earlier_versions_are_read(written, tmp_path):
+    """Under today's names; they give the same report."""
+    folder, lines = written
+    text = (folder / "results.jsonl").read_text("utf-8").replace('"row_correct"', '"marks"')
+    (tmp_path / "results.jsonl").write_text(text.replace('"expected"', '"wanted"'), "utf-8")
+    assert read_results(tmp_path / "results.jsonl") == lines
+    line = {"kind": "option", "name": "8 examples by lot, the likeliest choice", "draws": [1.0], "made_flops": 2.0}
+    new = {"kind": "option", "name": "8 random examples, most likely choice", "resampled_scores": [1.0]}
+    (tmp_path / "results.jsonl").write_text(json.dumps(line) + "\n" + json.dumps({"kind": "asked", "gold": 1.0}), "utf-8")
+    assert read_results(tmp_path / "results.jsonl") == [
+        new | {"prepare_flops": 2.0}, {"kind": "question", "reference_score": 1.0}]  # fmt: skip
+    (tmp_path / "results.jsonl").write_text("[1]", "utf-8")
+    said(lambda: read_results(tmp_path / "results.jsonl"), "results.jsonl: not a results file")
 
 
 def test_what_diverged_and_what_beats_nothing(tmp_path):

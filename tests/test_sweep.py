@@ -1,4 +1,4 @@
-"""A sweep: cells as lanes of one program equal their own runs, die alone, stop and go on; which cannot be one."""
+"""A sweep: trials as lanes of one program equal their own runs, die alone, stop and go on; which cannot be one."""
 
 import dataclasses
 import json
@@ -22,8 +22,8 @@ from graftax.train.experiments.step_costs import chunk_size
 from graftax.train.experiments.sweep import scheduler
 from graftax.train.experiments.sweep.command import Sweep
 from graftax.train.experiments.sweep.lanes import LaneStack
-from graftax.train.experiments.sweep.programs import groups
-from graftax.train.experiments.sweep.trials import make_trials, parse_axis, with_fields
+from graftax.train.experiments.sweep.programs import group_trials
+from graftax.train.experiments.sweep.trials import make_trials, parse_axis, trial_folder, with_fields
 from graftax.train.faults import VARIABLE
 from graftax.train.loop import train
 from graftax.train.progress import read_metrics
@@ -58,14 +58,14 @@ def test_16_lanes_are_their_own_runs(run, tmp_path):
     found = Sweep(run, OVER, lanes=16).run()
     assert (found["trials"], found["done"]) == (16, 16)
     for number in (0, 7, 10, 13):
-        cell = Path(run.out) / f"trials/{number:03d}"
-        alone = dataclasses.replace(from_json(cell / "config.json"), out=str(tmp_path / f"alone{number}"))
+        trial = Path(run.out) / f"trials/{number:03d}"
+        alone = dataclasses.replace(from_json(trial / "config.json"), out=str(tmp_path / f"alone{number}"))
         train(dataclasses.replace(alone, mesh=(8, 1, 1)))
-        np.testing.assert_allclose(curve(cell), curve(alone.out), rtol=1e-5)
-        a, b = (json.loads((Path(folder) / "summary.json").read_text()) for folder in (cell, alone.out))
+        np.testing.assert_allclose(curve(trial), curve(alone.out), rtol=1e-5)
+        a, b = (json.loads((Path(folder) / "summary.json").read_text()) for folder in (trial, alone.out))
         for key in ("valid_loss", "held_out_loss"):
             assert a["after"][key] == pytest.approx(b["after"][key], rel=1e-5)
-        shapes = [{k: x["shape"] for k, x in leaves(folder, 12)["trainable"].items()} for folder in (cell, alone.out)]
+        shapes = [{k: x["shape"] for k, x in leaves(folder, 12)["trainable"].items()} for folder in (trial, alone.out)]
         assert shapes[0] == shapes[1], "what was filled up is cut off again"
     rows = [json.loads(line) for line in (Path(run.out) / "results.jsonl").read_text().splitlines()]
     assert [row["trial"] for row in rows] == list(range(16))
@@ -95,8 +95,8 @@ def test_a_lane_that_diverges_stops_alone(run, tmp_path, capsys):
     for name, rate in (("well", "3e-3"), ("ill", "1e38")):
         one = dataclasses.replace(run, max_skipped=4, out=str(tmp_path / name))
         Sweep(one, (f"optim.lr=1e-3,{rate},2e-3",), lanes=3).run()
-    for cell in ("000", "002"):
-        assert leaves(tmp_path / "ill/cells" / cell, 12) == leaves(tmp_path / "well/cells" / cell, 12)
+    for trial in ("000", "002"):
+        assert leaves(tmp_path / "ill/trials" / trial, 12) == leaves(tmp_path / "well/trials" / trial, 12)
     assert "trial 1 (lr=1e38) diverged" in capsys.readouterr().err
     rows = [json.loads(line) for line in (tmp_path / "ill/results.jsonl").read_text().splitlines()]
     assert [row["status"] for row in rows] == ["done", "diverged", "done"]
@@ -107,7 +107,7 @@ def test_a_lane_that_diverges_stops_alone(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("fault", ["save.manifest@8:fail", "step@7:term"])
 def test_a_sweep_goes_on_bit_for_bit(fault, run, tmp_path, monkeypatch):
-    """Ended in the second chunk's save, or by a signal; three cells in chunks of two: one lane is filled up."""
+    """Ended in the second chunk's save, or by a signal; three trials in chunks of two: one lane is filled up."""
     over, whole = ("optim.lr=1e-3,2e-3,4e-3",), dataclasses.replace(run, out=str(tmp_path / "whole"))
     Sweep(whole, over, lanes=2).run()
     with monkeypatch.context() as patch:
@@ -117,8 +117,8 @@ def test_a_sweep_goes_on_bit_for_bit(fault, run, tmp_path, monkeypatch):
     assert not (Path(run.out) / "trials/002").exists()
     again = dataclasses.replace(run, resume="auto")
     Sweep(again, over, lanes=2).run()
-    for cell in ("000", "001", "002"):
-        folders = [Path(out) / "cells" / cell for out in (whole.out, run.out)]
+    for trial in ("000", "001", "002"):
+        folders = [Path(out) / "trials" / trial for out in (whole.out, run.out)]
         assert leaves(folders[0], 12) == leaves(folders[1], 12)
         steps = [[r["step"] for r in read_metrics(f) if "loss" in r] for f in folders]
         assert steps[0][-1] == steps[1][-1] == 12
@@ -129,7 +129,7 @@ def test_a_sweep_goes_on_bit_for_bit(fault, run, tmp_path, monkeypatch):
     said(lambda: Sweep(again, ("optim.lr=1e-3,2e-3",)).run(), "--resume: over.0", "put that back")
     said(lambda: Sweep(again, (*over, "seed=0")).run(), "--resume: over.1", "put that back")
     for name in ("000", "002"):  # killed behind the last saves: what summary.json said is found again
-        path = Path(run.out) / "cells" / name / "summary.json"
+        path = Path(run.out) / "trials" / name / "summary.json"
         told = json.loads(path.read_text())
         path.unlink()
         Sweep(again, over, lanes=2).run()
@@ -166,7 +166,7 @@ def test_a_state_that_is_not_finite_ends_its_lane_alone(run):
 
 def test_a_signal_in_a_later_chunk(run, monkeypatch):
     """It ends after the step under way, though an earlier chunk took more; and while nothing steps, at once."""
-    real, seen = LaneLaneStack.train_step, []
+    real, seen = LaneStack.train_step, []
 
     def train_step(self, batch):
         seen.append(len(seen))
@@ -183,7 +183,7 @@ def test_a_signal_in_a_later_chunk(run, monkeypatch):
 
 def test_a_signal_while_lanes_are_evaluated(run, tmp_path, monkeypatch):
     """At once: all lanes are saved, none is evaluated any more; a resumed sweep does that."""
-    real, over = scheduler.losses, ("optim.lr=1e-3,2e-3,4e-3",)
+    real, over = scheduler.evaluate_losses, ("optim.lr=1e-3,2e-3,4e-3",)
     asked = []
 
     def losses(phase):
@@ -193,23 +193,23 @@ def test_a_signal_while_lanes_are_evaluated(run, tmp_path, monkeypatch):
 
     run = dataclasses.replace(run, save_every=0)
     with monkeypatch.context() as patch:
-        patch.setattr(scheduler, "losses", losses)
+        patch.setattr(scheduler, "evaluate_losses", losses)
         with pytest.raises(Stopped):
             Sweep(run, over, lanes=2).run()
     assert len(asked) == 1
-    cell = [Path(run.out) / "cells" / name for name in ("000", "001", "002")]
-    assert [CheckpointWriter(folder / "checkpoints").steps() for folder in cell] == [[12], [12], []]
-    assert not (cell[0] / "summary.json").exists()
+    trial = [Path(run.out) / "trials" / name for name in ("000", "001", "002")]
+    assert [CheckpointWriter(folder / "checkpoints").steps() for folder in trial] == [[12], [12], []]
+    assert not (trial[0] / "summary.json").exists()
     assert Sweep(dataclasses.replace(run, resume="auto"), over, lanes=2).run()["done"] == 3
-    assert all("after" in json.loads((folder / "summary.json").read_text()) for folder in cell)
+    assert all("after" in json.loads((folder / "summary.json").read_text()) for folder in trial)
 
 
-def test_which_cells_are_one_program(run, tmp_path):
+def test_which_trials_are_one_program(run, tmp_path):
     def parts(*over, method="lora"):
         start = dataclasses.replace(run, method=peft.methods[method]())
         cache = BaseCache()
-        found, apart = groups(cache.resolve_trials(make_trials(start, over, tmp_path)), cache.model)
-        return [[trial.number for trial in program.trials] for program in found], apart, found
+        programs, reasons = group_trials(cache.resolve_trials(make_trials(start, over, tmp_path)), cache.model)
+        return [[trial.number for trial in program.trials] for program in programs], reasons, programs
 
     numbers = ("optim.lr=1e-3,2e-3", "optim.weight_decay=0,0.1", "optim.clip=0,1", "method.dropout=0,0.1")
     assert parts(*numbers, "method.alpha=8,16", "method.rank=2,3")[0] == [list(range(64))]
@@ -260,7 +260,7 @@ def test_a_padded_rank_computes_what_its_own_does(method):
     (("optim.lrr=1",), ("optim has no 'lrr'; did you mean lr?",)),
     (("optimizer.lr=1",), ("run has no 'optimizer'", "did you mean optim.lr?")),
     (("optim.lr=",), ("--over optim.lr=: no value",)),
-    (("optim.lr",), ("no value; FIELD=VALUE,VALUE",)),
+    (("optim.lr",), ("no value; expected FIELD=VALUE,VALUE",)),
     (("seed=5..2",), ("no value",)),
     (("optim.lr=fast",), ("'fast', expected a finite number",)),
     (("optim.lr=-1",), ("--over optim.lr=-1", "wanted a finite number of 0 or more")),
@@ -305,6 +305,12 @@ def test_axes():
     start = dataclasses.replace(from_dict(), method=LoRA())
     made = with_fields(start, {"method.rank": "4", "method": "dora", "data.pack": "false", "optim.name": "muon"})
     assert (type(made.method).__name__, made.method.rank, made.data.pack, made.optim.name) == ("DoRA", 4, False, "muon")
+
+
+def test_a_folder_of_an_earlier_version_keeps_its_names(tmp_path):
+    assert trial_folder(tmp_path, 3) == tmp_path / "trials/003"
+    (tmp_path / "cells").mkdir()
+    assert trial_folder(tmp_path, 3) == tmp_path / "cells/003"
 
 
 def from_dict():
