@@ -71,7 +71,7 @@ def test_no_position_is_behind_the_context(monkeypatch):
     def scored(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(choices, "_of_segments", scored)
+    monkeypatch.setattr(choices, "_segment_scores", scored)
     long = r"^(a:2|pair 2): a prompt of 62 tokens and 3 behind it exceed"
     for tail, error, words in (([1, 2, 3], ZeroDivisionError, None), ([1, 2, 3, 4], InputError, long)):
         with pytest.raises(error, match=words):

@@ -69,8 +69,8 @@ def ledger(folder):
             for seed in range(SEEDS):
                 marks = (hard + draw.normal(0, 0.1, ROWS) < p).astype(float).tolist()
                 lines.append({"kind": "test", "task": task, "method": name, "seed": seed, "lr": 0.01, "status": "done",
-                              "folder": "seeds/trials/000", "valid_loss": 1.0 + seed, "forgetting": 0.5, "row_correct": marks,
-                              "score": float(np.mean(marks)), "scores": {}, "samples": [f"w{i}" for i in range(12)],
+                              "folder": "seeds/trials/000", "valid_loss": 1.0 + seed, "forgetting": 0.5,
+                              "row_correct": marks, "score": float(np.mean(marks)), "scores": {}, "samples": [f"w{i}" for i in range(12)],
                               "digests": {"rows": "a" * 64, "trainable": "b" * 64}})  # fmt: skip
     (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     return lines
@@ -190,7 +190,9 @@ def test_results_of_earlier_versions_are_read(written, tmp_path):
     assert read_results(tmp_path / "results.jsonl") == lines
     line = {"kind": "option", "name": "8 examples by lot, the likeliest choice", "draws": [1.0], "made_flops": 2.0}
     new = {"kind": "option", "name": "8 random examples, most likely choice", "resampled_scores": [1.0]}
-    (tmp_path / "results.jsonl").write_text(json.dumps(line) + "\n" + json.dumps({"kind": "asked", "gold": 1.0}), "utf-8")
+    (tmp_path / "results.jsonl").write_text(
+        json.dumps(line) + "\n" + json.dumps({"kind": "asked", "gold": 1.0}), "utf-8"
+    )
     assert read_results(tmp_path / "results.jsonl") == [
         new | {"prepare_flops": 2.0}, {"kind": "question", "reference_score": 1.0}]  # fmt: skip
     (tmp_path / "results.jsonl").write_text("[1]", "utf-8")
@@ -388,7 +390,10 @@ def test_bad_input_is_one_line(flags, plan, tmp_path):
     steps = [] if "--steps" in flags else ["--steps", "5"]
     given = [re.sub("^T(?=@|$)", lambda _: task, word) for word in flags.split()]
     said(
-        lambda: Compare.from_flags(["--base", plan.config.base, "--out", str(out), "--data.T", "32", *steps, *given]).run(), *BAD[flags]
+        lambda: Compare.from_flags(
+            ["--base", plan.config.base, "--out", str(out), "--data.T", "32", *steps, *given]
+        ).run(),
+        *BAD[flags],
     )
     assert not out.exists(), "nothing is written"
 

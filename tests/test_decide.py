@@ -68,7 +68,9 @@ def test_every_option_is_there(plan, done):
     assert told["decision"] in text
     copied = select(lines, name="the nearest example's answer (BM25), no model")[0]
     assert copied["score"] >= 0.9, "the word stands in the question, and in the nearest example"
-    assert told["decision"].startswith("The cheapest option that reliably reaches exact_match >= 0.5 is the nearest example's")
+    assert told["decision"].startswith(
+        "The cheapest option that reliably reaches exact_match >= 0.5 is the nearest example's"
+    )
 
 
 def test_the_trained_ones_are_runs_on_so_many_examples(plan, done):
@@ -194,15 +196,22 @@ def results(target, scores, gold=1.0):
                   "rows": [1, 1], "methods": [k for k, v in scores.items() if v[1]], "rate": 1.0, "machine": "m",
                   "versions": {}, "code": ""})  # fmt: skip
     sizes = {k: 10 ** (i + 2) for i, k in enumerate(k for k in scores if k.startswith("lora"))}
-    lines.append({"kind": "question", "target": target, "requests": 1000, "shots": 2, "examples": 10_000, "sizes": sizes,
-                  "peft": {"name": "lora"}, "reference_score": gold, "prompt_tokens": 9.0, "request_tokens": 10.0,
+    lines.append({"kind": "question", "target": target, "requests": 1000, "shots": 2, "examples": 10_000,
+                  "sizes": sizes, "peft": {"name": "lora"}, "reference_score": gold, "prompt_tokens": 9.0, "request_tokens": 10.0,
                   "request_flops": 10.0})  # fmt: skip
     for name, (right, train, request) in scores.items():
         marks = [1.0] * round(right * n) + [0.0] * (n - round(right * n))
         sheet = {"score": sum(marks) / n, "row_correct": marks, "samples": []}
         if train:
             lines.append(
-                {"kind": "cost", "method": name, "flops": train, "seconds": 1.0, "virtual_tokens": 0, "artifact_bytes": 8}
+                {
+                    "kind": "cost",
+                    "method": name,
+                    "flops": train,
+                    "seconds": 1.0,
+                    "virtual_tokens": 0,
+                    "artifact_bytes": 8,
+                }
             )
             lines.append({"kind": "search", "task": "t", "method": name, "steps": 1})
             lines.append({"kind": "test", "task": "t", "method": name, "seed": 0, "steps": 1, "seconds": 1.0,

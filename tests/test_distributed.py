@@ -20,8 +20,9 @@ from graftax.model.sharding import batch_rows, make_mesh, put_batch
 from graftax.peft import LoRA
 from graftax.train.cluster import coordinator, processes
 from graftax.train.config import Data, Optim, Run, to_json
-from graftax.train.loop import stream_digest, train
+from graftax.train.loop import stream_digest
 from graftax.train.runs.checkpoint import CheckpointWriter
+from graftax.train.runs.train import train
 from tiny import CONFIG
 
 MODEL = dataclasses.replace(CONFIG, V=400, context=64)

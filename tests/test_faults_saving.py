@@ -22,11 +22,11 @@ from graftax.atomic import atomic_folder, atomic_write, is_leftover
 from graftax.peft import LoRA
 from graftax.train.cli import main
 from graftax.train.config import to_json
-from graftax.train.loop import train
 from graftax.train.runs import lock
 from graftax.train.runs.checkpoint import CheckpointWriter
 from graftax.train.runs.load import load_run
 from graftax.train.runs.lock import Lock
+from graftax.train.runs.train import train
 from test_faults_input import said
 
 pytestmark = pytest.mark.faults

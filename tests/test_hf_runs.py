@@ -25,7 +25,7 @@ from graftax.train.runs import export, resume
 from graftax.train.runs.equivalence import compare_logits
 from graftax.train.runs.export import write_base
 from graftax.train.runs.load import LoadedRun, load_run
-from graftax.train.setup import prepare
+from graftax.train.runs.prepare import prepare
 from tiny import same
 
 TOKENIZER = Path(__file__).parent / "golden" / "tokenizers" / "qwen"
@@ -129,10 +129,15 @@ def test_a_run_keeps_the_date_of_its_start(adapter, hf_base, monkeypatch):
     )  # a run on top decides anew
     assert load_run(hf_base).tokenizer.date == ""
     manifest = load_run(adapter).manifest
-    phase = SimpleNamespace(run=dataclasses.replace(later, date="2001-02-03"), data_digest="other", facts={}, base="",
-                            tokenizer=SimpleNamespace(digest=manifest["tokenizer"]))  # fmt: skip
+    setup = SimpleNamespace(
+        run=dataclasses.replace(later, date="2001-02-03"),
+        data_digest="other",
+        data_sizes={},
+        base_fingerprint="",
+        tokenizer=SimpleNamespace(digest=manifest["tokenizer"]),
+    )
     with pytest.raises(InputError, match=f'the data changed since step 8: date "{run.date}" -> "2001-02-03"'):
-        resume.accepted_changes(phase, manifest)
+        resume.accepted_changes(setup, manifest)
 
 
 def test_merged_and_exported_are_checked(adapter, hf_base, tmp_path, capsys):

@@ -25,9 +25,9 @@ from graftax.train.experiments.sweep.lanes import LaneStack
 from graftax.train.experiments.sweep.programs import group_trials
 from graftax.train.experiments.sweep.trials import make_trials, parse_axis, trial_folder, with_fields
 from graftax.train.faults import VARIABLE
-from graftax.train.loop import train
 from graftax.train.progress import read_metrics
 from graftax.train.runs.checkpoint import CheckpointWriter
+from graftax.train.runs.train import train
 from test_faults_input import said
 from tiny import CASES, close, evaluator, make_base, make_batch, shaken
 
@@ -208,8 +208,8 @@ def test_which_trials_are_one_program(run, tmp_path):
     def parts(*over, method="lora"):
         start = dataclasses.replace(run, method=peft.methods[method]())
         cache = BaseCache()
-        programs, reasons = group_trials(cache.resolve_trials(make_trials(start, over, tmp_path)), cache.model)
-        return [[trial.number for trial in program.trials] for program in programs], reasons, programs
+        groups, reasons = group_trials(cache.resolve_trials(make_trials(start, over, tmp_path)), cache.model)
+        return [[trial.number for trial in program.trials] for program in groups], reasons, groups
 
     numbers = ("optim.lr=1e-3,2e-3", "optim.weight_decay=0,0.1", "optim.clip=0,1", "method.dropout=0,0.1")
     assert parts(*numbers, "method.alpha=8,16", "method.rank=2,3")[0] == [list(range(64))]

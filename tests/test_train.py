@@ -14,18 +14,18 @@ from graftax.data.columns import chat_of
 from graftax.data.sft import encode_example
 from graftax.model.tree import named
 from graftax.peft import LoRA, Prompt, Subset
-from graftax.train import loop
 from graftax.train.cli import main
 from graftax.train.commands import Eval
 from graftax.train.config import Data, Optim, Run, from_json, to_json
 from graftax.train.evaluate import choose_answers, held_out_losses, row_losses, within_tokens
 from graftax.train.flags import take_json
 from graftax.train.inputs import load_task
-from graftax.train.loop import train
 from graftax.train.optim import lr_schedule
+from graftax.train.runs import train as run_module
 from graftax.train.runs.checkpoint import CheckpointWriter, fingerprint
 from graftax.train.runs.load import load_run
 from graftax.train.runs.manifest import encode_manifest
+from graftax.train.runs.train import train
 from tiny import CONFIG, close
 
 MODEL = dataclasses.replace(CONFIG, V=400, context=64)
@@ -101,11 +101,11 @@ def test_a_run_directory_holds_what_is_promised(base):
 
 def kill_at(monkeypatch, step):
     """Let the run die at the beginning of a step, with the save before it complete."""
-    real, save = loop.compile_step, CheckpointWriter.save
+    real, save = run_module.compile_step, CheckpointWriter.save
     monkeypatch.setattr(CheckpointWriter, "save", lambda self, *args: (save(self, *args), self.wait()))
 
-    def compiled(phase):
-        go, cost = real(phase)
+    def compiled(setup):
+        go, cost = real(setup)
 
         def dying(state, frozen, batch):
             if int(state.step) == step:
@@ -114,7 +114,7 @@ def kill_at(monkeypatch, step):
 
         return dying, cost
 
-    monkeypatch.setattr(loop, "compile_step", compiled)
+    monkeypatch.setattr(run_module, "compile_step", compiled)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_a_run_on_all_rows(base, examples, tmp_path, capsys):
     assert "no row was kept back to judge by; give --task FILE" in said.err
     for flag in ("valid", "test"):
         named = dataclasses.replace(run.data, task="snips", **{flag: str(examples)})
-        with pytest.raises(InputError, match=rf"--data\.{flag}: task 'snips' has rows of its own"):
+        with pytest.raises(InputError, match=rf"--data\.{flag}: task 'snips' has its own validation and test rows"):
             load_task(named)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from .. import InputError, __version__
 from ..bounds import is_text
 from ..model.pattern import pattern_source
-from .cluster.distributed import STOPPED, run_processes
+from .cluster.distributed import STOPPED
+from .cluster.launch import run_processes
 from .config import MALLOC_ENV, did_you_mean
 from .flags import WORDS, parse, run_of, suggestion, take, take_json
 
@@ -19,7 +20,7 @@ from .flags import WORDS, parse, run_of, suggestion, take, take_json
 def _train(phase: str) -> Callable[[list[str]], Any]:
     def command(args: list[str]) -> Any:
         run = run_of(phase, args)
-        from .loop import train
+        from .runs.train import train
 
         with pattern_source(args[0]) if args[0].endswith(".json") else contextlib.nullcontext():
             folder = train(run)
@@ -75,7 +76,7 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], Any]]] = {
         _experiment("compare", "Compare"),
     ),
     "decide": (
-        "find the cheapest approach that reaches a target score: graftax decide --base RUN --task T --target 'accuracy>=0.8'",
+        "find the cheapest approach to a target score: graftax decide --base RUN --task T --target 'accuracy>=0.8'",
         _experiment("decide", "Decide"),
     ),
     "eval": ("held-out loss and a task's score of a run: graftax eval RUN", _lazy("Eval")),

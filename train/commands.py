@@ -13,10 +13,12 @@ from rich.text import Text
 from .. import InputError, peft
 from ..bounds import Checked, Count, Seed
 from ..data.columns import Columns
-from ..data.errors import RowErrors
+from ..data.fields import text_of
 from ..data.sft import render_prompt
-from ..data.sources import documents, text_of
-from ..data.tasks.base import Task, same_prompts, tasks, whole_task
+from ..data.sources import documents
+from ..data.tasks import tasks
+from ..data.tasks.base import Task
+from ..data.tasks.file_task import same_prompts, whole_task
 from ..data.tokenizers.tokenizer import train_tokenizer
 from ..model import Sampling, generate, presets, shapes_of
 from ..model.hf.files import nearest_folder
@@ -67,7 +69,7 @@ class Eval(Checked):
             columns=self.columns or (() if self.task in tasks else got.run.data.columns),
             ignore=self.ignore or (() if self.task in tasks else got.run.data.ignore),
         )  # fmt: skip
-        bad, file = RowErrors(data.bad_rows, data.max_bad_fraction), self.task or data.test
+        bad, file = data.row_errors(), self.task or data.test
         if not file or file in tasks:
             named = dataclasses.replace(data, task=file, valid="", test="") if file else data
             task = load_task(named, bad)

@@ -16,11 +16,11 @@ from ..model import generate
 from ..peft import Method, Subset
 from .config import Data, Optim, Run
 from .inputs import load_task
-from .loop import train
 from .progress import console, format_time, read_metrics
 from .recipes import recipes
 from .runs.load import load_run
 from .runs.report import format_bytes
+from .runs.train import train
 
 TASK = "embedded:next_token"
 OPENING = "def read(self, size):\n"
@@ -129,8 +129,8 @@ def show(rows: list[dict[str, Any]], floor: dict[str, float]) -> None:
         view.add_column(head, justify="left" if head == "method" else "right")
     for r in rows:
         view.add_row(
-            r["method"], f"{r['trainable']:,}", f"{r['share']:.2%}", f"{r['relative_step']:.2f}", format_bytes(r["peak_bytes"]),
-            format_bytes(r["artifact_bytes"]), f"{r['before']:.3f}", f"{r['after']:.3f}", f"{r['forgetting']:+.3f}",
+            r["method"], f"{r['trainable']:,}", f"{r['share']:.2%}", f"{r['relative_step']:.2f}",
+            format_bytes(r["peak_bytes"]), format_bytes(r["artifact_bytes"]), f"{r['before']:.3f}", f"{r['after']:.3f}", f"{r['forgetting']:+.3f}",
         )  # fmt: skip
     console.print(view)
     console.print(

@@ -17,7 +17,7 @@ from .recipes import recipes
 # Ours -> theirs (transformers, TRL, HF PEFT, torchtune, vLLM). Of several the first that a command has is named.
 FOREIGN = {
     "--data.bad-rows": "bad",  # the names that graftax had before
-    "--data.max-bad-fraction": "bad-cap",
+    "--data.max-bad-rows": "bad-cap",
     "--eval-base-first": "score-base no-score-base",
     "--force": "accept",
     "--max-skipped": "max-bad",

@@ -14,16 +14,14 @@ from ...data.errors import RowErrors
 from ...model import Context, Transformer
 from ...model.sharding import make_mesh, put_batch
 from ..config import Run, to_json
-from ..evaluate import answerable_rows, evenly_spaced, held_out_losses, mean_loss, with_rendered_replies
-from ..health import load_base
+from ..evaluate import answerable_rows, evenly_spaced, held_out_losses, mean_loss, mean_row_loss, with_rendered_replies
 from ..inputs import check_row_length, report_row_errors, report_split_sizes, tuning_rows
 from ..optim import lr_schedule
-from ..program import initial_layout
 from ..runs.added_tokens import untrained_tokens
 from ..runs.checkpoint import CheckpointWriter
 from ..runs.load import LoadedRun, resolve_path, with_compute_dtype
-from ..runs.record import mean_row_loss
-from ..setup import TrainSetup, resolve_method
+from ..runs.prepare import load_base
+from ..setup import TrainSetup, initial_layout, resolve_method
 from ..step import init_state
 from .sweep.trials import Trial
 
@@ -117,9 +115,9 @@ class BaseCache:
                   for name, tree in (("base", params), ("trainable", trainable))}  # fmt: skip
         return TrainSetup(
             run, self.mesh, model, run.method, self.frozen(run), state, tx, sft.train, sft.digest,
-            base.tokenizer, base.held_out, task=task, valid=valid, base=base.fingerprint, totals=totals,
-            facts={"examples": sft.examples, "target tokens": sft.target_tokens}, lineage=base.lineage,
-            added=untrained_tokens(run.method, params, base.manifest.get("added_tokens", {}), sft.rows),
+            base.tokenizer, base.held_out, task=task, valid=valid, base_fingerprint=base.fingerprint, totals=totals,
+            data_sizes={"examples": sft.examples, "target tokens": sft.target_tokens}, lineage=base.lineage,
+            untrained_tokens=untrained_tokens(run.method, params, base.manifest.get("added_tokens", {}), sft.rows),
         )  # fmt: skip
 
     def frozen(self, run: Run) -> Any:

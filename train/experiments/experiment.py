@@ -17,7 +17,8 @@ from ...bounds import Checked
 from ...data.tokenizers.chat import today
 from ...model.hf.files import read_json
 from ..cluster.signals import Stop
-from ..config import Run, flatten, from_dict, shorten, to_json
+from ..config import Run, flatten, shorten, to_json
+from ..config_versions import VERSION, upgrade
 from ..flags import RUN_FLAGS, parse, run_and_flags
 from ..runs.lock import LOCK, Lock
 from ..runs.record import make_run_folder
@@ -124,7 +125,7 @@ class Experiment(Checked):
         if not self.file.exists():
             raise InputError(f"--resume: {out} holds no {self.NOUN} (it has {', '.join(names[:3])}); correct --out")
         stored = read_json(self.file)
-        stored["run"] = json.loads(to_json(from_dict(stored.get("run", {}), self.file)))  # fields under today's names
+        stored["run"] = {"version": VERSION} | upgrade(stored.get("run", {}))
         then, now = flatten(stored), flatten(self.settings())
         for key in sorted({*then, *now}):
             if then.get(key) != now.get(key) and key not in MAY_CHANGE and not key.startswith(DECIDED):

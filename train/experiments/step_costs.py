@@ -12,13 +12,12 @@ import numpy as np
 from ...peft import Subset
 from ..cluster.signals import Stop
 from ..config import Run
-from ..loop import compile_step
 from ..plan.estimate import traced
 from ..plan.planner import held
 from ..plan.topology import target
-from ..program import BATCH_DTYPES, layout
 from ..progress import console, format_time
 from ..runs.report import format_bytes, nbytes
+from ..setup import BATCH_DTYPES, compile_step, layout
 from .base_cache import BaseCache
 from .sweep.lanes import LaneStack
 from .sweep.programs import Program

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 
 from ... import InputError
-from ...data.errors import RowErrors
 from ...data.sft import render_prompts
 from ..config import Run, did_you_mean
 from ..evaluate import evenly_spaced, generate_answers, longest_reply, row_chats, scored_rows
@@ -51,7 +50,7 @@ class TaskEvaluator:
         Raises InputError for a metric that the task does not have, and for a task without rows to score.
         """
         name, named_metric = cls.split_metric(text)
-        base, bad = cache.base(run), RowErrors(run.data.bad_rows, run.data.max_bad_fraction)
+        base, bad = cache.base(run), run.data.row_errors()
         task = load_task(dataclasses.replace(run.data, task=name), bad)
         task = with_answerable_rows(task, base.tokenizer, base.config, 0, bad)
         report_row_errors(bad)

@@ -17,11 +17,11 @@ from ...model.backend import target_backend
 from ...model.hf.files import nearest_folder, read_json
 from ..config import Run, did_you_mean, from_json
 from ..inputs import check_row_length
-from ..program import BATCH_DTYPES, Layout, base_shapes, check_batch, layout, lower
 from ..progress import step_flops
 from ..runs.checkpoint import CheckpointWriter
 from ..runs.layout import set_layout as stacked_or_not
 from ..runs.load import check_run, is_hugging_face, with_compute_dtype
+from ..setup import BATCH_DTYPES, Layout, base_shapes, check_batch, layout, lower
 from . import hlo, roofline
 from .estimate import links, shard, traced
 from .topology import Target, silent
@@ -90,7 +90,7 @@ def config_of(base: str) -> Config:
 
 def held(laid: Layout) -> dict[str, float]:
     """Bytes on one device of what a step is given: frozen weights, what trains, and the optimizer's state."""
-    (frozen, state), where = laid.made, laid.where
+    (frozen, state), where = laid.shapes, laid.shardings
     parts = {"weights": (frozen, where[0]), "trainable": (state.trainable, where[1].trainable),
              "optimizer": (state.opt_state, where[1].opt_state)}  # fmt: skip
     return {kind: sum(map(shard, jax.tree.leaves(made), jax.tree.leaves(at))) for kind, (made, at) in parts.items()}
@@ -99,7 +99,7 @@ def held(laid: Layout) -> dict[str, float]:
 def compiled(run: Run, config: Config, mesh: Any, laid: Layout, sizes: dict[str, float]) -> dict[str, Any]:
     """What the compiler says; `sizes` is corrected: the temporaries are those of the program."""
     struct = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
-    frozen, state = jax.tree.map(struct, laid.made, laid.where)
+    frozen, state = jax.tree.map(struct, laid.shapes, laid.shardings)
     phase = SimpleNamespace(run=run, mesh=mesh, model=Transformer(config), method=run.method, frozen=frozen,
                             state=state, tx=laid.tx)  # fmt: skip
     began = time.perf_counter()

@@ -15,12 +15,11 @@ from jax.sharding import PartitionSpec as P
 from .... import InputError
 from ....atomic import atomic_write
 from ...loop import Runner
-from ...program import compiler_options, initial_layout
 from ...progress import Metrics
 from ...runs import record
 from ...runs.checkpoint import CheckpointWriter
-from ...runs.resume import accepted_changes
-from ...setup import TrainSetup
+from ...runs.resume import RunSaver, accepted_changes
+from ...setup import TrainSetup, compiler_options, initial_layout
 from ..base_cache import BaseCache
 from .programs import Program, batch_shapes, lane_step
 from .trials import Trial
@@ -58,7 +57,7 @@ class LaneStack:
         n = min(K, len(devices))
         self.mesh = Mesh(np.array(devices[:n]), ("lanes",))
         self.lane_sharding = NamedSharding(self.mesh, P("lanes"))
-        largest = initial_layout(program.run, jax.eval_shape(lambda: params)).made[1]
+        largest = initial_layout(program.run, jax.eval_shape(lambda: params)).shapes[1]
         self.state = self.put([jax.tree.map(_pad_like, setup.state, largest) for setup in setups])
         self.frozen = jax.device_put(setups[0].frozen, NamedSharding(self.mesh, P()))
         self.numbers = self.put([{k: np.float32(program.value(k, i)) for k in program.numbers} for i in indices])
@@ -126,30 +125,30 @@ class Lane:
     def start(self, step: int) -> None:
         """Load the checkpoint of a step (0: begin) and put later ones aside. A diverged lane only keeps its place."""
         if self.diverged:
-            self.runner = Runner(self.setup, self.folder, self.checkpoints, None, [])
+            self.runner = Runner(self.setup, RunSaver(self.setup, self.folder, self.checkpoints))
             return
         steps = self.checkpoints.steps()
         loaded = step if step in steps else None
         accepted = accepted_changes(self.setup, self.checkpoints.manifest(step)) if loaded else []
-        self.runner = Runner(self.setup, self.folder, self.checkpoints, loaded, accepted)
+        self.runner = Runner(self.setup, RunSaver(self.setup, self.folder, self.checkpoints, loaded, accepted))
         record.make_run_folder(self.folder)
         if self.trial.summary.get("steps", 0) > step:
             (self.folder / "summary.json").unlink()
         later = [other for other in steps if other > step]
         record.write_first_files(self.setup, self.folder, self.checkpoints, step, later)
         self.setup.state = jax.device_get(self.setup.state)
-        self.log = Metrics(self.folder, self.runner.first, tensorboard=self.run.tensorboard)
+        self.log = Metrics(self.folder, self.runner.first_step, tensorboard=self.run.tensorboard)
 
     def next_batch(self) -> dict[str, np.ndarray]:
         """Return the next rows; those of a diverged lane have no targets, so that the step changes nothing."""
-        rows = self.runner.feed()
+        rows = self.runner.next_batch()
         return rows | {"weights": np.zeros_like(rows["weights"])} if self.diverged else rows
 
     def add_metrics(self, steps: list[tuple[int, dict[str, Any]]], k: int, rms_factor: float) -> None:
         """Record the metrics [K] of steps, of which this lane has place k."""
         for i, metrics in steps if not self.diverged else ():
             row = {name: values[k] for name, values in metrics.items()}
-            self.runner.took(i, row | {"update_rms": row["update_rms"] * rms_factor})
+            self.runner.add_metrics(i, row | {"update_rms": row["update_rms"] * rms_factor})
 
     def write_log(self) -> None:
         """Log the steps since the last call; the lane has diverged if too many steps in a row were skipped."""

@@ -19,8 +19,8 @@ from ....model import Transformer
 from ....peft import Method
 from ...config import Run, flatten, method_to_dict, to_json
 from ...optim import make_optimizer
-from ...program import BATCH_DTYPES, initial_layout
 from ...progress import console
+from ...setup import BATCH_DTYPES, initial_layout
 from ...step import make_train_step
 from .trials import Trial
 
@@ -168,7 +168,7 @@ def _can_trace(run: Run, methods: list[Method], model: Transformer, params: Any,
             return False
     shapes = jax.eval_shape(lambda: params)
     try:
-        frozen, state = initial_layout(run, shapes).made
+        frozen, state = initial_layout(run, shapes).shapes
         step, number = lane_step(model, run), {name: jax.ShapeDtypeStruct((), jnp.float32)}
         jax.eval_shape(step, state, frozen, batch_shapes(run), number)
     except InputError:

@@ -15,10 +15,11 @@ from ....atomic import atomic_write
 from ....model.hf.files import read_json
 from ... import faults
 from ...cluster.signals import Stop, Stopped
-from ...evaluate import generate_answers, longest_reply
+from ...evaluate import bound_model, evaluate_losses, generate_answers, longest_reply
 from ...health import check_finite
+from ...loop import explain_scoring_failure
 from ...progress import console, format_time
-from ...runs.record import bound_model, evaluate_losses, explain_scoring_failure, logged_evaluation, summarize
+from ...runs.record import logged_evaluation, summarize
 from ..base_cache import BaseCache
 from ..step_costs import chunk_size, lanes_that_fit
 from .lanes import Lane, LaneStack, common_step
@@ -118,7 +119,7 @@ class Scheduler:
                 stack = LaneStack(program, indices, [lane.setup for lane in lanes], K, self.devices, self.cache)
                 step = self._train_steps(lanes, stack, start, until)
             evaluated = self._save(lanes, stack, step, until)
-            self.stop.rest()
+            self.stop.end_steps()
         if not evaluated:
             console.print(f"stopped at step {step} of {span(trials)}, saved but not evaluated; go on with --resume")
             raise Stopped
@@ -130,13 +131,13 @@ class Scheduler:
     def _train_steps(self, lanes: list[Lane], stack: LaneStack, start: int, until: int) -> int:
         """Train steps start + 1 to `until`, or until a signal; return the last step."""
         run, pending, step = lanes[0].run, [], start
-        self.stop.check()  # before `begin`, after which a signal waits for the end of a step
-        self.stop.begin(start)
+        self.stop.check()  # before `begin_steps`, after which a signal waits for the end of a step
+        self.stop.begin_steps(start)
         self._resume_clock(lanes)
         while step < until:
             for lane in lanes:
                 lane.checkpoints.check()
-            if self.stop.asked or not self.stop.may(step + 1) or all(lane.diverged for lane in lanes):
+            if self.stop.asked or not self.stop.may_step(step + 1) or all(lane.diverged for lane in lanes):
                 break
             step += 1
             faults.at("step", step)
@@ -207,7 +208,7 @@ class Scheduler:
             logged = logged_evaluation(lane.folder, step) if stack is None else {}
             losses = logged
             if not logged and step == until:
-                losses = self.stop.between(lambda lane=lane: evaluate_losses(lane.setup))
+                losses = self.stop.interruptible(lambda lane=lane: evaluate_losses(lane.setup))
             complete = complete and losses is not None
             lane.runner.save(losses or {})
             lane.setup.state = None  # type: ignore[assignment]  # the stack has it
@@ -216,7 +217,7 @@ class Scheduler:
         for lane, state, losses, was_logged in evaluated:  # once all lanes are saved
             lane.checkpoints.wait()
             lane.setup.state = state
-            scores = {} if was_logged else self.stop.between(lambda lane=lane: self._scores(lane))
+            scores = {} if was_logged else self.stop.interruptible(lambda lane=lane: self._scores(lane))
             if complete := complete and scores is not None:
                 self._write_summary(lane, stack, len(lanes), step, losses | scores, was_logged)
             lane.setup.state = None  # type: ignore[assignment]
@@ -236,7 +237,7 @@ class Scheduler:
 
     def _scores(self, lane: Lane) -> dict[str, Any]:
         """Return the scores on validation rows of a lane at its end, if the sweep asks for them."""
-        if not self.score or lane.runner.done != lane.run.steps:
+        if not self.score or lane.runner.last_step != lane.run.steps:
             return {}
         setup, rows = lane.setup, self.cache.valid_rows(lane.run, self.score)
         setup.state = jax.device_put(setup.state, self.cache.replicated)

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from .... import InputError
+from ....bounds import matches_type, type_name
 from ...config import Run, method_class
 from ...flags import nearest_flag
-from ...schema import matches_type, type_name
 
 # Fields of a run that are the same for all trials of a sweep, so that they cannot be axes.
 PER_SWEEP_FIELDS = (
-    "out", "phase", "recipe", "mesh", "resume", "force", "verify", "offload", "wandb", "tensorboard", "keep", "log_every",
-    "save_every", "eval_every", "eval_rows", "eval_base_first", "date",
+    "out", "phase", "recipe", "mesh", "resume", "force", "verify", "offload", "wandb", "tensorboard", "keep",
+    "log_every", "save_every", "eval_every", "eval_rows", "eval_base_first", "date",
 )  # fmt: skip
 MAX_TRIALS = 4096
 
