@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import InputError
-from ..atomic import whole_folder
+from ..atomic import atomic_folder
 from .documents import Document
 from .tokenizers.tokenizer import Tokenizer
 
@@ -138,7 +138,7 @@ def _cache_key(docs: Sequence[Document], tokenizer: Tokenizer) -> str:
 
 def _write_cache(folder: Path, tokens: Tokens) -> None:
     try:
-        with whole_folder(folder) as made:
+        with atomic_folder(folder) as made:
             np.save(made / "flat.npy", tokens.flat, allow_pickle=False)
             np.save(made / "offsets.npy", tokens.offsets, allow_pickle=False)
             (made / "digest").write_text(tokens.digest)

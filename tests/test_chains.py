@@ -13,8 +13,9 @@ from graftax.train.cli import main
 from graftax.train.config import Run, to_json
 from graftax.train.progress import read_metrics
 from graftax.train.runs.checkpoint import CheckpointWriter
-from graftax.train.runs.export import logits_of
-from graftax.train.runs.lineage import LINEAGE, read_lineage
+from graftax.train.runs.equivalence import run_logits
+from graftax.train.runs.files import LINEAGE
+from graftax.train.runs.lineage import read_lineage
 from graftax.train.runs.load import load_run
 from graftax.train.runs.prepare import prepare
 from graftax.train.runs.train import train
@@ -110,7 +111,7 @@ def test_a_run_on_a_run_that_must_be_computed(pair, base, tmp_path):  # noqa: F8
         folded = peft.merge(lower, params, below)
         return peft.apply(got.model, folded, upper, above, ids)
 
-    logits = logits_of(got, ids)
+    logits = run_logits(got, ids)
     np.testing.assert_allclose(logits, expected(first.params, first.trainable, got.trainable), rtol=1e-4, atol=1e-4)
     if pair == "lora-lora":
         mark, mesh = got.fingerprint, make_mesh((2, 2, 2))

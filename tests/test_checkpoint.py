@@ -7,13 +7,14 @@ import jax
 import numpy as np
 import pytest
 from graftax import InputError, peft
-from graftax.model import shapes_of
+from graftax.model import layout, shapes_of
+from graftax.model.layout import convert_layout, with_shardings
 from graftax.model.sharding import make_mesh, shardings
 from graftax.model.tree import named, paths
 from graftax.train.optim import make_optimizer
-from graftax.train.runs.checkpoint import CheckpointWriter, fingerprint
-from graftax.train.runs.layout import convert_layout, with_shardings
-from graftax.train.runs import digests, layout
+from graftax.train.runs import manifest
+from graftax.train.runs.checkpoint import CheckpointWriter
+from graftax.train.runs.manifest import fingerprint
 from graftax.train.step import init_state
 from tiny import CASES, OPTIM, make_base, same
 
@@ -71,9 +72,9 @@ def test_the_best_has_a_finite_score(monkeypatch):
 def test_a_digest_is_of_the_value_wherever_it_lies(monkeypatch):
     mesh = make_mesh((2, 2, 2))
     params = jax.device_put(STACKED.params, shardings(mesh, STACKED.params))
-    whole = {path: digests.array_digest(np.asarray(x)) for path, x in named(STACKED.params).items()}
-    monkeypatch.setattr(digests, "PIECE_BYTES", 4096)  # a piece is a layer, or a few rows
-    assert digests.array_digests(dict(named(params))) == whole
+    whole = {path: manifest.array_digest(np.asarray(x)) for path, x in named(STACKED.params).items()}
+    monkeypatch.setattr(manifest, "PIECE_BYTES", 4096)  # a piece is a layer, or a few rows
+    assert manifest.array_digests(dict(named(params))) == whole
     assert fingerprint(params) == fingerprint(STACKED.params) == fingerprint(UNROLLED.params)
 
 

@@ -70,7 +70,8 @@ def ledger(folder):
                 marks = (hard + draw.normal(0, 0.1, ROWS) < p).astype(float).tolist()
                 lines.append({"kind": "test", "task": task, "method": name, "seed": seed, "lr": 0.01, "status": "done",
                               "folder": "seeds/trials/000", "valid_loss": 1.0 + seed, "forgetting": 0.5,
-                              "row_correct": marks, "score": float(np.mean(marks)), "scores": {}, "samples": [f"w{i}" for i in range(12)],
+                              "row_correct": marks, "score": float(np.mean(marks)), "scores": {},
+                              "samples": [f"w{i}" for i in range(12)],
                               "digests": {"rows": "a" * 64, "trainable": "b" * 64}})  # fmt: skip
     (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     return lines

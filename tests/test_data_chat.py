@@ -16,7 +16,7 @@ from graftax.data.tasks.file_task import row_of
 from graftax.data.tokenizers import chat, chat_worker
 from graftax.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 from graftax.train.choices import answer_continuations
-from graftax.train.evaluate import with_rendered_replies, longest_reply
+from graftax.train.evaluate import longest_reply, with_rendered_replies
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizers"  # made by make_tokenizers.py with transformers
 ASK = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "because"}]

@@ -197,8 +197,8 @@ def results(target, scores, gold=1.0):
                   "versions": {}, "code": ""})  # fmt: skip
     sizes = {k: 10 ** (i + 2) for i, k in enumerate(k for k in scores if k.startswith("lora"))}
     lines.append({"kind": "question", "target": target, "requests": 1000, "shots": 2, "examples": 10_000,
-                  "sizes": sizes, "peft": {"name": "lora"}, "reference_score": gold, "prompt_tokens": 9.0, "request_tokens": 10.0,
-                  "request_flops": 10.0})  # fmt: skip
+                  "sizes": sizes, "peft": {"name": "lora"}, "reference_score": gold, "prompt_tokens": 9.0,
+                  "request_tokens": 10.0, "request_flops": 10.0})  # fmt: skip
     for name, (right, train, request) in scores.items():
         marks = [1.0] * round(right * n) + [0.0] * (n - round(right * n))
         sheet = {"score": sum(marks) / n, "row_correct": marks, "samples": []}

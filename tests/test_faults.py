@@ -506,11 +506,11 @@ def test_zero_steps_and_fewer_rows_than_a_batch(runs, tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize(("which", "words"), [
-    ("equal shapes", ("was tuned on another base than", "give its own with --base")),
-    ("other shapes", ("was tuned on another base than", "give its own with --base")),
+    ("equal shapes", ("was tuned on another base than", "give its base with --base")),
+    ("other shapes", ("was tuned on another base than", "give its base with --base")),
     ("other rank", ("config.json: method.rank is 4, but step 18 was saved with 2", "restore that value")),
     ("other model", ("config.json: model.rope.theta is 5000.0, but step 40 was saved with 10000.0",)),
-    ("other tokenizer", ("tokenizer.model", "damaged; put it back")),
+    ("other tokenizer", ("tokenizer.model", "damaged; restore it")),
     ("no tokenizer", ("tokenizer.model is missing",)),
 ])  # fmt: skip
 def test_an_adapter_and_what_it_does_not_fit(which, words, cut, runs, tmp_path):  # noqa: F811

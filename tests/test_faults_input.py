@@ -525,8 +525,7 @@ def test_good_configs_are_read(tmp_path):
 
 def checked():
     """Every class whose fields are checked, methods included."""
-    for name in ("commands", "export", "lineage", "demo", "experiments.compare", "experiments.decide",
-        "experiments.sweep.command"):
+    for name in ("commands", "runs.commands", "demo", "experiments.compare", "experiments.decide"):
         module = importlib.import_module(f"graftax.train.{name}")
         commands = [c for c in vars(module).values() if isinstance(c, type) and dataclasses.is_dataclass(c)]
         assert [c for c in commands if hasattr(c, "run") and not issubclass(c, Checked)] == []

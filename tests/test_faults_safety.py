@@ -60,7 +60,11 @@ def test_a_link_out_of_a_folder(tmp_path):
     assert [d.text for d in documents(str(folder))] == ["a", "a"]
     link = folder / "b.txt"
     link.symlink_to("../secret")
-    said(lambda: list(documents(str(folder))), f"{link}: a link to ../secret, which is outside the folder", "copy it into the folder")
+    said(
+        lambda: list(documents(str(folder))),
+        f"{link}: a link to ../secret, which is outside the folder",
+        "copy it into the folder",
+    )
     assert len(list(documents(f"{folder}/*.txt"))) == 3  # asked for by a pattern
     link.unlink()
     link.symlink_to("gone")

@@ -21,10 +21,11 @@ from graftax.model.tree import named
 from graftax.peft import LoRA, Subset
 from graftax.train.cli import main
 from graftax.train.config import Run, from_json
-from graftax.train.runs import export, resume
+from graftax.train.runs import commands, resume
 from graftax.train.runs.equivalence import compare_logits
 from graftax.train.runs.export import write_base
-from graftax.train.runs.load import LoadedRun, load_run
+from graftax.train.runs.load import load_run
+from graftax.train.runs.loaded import LoadedRun
 from graftax.train.runs.prepare import prepare
 from tiny import same
 
@@ -176,7 +177,7 @@ def test_an_adapter_that_rounding_would_lose_is_not_merged(adapter, tmp_path, ca
     for size, out in ((1e-2, "lost"), (0.0, "as_it_begins")):  # without an effect nothing can be lost
         small = jax.tree.map(lambda x, size=size: x * size, got.trainable)
         tuned = dataclasses.replace(got, trainable=small)
-        monkeypatch.setattr(export, "load_run", lambda f, tuned=tuned, **kw: tuned if f == "x" else load_run(f, **kw))
+        monkeypatch.setattr(commands, "load_run", lambda f, tuned=tuned, **kw: tuned if f == "x" else load_run(f, **kw))
         if size:
             line = refused(capsys, "merge", "x", "--out", tmp_path / out)
             assert "% of the adapter's effect" in line
@@ -216,8 +217,9 @@ def test_imported_with_more_tokens(hf_base, rows, tmp_path, capsys):
     data.write_text(rows.read_text().replace("blue", tokens[1]), "utf-8")
     main(["finetune", "sft", "--base", str(tmp_path / "run"), "--data", str(data), "--method", "prompt", "--steps", "1",
           "--no-tensorboard", "--out", str(tmp_path / "tuned"), *SMALL])  # fmt: skip
-    said = f"the data hold tokens that were added to the base: {tokens[1]!r} (id {n + 1}). Prompt does not train their"
-    said += f" embeddings, which stay those of the mean row; --method tokens --method.ids {n + 1}"
+    said = f"the data contain tokens that were added to the base: {tokens[1]!r} (id {n + 1}). "
+    said += "Prompt does not train their embeddings, which keep the values of the mean row; "
+    said += f"--method tokens --method.ids {n + 1}"
     assert said in capsys.readouterr().err
     tuned = load_run(tmp_path / "tuned")
     assert (tuned.config.V, tuned.manifest["added_tokens"]) == (n + 5, got["tokens"])

@@ -34,7 +34,6 @@ KNOWN_CYCLES = [
         "data.tokenizers.sentencepiece_bpe",
         "data.tokenizers.tokenizer",
     },
-    {"train.runs.adapters", "train.runs.lineage", "train.runs.load"},
     {"train.cli", "train.plan.command"},
     {"train.experiments.compare_report", "train.experiments.report_page"},
 ]

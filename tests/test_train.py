@@ -22,9 +22,9 @@ from graftax.train.flags import take_json
 from graftax.train.inputs import load_task
 from graftax.train.optim import lr_schedule
 from graftax.train.runs import train as run_module
-from graftax.train.runs.checkpoint import CheckpointWriter, fingerprint
+from graftax.train.runs.checkpoint import CheckpointWriter
 from graftax.train.runs.load import load_run
-from graftax.train.runs.manifest import encode_manifest
+from graftax.train.runs.manifest import encode_manifest, fingerprint
 from graftax.train.runs.train import train
 from tiny import CONFIG, close
 
@@ -175,7 +175,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
         checkpoints.restore(1, "trainable", tree)
     with pytest.raises(InputError, match=r"has an unexpected layers/mlp/up"):
         checkpoints.restore(1, "trainable", {})
-    with pytest.raises(InputError, match=r"float32\[64\], wanted float32\[32\]"):
+    with pytest.raises(InputError, match=r"float32\[64\], expected float32\[32\]"):
         checkpoints.restore(1, "trainable", {"layers/mlp/up": jax.numpy.arange(32.0)})
     checkpoints.close()
 

@@ -29,8 +29,9 @@ from .inputs import check_examples_file, load_task, report_row_errors, trained_r
 from .optim import make_optimizer
 from .progress import console
 from .runs import report
-from .runs.export import Verify
-from .runs.load import LoadedRun, load_run
+from .runs.checkpoint import Verify
+from .runs.load import load_run
+from .runs.loaded import LoadedRun
 
 Arg = Annotated[str, tyro.conf.Positional]
 

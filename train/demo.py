@@ -130,7 +130,8 @@ def show(rows: list[dict[str, Any]], floor: dict[str, float]) -> None:
     for r in rows:
         view.add_row(
             r["method"], f"{r['trainable']:,}", f"{r['share']:.2%}", f"{r['relative_step']:.2f}",
-            format_bytes(r["peak_bytes"]), format_bytes(r["artifact_bytes"]), f"{r['before']:.3f}", f"{r['after']:.3f}", f"{r['forgetting']:+.3f}",
+            format_bytes(r["peak_bytes"]), format_bytes(r["artifact_bytes"]), f"{r['before']:.3f}",
+            f"{r['after']:.3f}", f"{r['forgetting']:+.3f}",
         )  # fmt: skip
     console.print(view)
     console.print(

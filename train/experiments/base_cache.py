@@ -19,7 +19,9 @@ from ..inputs import check_row_length, report_row_errors, report_split_sizes, tu
 from ..optim import lr_schedule
 from ..runs.added_tokens import untrained_tokens
 from ..runs.checkpoint import CheckpointWriter
-from ..runs.load import LoadedRun, resolve_path, with_compute_dtype
+from ..runs.files import resolve_path
+from ..runs.load import with_compute_dtype
+from ..runs.loaded import LoadedRun
 from ..runs.prepare import load_base
 from ..setup import TrainSetup, initial_layout, resolve_method
 from ..step import init_state

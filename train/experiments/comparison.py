@@ -19,8 +19,9 @@ from ..cluster.signals import Stop
 from ..config import from_json
 from ..machine import cpu_cores, cpu_name
 from ..progress import console, format_time
-from ..runs.checkpoint import CheckpointWriter, versions
+from ..runs.checkpoint import CheckpointWriter
 from ..runs.lineage import code_version, trained_digest
+from ..runs.manifest import versions
 from .base_cache import BaseCache
 from .results_log import Line, ResultsLog, select
 from .step_costs import measure_costs
@@ -69,7 +70,7 @@ class MethodComparison:
         """Raise InputError for rows that do not fit, tasks without validation rows, and methods that match nothing in
         the base, before anything is written."""
         for evaluator in self.evaluators:
-            if not self.cache.rows(self.trainings.run(evaluator.name, Entry(Subset())))[2]:
+            if not self.cache.rows(self.trainings.make_run(evaluator.name, Entry(Subset())))[2]:
                 raise InputError(f"--task {evaluator.name}: no validation rows to choose a learning rate by; give "
                                  "--data.valid FILE, or --data.held-out above 0")  # fmt: skip
         for name, entry in self.entries.items():
@@ -94,7 +95,7 @@ class MethodComparison:
         if names:
             console.print(f"measuring a training step of {len(names)} methods")
             task = self.evaluators[0].name
-            runs = {some[0]: self.trainings.run(task, Entry(method)) for method, some in names.items()}
+            runs = {some[0]: self.trainings.make_run(task, Entry(method)) for method, some in names.items()}
             costs = measure_costs(runs, self.cache, self.stop, bool(self.config.quantize))
             for cost, some in zip(costs, names.values(), strict=True):
                 for name in some:
@@ -128,7 +129,7 @@ class MethodComparison:
 
     def _score_base(self, evaluator: TaskEvaluator) -> None:
         console.print(f"{evaluator.label}: {len(evaluator.rows)} test rows by the untuned base", soft_wrap=True)
-        start, run = time.perf_counter(), self.trainings.run(evaluator.name, Entry(Subset()))
+        start, run = time.perf_counter(), self.trainings.make_run(evaluator.name, Entry(Subset()))
         losses = self.cache.base_losses(run)
         seconds = time.perf_counter() - start
         scores = evaluator.timed_score((*self.cache.model(run), Context()))
@@ -190,7 +191,7 @@ class MethodComparison:
             return iter(())
         out, trials = self.out / stage, []
         for i, key in enumerate(keys):
-            run = self.trainings.run(key.task, self.entries[key.name], key.factor, key.seed, steps)
+            run = self.trainings.make_run(key.task, self.entries[key.name], key.factor, key.seed, steps)
             run = dataclasses.replace(run, out=str(trial_folder(out, i)))
             values = {"data.task": key.task, "method": key.name, "optim.lr": f"{run.optim.lr:g}", "seed": str(key.seed)}
             trials.append(Trial(i, values, run))

@@ -20,7 +20,8 @@ from ..cluster.signals import Stop
 from ..config import Run, flatten, shorten, to_json
 from ..config_versions import VERSION, upgrade
 from ..flags import RUN_FLAGS, parse, run_and_flags
-from ..runs.lock import LOCK, Lock
+from ..runs.files import LOCK
+from ..runs.lock import Lock
 from ..runs.record import make_run_folder
 from .base_cache import BaseCache
 

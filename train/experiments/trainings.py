@@ -39,7 +39,7 @@ class Trainings:
             raise InputError("how long is each training? Give either --steps N or --budget MINUTES for everything")
         Sweep(self.experiment.config, (), lanes=self.lanes).check_shared()
 
-    def run(self, task: str, entry: Entry, factor: float = 1.0, seed: int = 0, steps: int = 0) -> Run:
+    def make_run(self, task: str, entry: Entry, factor: float = 1.0, seed: int = 0, steps: int = 0) -> Run:
         """Return the run of a training; its learning rate is --optim.lr times the method's factor times `factor`."""
         config, method = self.experiment.trial_config, entry.method
         lr = float(f"{config.optim.lr * method.lr_multiplier * factor:.4g}")

@@ -125,7 +125,11 @@ def says(row: dict[str, Any]) -> str:
 
 def fits(row: dict[str, Any]) -> str:
     """Whether a plan fits, and by how much."""
-    return f"fits, {format_bytes(row['left'])} to spare" if row["fits"] else f"DOES NOT FIT, {format_bytes(-row['left'])} too much"
+    return (
+        f"fits, {format_bytes(row['left'])} to spare"
+        if row["fits"]
+        else f"DOES NOT FIT, {format_bytes(-row['left'])} too much"
+    )
 
 
 def _way(row: dict[str, Any]) -> str:
@@ -148,7 +152,8 @@ def show_table(what: str, found: dict[str, dict[str, Any]], where: Target) -> di
         state = b["trainable"] + b["optimizer"] + b["gradients"]
         sent = sum(sum(by.values()) for by in r["sent"].values())
         sizes = map(format_bytes, (b["weights"], state, b["activations"] + b["temporaries"], b["total"]))
-        table.add_row(name, f"{r['trainable'] / 1e6:,.2f} M", *sizes, "yes" if r["fits"] else f"+{format_bytes(-r['left'])}",
+        table.add_row(name, f"{r['trainable'] / 1e6:,.2f} M", *sizes,
+                      "yes" if r["fits"] else f"+{format_bytes(-r['left'])}",
                       f"{r['flops']['step']:.2g}", format_bytes(sent), f"{r['seconds']['expected']:.3g}",
                       f"{r['tokens_per_second']:,.0f}", format_bytes(4 * r["trainable"]))  # fmt: skip
     console.print(table)

@@ -8,6 +8,7 @@ import jax
 
 from ... import InputError
 from ...model import Config, Transformer, init, shapes_of
+from ...model.layout import set_layout
 from ...model.sharding import shardings
 from ..cluster import distributed
 from ..config import Run
@@ -17,9 +18,9 @@ from ..progress import console
 from ..setup import TrainSetup, layout, resolve_method, virtual_tokens
 from . import report
 from .added_tokens import untrained_tokens
-from .digests import folder_digest
-from .layout import set_layout
-from .load import LoadedRun, load_run, resolve_path, with_compute_dtype
+from .files import folder_digest, resolve_path
+from .load import load_run, with_compute_dtype
+from .loaded import LoadedRun
 
 
 def prepare(run: Run, mesh: Any, work: Path) -> TrainSetup:

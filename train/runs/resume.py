@@ -18,10 +18,10 @@ from ..config import RUNTIME_FIELDS, Run, flatten, from_json, shorten, to_json
 from ..config_versions import upgrade
 from ..progress import console
 from ..setup import TrainSetup
-from .checkpoint import CheckpointWriter
-from .checkpoint_reader import CheckpointReader, describe_sidecars
+from .checkpoint import CheckpointReader, CheckpointWriter
+from .files import LOCK
 from .lineage import code_version
-from .lock import LOCK
+from .manifest import describe_sidecars
 
 # What --force lets change -> the fields of config.json that determine it. The digest of the data depends on the
 # tokenizer, so the tokenizer comes first.
