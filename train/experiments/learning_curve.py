@@ -44,14 +44,10 @@ class Forecast(NamedTuple):
 
 
 def forecast(sizes: Sequence[int], draws: np.ndarray, means: Sequence[float], target: float) -> Forecast:
-    """Return how many examples reach the error `target`.
+    """Return how many examples reach the error `target`, from the measured errors (`means`) at some numbers of them.
 
-    Args:
-        sizes: numbers of examples.
-        draws: errors at each size in draws of the test rows [sizes, draws]. Each draw has a fit of its own; the
-            interval covers 95 % of them, so it holds the noise of the rows only.
-        means: measured errors at each size.
-        target: an error.
+    `draws` are errors in draws of the test rows [sizes, draws]. Each draw has its own fit; the interval covers 95 % of
+    them, so that it holds the noise of the rows only.
     """
     curve = fit(sizes, means)
     residual = means[-1] - fit(sizes[:-1], means[:-1]).error(sizes[-1]) if len(sizes) > 2 else math.nan

@@ -31,15 +31,9 @@ Row = dict[str, Any]
 
 
 class Prompting:
-    """All options without training on one task.
+    """All options without training on one task, with the base of `config` and at most `shots` worked examples.
 
-    Args:
-        config: the run whose base answers.
-        shots: worked examples in a prompt.
-        evaluator: the task's test rows and metric.
-        cache: the source of the base.
-        log: where results go; options in it are not measured again.
-        stop: the signals that end a run.
+    Options that are in the log are not measured again.
     """
 
     def __init__(

@@ -62,7 +62,8 @@ def _draw(out: Path, rows: Sequence[dict[str, Any]], axes: Sequence[str], measur
     """Draw curves.png: the measure by learning rate (or by the first axis of numbers), with a line for each value of
     the other axes; and heat.png, if there are other axes."""
     axes = [axis for axis in axes if axis != SEED]
-    numeric = [axis for axis in axes if all(_is_number(str(row[axis])) for row in rows)]
+    frame = pd.DataFrame(rows)[list(axes)].apply(pd.to_numeric, errors="coerce")
+    numeric = [axis for axis in axes if frame[axis].notna().all()]
     if not numeric:
         return
     x = "optim.lr" if "optim.lr" in numeric else numeric[0]
@@ -78,11 +79,3 @@ def _draw(out: Path, rows: Sequence[dict[str, Any]], axes: Sequence[str], measur
             ax.set_xscale("log")
     if series:
         plot_heatmap(out / "heat.png", frame["mean"].unstack(x), x, " ".join(series), f"{label}, mean of seeds")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

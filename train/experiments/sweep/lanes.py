@@ -31,15 +31,7 @@ class LaneStack:
     """The states of K lanes stacked into one, and the compiled step of all of them.
 
     Each of n devices has K / n lanes and the whole frozen base. If there are fewer trials than K, copies of the last
-    one fill the stack.
-
-    Args:
-        program: the program that the trials belong to.
-        indices: the places of the trials in the program, one for each setup.
-        setups: the trials' setups; their states move into the stack.
-        K: lanes; a multiple of the number of devices used (see `chunk_size`).
-        devices: the devices, of which at most K are used.
-        cache: the source of the base.
+    one fill the stack. The trials are those at `indices` of the program; the states of their setups move into it.
     """
 
     def __init__(

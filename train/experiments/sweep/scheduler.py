@@ -31,18 +31,10 @@ FILE = "sweep.json"
 
 
 class Scheduler:
-    """Trains the trials of a sweep. The constructor groups and checks them, and writes nothing.
+    """Trains trials from `BaseCache.resolve_trials`; `lanes`, `halve` and `score` are fields of `Sweep`.
 
-    Args:
-        out: the folder of the sweep.
-        trials: its trials, from `BaseCache.resolve_trials`.
-        cache: bases and rows.
-        stop: the signals that end a run.
-        lanes: lanes at a time; 0: choose.
-        halve: successive halving: the best 1 / halve go on after each rung; 0: all go to the end.
-        score: validation rows that each trial answers at its end.
-
-    Raises InputError for rows that do not fit, and for halving or scoring without validation rows.
+    The constructor groups and checks them, and writes nothing. It raises InputError for rows that do not fit, and for
+    halving or scoring without validation rows.
     """
 
     def __init__(
