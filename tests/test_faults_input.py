@@ -337,7 +337,7 @@ def test_tuning_reads_what_pretraining_reads(tok, tmp_path, monkeypatch):
     ],
 )
 def test_a_metric_behind_a_task(text, name, metric):
-    assert TaskEvaluator.parted(text) == (name, metric)
+    assert TaskEvaluator.split_metric(text) == (name, metric)
 
 
 def corpus(folder, work, **changes):

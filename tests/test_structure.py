@@ -34,8 +34,6 @@ KNOWN_CYCLES = [
         "data.tokenizers.sentencepiece_bpe",
         "data.tokenizers.tokenizer",
     },
-    {"train.cli", "train.plan.command"},
-    {"train.experiments.compare_report", "train.experiments.report_page"},
 ]
 
 

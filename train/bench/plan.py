@@ -22,10 +22,10 @@ from ...model.quantize import quantize
 from ...model.sharding import put_batch, shardings
 from ...peft import methods
 from ..config import Data, Run
+from ..machine import cpu_name
 from ..plan.planner import architecture, planned
 from ..plan.topology import target
 from ..setup import BATCH_DTYPES, base_shapes, layout, lower
-from .table import cpu
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "plan.md"
 
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
         old = RESULTS.read_text("utf-8")
         begin, end = "<!-- begin -->\n", "<!-- end -->"
         before, after = old.split(begin)[0], old.split(end)[1]
-        libraries = f"{cpu()}; jax {jax.__version__}.\n\n"
+        libraries = f"{cpu_name()}; jax {jax.__version__}.\n\n"
         RESULTS.write_text(f"{before}{begin}{libraries}{text}\n{end}{after}", "utf-8")
 
 

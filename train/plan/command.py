@@ -38,7 +38,7 @@ USUAL = ("pretrain", "full", "lntuning", "houlsby", "lora", "qlora", "dora", "ia
 
 def plan(args: list[str]) -> Any:
     """The command: print the plan, or the table of several; returns it as JSON."""
-    from ..cli import run_of, take
+    from ..flags import run_of, take
 
     if "--help" in args or "-h" in args:
         print(HELP)
