@@ -16,6 +16,7 @@ from ..bounds import check
 from ..model import Config, Context, Transformer, Weight, forward, shapes_of
 from ..model.tree import is_stacked, named, nested, split_layer_index
 from ..model.weight import base_weight
+from .targets import Target, init_matrices, wrap_weights
 
 
 @dataclass_transform(frozen_default=True)
@@ -25,16 +26,21 @@ class Method:
         trainable = method.init(key, params)                    # {path: arrays}, fp32
         logits = model.apply({"params": method.bind(params, trainable)}, ids)
 
-    Define `init`, and `bind` or `context`; every other hook has a neutral default. A subclass is a frozen dataclass.
-    Its annotated fields are the hyperparameters and the command-line flags (`--method.rank`); bounds declared on them
-    (bounds.py) are checked when an instance is made. The first line of its docstring, "formula (source)", is what
-    `graftax methods` prints. `peft.targets` has the helpers that most methods need.
+    A method that adds arrays to matrices defines a field `where`, the rule that picks the matrices, `arrays`, what
+    trains for one of them, and `weight`, what `x @ w` then means. Any other defines `init`, and `bind` or `context`.
+    Every other hook has a neutral default. `peft.targets` has helpers.
+
+    A subclass is a frozen dataclass. Its annotated fields are the hyperparameters and the command-line flags
+    (`--method.rank`); bounds declared on them (bounds.py) are checked when an instance is made. The first line of its
+    docstring, "formula (source)", is what `graftax methods` prints.
     """
+
+    weight: ClassVar[Any] = None  # weight(w, **arrays): the Weight that replaces a matrix w, given the arrays for it
 
     identity: ClassVar[bool] = True  # the logits right after `init` equal those of the base
     lr_multiplier: ClassVar[float] = 5.0  # where a search starts: this times the learning rate of full fine-tuning
     demo: ClassVar[bool] = True  # `graftax demo` includes the method
-    decay_rule: ClassVar[str] = ".*"  # regex over the trainable tree's paths that weight decay applies to: see `decays`
+    decay_rule: ClassVar[str] = ".*"  # regex over paths of the trainable tree that weight decay applies to
     replaces_base: ClassVar[bool] = False  # its arrays stand in for those of the base, which must not be wrapped before
     axes: ClassVar[Mapping[str, str]] = {}  # array name -> its axes, a letter each, for sharding: see peft/sharding.py
     axes_of: ClassVar[Mapping[str, str]] = {}  # key that is no path of the base -> the parameter whose axes are meant
@@ -44,7 +50,16 @@ class Method:
 
     def __post_init__(self) -> None:
         """Check the fields. Raises InputError for a number out of bounds; arrays (lanes of a sweep) are not checked."""
-        check(self, f"{type(self).__name__.lower()}: --method.")
+        check(self, f"{self.name}: --method.")
+
+    @property
+    def name(self) -> str:
+        """The method's name on the command line."""
+        return type(self).__name__.lower()
+
+    def arrays(self, key: Array, target: Target) -> dict[str, Array]:
+        """Return what trains for one matrix of `target.shape` (D, F): fp32 arrays, named as the fields of `weight`."""
+        raise TypeError(f"{type(self).__name__} defines neither init nor arrays")
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         """Return the trainable pytree `{path: arrays}` for a base, or for its shapes under `jax.eval_shape`.
@@ -52,11 +67,11 @@ class Method:
         A path is that of the parameter it acts on, with a layer range if it acts on some layers of a stacked one:
         `layers/mlp/up[4:8]`. Arrays of stacked layers have the layer axis first.
         """
-        raise TypeError(f"{type(self).__name__} defines no init")
+        return init_matrices(key, params, getattr(self, "where", "linear"), self.arrays, self.name)
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
         """Return the base with weights where the method acts. `params`: the whole base, or its `frozen_params`."""
-        return params
+        return params if self.weight is None else wrap_weights(params, trainable, self.weight)
 
     def context(self, trainable: Any) -> Context:
         """Return what precedes the text: virtual tokens, or past keys and values."""
@@ -87,11 +102,11 @@ class Method:
         return 0.0
 
     def update_transform(self, steps: int) -> optax.GradientTransformation:
-        """Return a transformation of the optimizer's updates, e.g. other rates or pruned ranks; it is passed `grads=`."""
+        """Return a transformation of the optimizer's updates (other rates, pruned ranks); it is passed `grads=`."""
         return optax.identity()
 
     def pad_to_rank(self, largest: Self) -> "Method | None":
-        """Return a method with arrays of `largest`'s shapes, padded with zeros, that computes and trains as this one.
+        """Return a method with the shapes of `largest`, padded with zeros, that computes and trains as this one does.
 
         `largest` is this method with one field larger; the result may differ from it in scalar factors only, so that a
         sweep runs both in one program. None: there is no such method.
@@ -209,7 +224,7 @@ class Chain(Method):
             pairs = {n: link.update(updates[n], state[n], params[n], grads=grads[n]) for n, link in links.items()}
             return {n: new for n, (new, _) in pairs.items()}, {n: new_state for n, (_, new_state) in pairs.items()}
 
-        return optax.GradientTransformationExtraArgs(init, update)
+        return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
 
     @property
     def identity(self) -> bool:  # type: ignore[override]
@@ -220,7 +235,6 @@ def chain(*methods: Method) -> Chain:
     """Combine methods: `chain(LoRA(), Subset("norms"), LoRA(rank=2))` has the branches `lora`, `subset`, `lora_2`."""
     names: list[str] = []
     for method in methods:
-        name = type(method).__name__.lower()
-        seen = sum(n.split("_")[0] == name for n in names)
-        names.append(f"{name}_{seen + 1}" if seen else name)
+        seen = sum(name.split("_")[0] == method.name for name in names)
+        names.append(f"{method.name}_{seen + 1}" if seen else method.name)
     return Chain(tuple(zip(names, methods, strict=True)))

@@ -37,7 +37,10 @@ def adapter_shardings(mesh: Mesh, method: Method, tree: Any, base: Any, base_sha
 
 def frozen_shardings(mesh: Mesh, frozen: Any, base: Any, base_shardings: Any) -> Any:
     """Return the NamedShardings of `method.frozen_params(base)`: those of the base, also inside a method's weights."""
-    flat, exact = named(base), dict(zip((path for path, _ in paths(base)), jax.tree.leaves(base_shardings), strict=True))
+    flat, exact = (
+        named(base),
+        dict(zip((path for path, _ in paths(base)), jax.tree.leaves(base_shardings), strict=True)),
+    )
     shapes = {path: leaf.shape for path, leaf in paths(base)}
 
     def sharding(path: str, leaf: Any) -> NamedSharding:

@@ -72,7 +72,7 @@ def test_task_vectors_add_and_take_away(base):
     a, b = (merging.task_vector(t, base.params) for t in (first, second))
     both = merging.apply_delta(base.params, merging.task_arithmetic([a, b], [0.5, 2.0]))
     close(both, jax.tree.map(lambda w, x, y: w + 0.5 * (x - w) + 2 * (y - w), base.params, first, second))
-    close(merging.apply_delta(first, a, by=-1.0), base.params, 1e-6)
+    close(merging.apply_delta(first, a, factor=-1.0), base.params, 1e-6)
     some = {k: v for k, v in b.items() if "attn" in k}
     mixed = merging.task_arithmetic([a, some])
     close(mixed["layers/mlp/up"], a["layers/mlp/up"])

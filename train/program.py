@@ -11,8 +11,9 @@ from .. import InputError
 from ..model import Config, Transformer, shapes_of
 from ..model.backend import backend, target_backend
 from ..model.quantize import quantize
-from ..model.sharding import batch_sharding, infer_adapter_shardings, shardings
+from ..model.sharding import batch_sharding, shardings
 from ..peft import partition
+from ..peft.sharding import adapter_shardings, frozen_shardings
 from .config import Run
 from .optim import make_optimizer
 from .step import init_state, make_train_step
@@ -61,7 +62,8 @@ def start(run: Run, shapes: Any) -> Start:
 def layout(run: Run, mesh: Any, shapes: Any) -> Layout:
     """The layout of a run on a mesh from the shapes of its base. Raises InputError for what does not divide."""
     split, first = shardings(mesh, shapes), start(run, shapes)
-    frozen, state = infer_adapter_shardings(mesh, first.begin, shapes, split)
+    frozen = frozen_shardings(mesh, first.made[0], shapes, split)
+    state = adapter_shardings(mesh, run.method, first.made[1], shapes, split)
     if run.offload:
         state = state._replace(opt_state=on_host(first.made[1].opt_state, state.opt_state, mesh))
     return Layout(*first, (frozen, state))

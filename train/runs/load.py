@@ -5,7 +5,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,18 @@ from ...model.backend import backend
 from ...model.hf.files import fetch, is_hub_id, nearest_folder
 from ...model.pattern import pattern_source
 from ...model.quantize import quantized
-from ...model.sharding import infer_adapter_shardings, shardings
+from ...model.sharding import shardings
 from ...model.tree import canonical, named, nested
 from ...peft import Method, Subset, merge
-from . import adapters, report
-from .checkpoint import CheckpointWriter, fingerprint, leaf_digests, fingerprint_of
-from ..config import Data, Run, from_json, check_config_unchanged, method_to_dict
+from ...peft.sharding import adapter_shardings
+from ..config import Data, Run, check_config_unchanged, from_json, method_to_dict
 from ..inputs import check_rows, check_tokenizer, load_held_out
-from .layout import set_layout, convert_layout, sharded
-from .lineage import chain, kept
 from ..progress import console
+from . import adapters, report
+from .checkpoint import CheckpointWriter, fingerprint, fingerprint_of, leaf_digests
 from .checkpoint_reader import check_sidecars
+from .layout import convert_layout, set_layout, sharded
+from .lineage import chain, kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,12 +231,11 @@ def load_run(
             manifest = manifest | {"imported": below.manifest["imported"]}
         config, method = with_compute_dtype(below.config, run.dtype, run.remat), run.method
         shapes = jax.eval_shape(lambda base: base, below.base)  # an argument: traced, `base` would cache tracers
-    make = partial(method.init, jax.random.key(0))
     with pattern_source(folder / "config.json"):
-        like = jax.eval_shape(make, shapes)
+        like = jax.eval_shape(method.init, jax.random.key(0), shapes)
     like = like if below else _as_written(like, manifest["leaves"].get("trainable", {}))
     if mesh is not None:
-        like = sharded(like, infer_adapter_shardings(mesh, make, shapes, shardings(mesh, shapes)))
+        like = sharded(like, adapter_shardings(mesh, method, like, shapes, shardings(mesh, shapes)))
     each, found = quantize_on_load(quantize, mesh) if quantize and below is None else (None, [])
     trainable = checkpoints.restore(step, "trainable", like, each, verify)
     checkpoints.close()
