@@ -1,4 +1,4 @@
-"""Files that somebody else made (tests/FAULTS.md, Safety): nothing runs, nothing is read or written elsewhere."""
+"""Files that somebody else made (docs/faults.md, Safety): nothing runs, nothing is read or written elsewhere."""
 
 import dataclasses
 import io

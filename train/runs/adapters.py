@@ -18,8 +18,8 @@ from ...peft.hf.names import family_of
 from ...peft.methods.lora import LoRA
 from ..config import Run
 from ..inputs import check_rows
-from .lineage import keep, kept
 from ..progress import console
+from .lineage import keep, kept
 from .tokenizer_files import write_tokenizer
 
 Target = Literal["", "vllm"]
