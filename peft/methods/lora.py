@@ -13,17 +13,15 @@ from ...bounds import FINITE, Bounds, Decay, Drawn, Positive, Real, Size
 from ...model import Weight
 from ...model.tree import named, replace, split_layer_index
 from ..base import Method
-from ..random_projections import matrix_shape
+from ..random_projections import draw_layers
 from ..targets import (
     Target,
     dropout,
     init_targets,
-    layer_keys,
     replace_biases,
     rule_values,
     targets_by_rule,
     uniform_fan_in,
-    vmap_layers,
     with_dropout_seeds,
     wrap_weights,
 )
@@ -192,14 +190,12 @@ class LoRAFA(LoRA):
 
     def drawn(self, params: Any, trainable: Any) -> dict[str, Any]:
         """Return the trainable tree of a LoRA, with the A of every target."""
-
-        def draw(key: str, b: Array) -> Array:
-            R, (D, F) = b.shape[-2], matrix_shape(params, key)
-            target = Target.from_key(key, b, (D, F))
-            keys = layer_keys(jax.random.key(self.seed or 0), target, "a")
-            return vmap_layers(target, lambda k: uniform_fan_in(k, (D, R), D), keys)
-
-        return {key: arrays | {"a": draw(key, arrays["b"])} for key, arrays in trainable.items()}
+        seed, tree = jax.random.key(self.seed or 0), {}
+        for key, arrays in trainable.items():
+            b, R = arrays["b"], arrays["b"].shape[-2]
+            a = draw_layers(seed, params, key, b, "a", lambda k, D, F, R=R: uniform_fan_in(k, (D, R), D))
+            tree[key] = arrays | {"a": a}
+        return tree
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
         return super().bind(params, self.drawn(params, trainable))
