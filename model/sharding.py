@@ -5,10 +5,8 @@ of that axis holds its own stretch of T, and attention gathers the keys and valu
 """
 
 import functools
-import itertools
 import math
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from .. import InputError
-from .tree import Rules, canonical, is_stacked, match, named, nested, paths, uniform
+from .tree import Rules, canonical, is_stacked, match, named, nested, uniform
 
 AXES = ("data", "fsdp", "tensor", "context")
 BATCH = ("data", "fsdp")  # the axes the rows of a batch are split over
@@ -84,52 +82,6 @@ def compute_spec(path: str, rules: Rules = rules) -> tuple[Any, ...]:
     """The axes of the mesh that a matrix is split over where it multiplies: fsdp gathers it before."""
     spec = next((spec for rule, spec in rules if re.fullmatch(rule, canonical(path)[0])), P(None, None))
     return tuple(None if axis == "fsdp" else axis for axis in spec)
-
-
-def infer_adapter_shardings(mesh: Mesh, make: Callable[[Any], Any], base: Any, base_shardings: Any) -> Any:
-    """Shardings for the tree `make(base)`: an axis that is an axis of a base parameter is split as that one is.
-
-    Which axis is which shows when every axis of the base has a length of its own: a LoRA `a` [L, D, R] follows the
-    input axis of its matrix, `b` [L, R, F] the output axis. The rest, and vectors, are not split. A wrong guess is not
-    only slow: XLA has given wrong sums for a vector split over the axis that its matrix was reduced over. What only
-    the base has, an array of a quantised matrix, stays where it is.
-
-    Each length is the real one times a prime of its own, so that what divides the one divides the other. Where a method
-    refuses these lengths all the same, a warning says that its arrays are whole on every device.
-    """
-    tree = jax.eval_shape(make, base)
-    sizes = {n for leaf in named(base).values() for n in leaf.shape}
-    primes = (p for p in itertools.count(101, 2) if all(p % i for i in range(3, math.isqrt(p) + 1, 2))
-              and all(n % p for n in sizes))  # fmt: skip
-    places = zip(paths(base), jax.tree.leaves(base_shardings), strict=True)
-    held = {path: (leaf.shape, where) for (path, leaf), where in places}
-    axis_of: dict[int, Any] = {}  # a length in the probe -> (how that axis is split, its length in the base)
-    probe = {}
-    for path, leaf in named(base).items():
-        stacked = is_stacked(path)
-        shape = tuple(n if stacked and i == 0 else n * next(primes) for i, n in enumerate(leaf.shape))
-        spec = tuple(jax.tree.leaves(named(base_shardings)[path])[0].spec) + (None,) * leaf.ndim
-        axis_of |= {p: (s, n) for p, s, n in zip(shape[stacked:], spec[stacked:], leaf.shape[stacked:], strict=False)}
-        probe[path] = jax.ShapeDtypeStruct(shape, leaf.dtype)
-    try:
-        probed = dict(paths(jax.eval_shape(make, nested(probe))))
-    except InputError as error:
-        warnings.warn(f"the arrays of the method are whole on every device, not split: {error}", stacklevel=2)
-        probed = {}
-
-    def one(path: str, leaf: Any) -> NamedSharding:
-        parts = path.split("/")
-        ends = ["/".join(parts[i:]) for i in range(len(parts))] if path not in probed else []
-        if own := next((held[end] for end in ends if end in held and held[end][0] == leaf.shape), None):
-            return own[1]
-        shape = probed[path].shape if path in probed else ()  # a method may do otherwise at other lengths
-        if leaf.ndim - is_stacked(path) < 2 or len(shape) != leaf.ndim:
-            return NamedSharding(mesh, P())
-        found = [axis_of.get(p, (None, n)) for p, n in zip(shape, leaf.shape, strict=True)]
-        axes = [spec if real == n else None for (spec, real), n in zip(found, leaf.shape, strict=True)]
-        return NamedSharding(mesh, P(*(a if a not in axes[:i] else None for i, a in enumerate(axes))))
-
-    return jax.tree.unflatten(jax.tree.structure(tree), [one(path, leaf) for path, leaf in paths(tree)])
 
 
 def constrain(x: Array, *axes: Any) -> Array:

@@ -12,9 +12,10 @@ import test_laws as laws
 from graftax import InputError, peft
 from graftax.model import presets, shapes_of
 from graftax.model.quantize import LEVELS, Int8, Quantized, quantize
-from graftax.model.sharding import infer_adapter_shardings, make_mesh, put_batch, shardings
+from graftax.model.sharding import make_mesh, put_batch, shardings
 from graftax.model.tree import canonical, named, nested
 from graftax.model.weight import matmul
+from graftax.peft.sharding import adapter_shardings, frozen_shardings
 from graftax.train.optim import make_optimizer
 from graftax.train.step import init_state, make_loss, make_train_step
 from tiny import CASES, OPTIM, Base, close, evaluator, make_base, make_batch, same, shaken, stepper
@@ -273,12 +274,15 @@ def test_6_one_device_and_eight_give_the_same_losses(base):
             frozen, trainable = peft.partition(LORA, params, jax.random.key(1))
             return frozen, init_state(trainable, tx)
 
-        where = infer_adapter_shardings(mesh, begin, jax.eval_shape(lambda: params), split)
+        def layout(base, base_shardings):
+            frozen, state = jax.eval_shape(begin, base)
+            return (frozen_shardings(mesh, frozen, base, base_shardings),
+                    adapter_shardings(mesh, LORA, state, base, base_shardings))  # fmt: skip
+
+        where = layout(jax.eval_shape(lambda: params), split)
         held = [[w for w in named(t).values() if isinstance(w, Quantized)] for t in (where[0], split)]
         assert jax.tree.leaves(held[0]) == jax.tree.leaves(held[1])
-        assert where[1] == infer_adapter_shardings(mesh, begin, before, shardings(mesh, before))[1], (
-            "adapters lie as over a plain base"
-        )
+        assert where[1] == layout(before, shardings(mesh, before))[1], "adapters lie as over a plain base"
         first = jax.tree.leaves(where[0]["layers"]["mlp"]["up"])[0]
         assert tuple(first.spec) == (None, "fsdp", "tensor")
         frozen, state = jax.jit(begin, out_shardings=where)(params)

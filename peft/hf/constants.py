@@ -13,7 +13,7 @@ from ...model import Config
 from ...model.tree import named
 from ..base import Chain, Method
 from ..methods import randlora, shira, vera
-from ..random_projections import sides, widest
+from ..random_projections import matrix_shape, widest
 from ..targets import FixedArrays
 from . import torch_random
 from .entries import Entry, parts, shapes_like
@@ -129,7 +129,7 @@ def _places(part: Any, tensors: Tensors, found: list[Entry], tree: Any, params: 
         at = tensors.pop(name, None)
         if at is None or at.shape != wanted:
             raise InputError(f"{where}: {name} {'is missing' if at is None else list(at.shape)}, wanted {list(wanted)}")
-        D, F = sides(params, e.key)
+        D, F = matrix_shape(params, e.key)
         if not np.issubdtype(at.dtype, np.integer) or (at < 0).any() or (at >= np.array([[F], [D]])).any():
             raise InputError(f"{where}: {name}: places in a matrix [{F}, {D}] are wanted; is it of another base?")
         rows.setdefault(e.key, []).append(at.T)

@@ -1,13 +1,13 @@
-"""(IA)3: learned scales of keys, values and the MLP's inner activations (arXiv:2205.05638)."""
+"""(IA)3: trained scales of keys, values and the MLP's inner activations (arXiv:2205.05638)."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jax import Array
 
 from ...model import Weight
 from ..base import Method
-from ..targets import each_matrix, replace_biases, wrap_weights
+from ..targets import init_matrices, replace_biases, wrap_weights
 
 
 class ScaledWeight(Weight):
@@ -23,18 +23,25 @@ class ScaledWeight(Weight):
 
 
 class IA3(Method):
-    """l * (x W_k + b), l * (x W_v + b), and (l * h) W_down + b, with l = 1 at first (arXiv:2205.05638)."""
+    """l * (x W_k + b), l * (x W_v + b), and (l * h) W_down + b, with l = 1 at first (arXiv:2205.05638).
+
+    l [F] after a matrix, or [D] before it. HF PEFT: IA3.
+    """
 
     demo = False
     lr_multiplier = 50.0
+    axes: ClassVar = {"after": "F", "before": "D"}
 
-    where: str = "layers/attn/[kv]"  # what comes out is scaled
-    inner: str = "layers/mlp/down"  # what goes in is scaled
+    where: str = "layers/attn/[kv]"  # matrices whose output is scaled
+    inner: str = "layers/mlp/down"  # matrices whose input is scaled
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
-        after, before = (lambda k, D, F: {"after": jnp.ones(F)}), (lambda k, D, F: {"before": jnp.ones(D)})
-        outputs = each_matrix(key, params, self.where, after, "ia3") if self.where else {}
-        return outputs | (each_matrix(key, params, self.inner, before, "ia3") if self.inner else {})
+        trainable = {}
+        if self.where:
+            trainable |= init_matrices(key, params, self.where, lambda key, t: {"after": jnp.ones(t.shape[1])}, "ia3")
+        if self.inner:
+            trainable |= init_matrices(key, params, self.inner, lambda key, t: {"before": jnp.ones(t.shape[0])}, "ia3")
+        return trainable
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
         def scaled(bias: Array, before: Any = None, after: Any = None) -> Array:

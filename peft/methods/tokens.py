@@ -1,6 +1,6 @@
-"""Trainable tokens: some rows of the token table train, the others stay (HF PEFT's TRAINABLE_TOKENS)."""
+"""Parts of the token table: some rows of it (Tokens), or one of its two uses in a tied base (Head, Lookup)."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +11,7 @@ from ...model import Weight, static
 from ...model.tree import named, replace
 from ...model.weight import stack
 from ..base import Method
-from .prompt import in_vocabulary
+from .prompt import check_ids
 
 
 class TokensTable(Weight):
@@ -33,12 +33,12 @@ class TokensTable(Weight):
 
     @property
     def tied(self) -> bool:
-        """Whether the transpose has the rows that the lookup gives, so that one table does both."""
+        """Whether the transpose has the rows of the lookup, so that one table does both."""
         return getattr(self.w, "tied", not isinstance(self.w, Weight))
 
 
 class TokensHead(Weight):
-    """x @ w with the columns `ids` from the rows that replace them."""
+    """x @ w with the columns `ids` computed from the rows that replace them."""
 
     w: Any  # [D, V] frozen
     rows: Array  # [len(ids), D]
@@ -49,15 +49,19 @@ class TokensHead(Weight):
 
 
 class Tokens(Method):
-    """table[ids] = rows, which start as the base's; a tied output projection has them too (HF PEFT)."""
+    """table[ids] = rows, which start as the base's; a tied output projection has them too (HF PEFT).
+
+    rows [len(ids), D]. HF PEFT: TRAINABLE_TOKENS.
+    """
 
     demo = False
+    axes: ClassVar = {"rows": "nF"}
 
     ids: tuple[int, ...] = (0, 1)
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         table = named(params)["embed/table"]
-        ids = in_vocabulary("tokens", self.ids, table.shape[0])
+        ids = check_ids("tokens", self.ids, table.shape[0])
         if len(set(ids)) < len(ids):
             raise InputError(f"tokens: an id is twice among {ids}; give each once")
         return {"embed/table": {"rows": jnp.array(table)[jnp.array(ids)].astype(jnp.float32)}}
@@ -68,7 +72,7 @@ class Tokens(Method):
 
 
 class OwnHead(Weight):
-    """The token table for lookups, and another matrix where the output projection asks for its transpose."""
+    """The token table for lookups, and another matrix as its transpose, the output projection."""
 
     linear = False
     projects = True
@@ -85,10 +89,14 @@ class OwnHead(Weight):
 
 
 class Head(Method):
-    """logits = x H with H = table.T at first, the table itself frozen: of a tied base (HF PEFT's modules_to_save)."""
+    """logits = x H with H = table.T at first, the table itself frozen: of a tied base (HF PEFT's modules_to_save).
+
+    H [D, V]. `init` raises InputError for a base with a head of its own. HF PEFT: modules_to_save=["lm_head"].
+    """
 
     lr_multiplier = 1.0
     demo = False
+    axes: ClassVar = {"head": "FD"}
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         if "head/matrix" in named(params):
@@ -104,7 +112,7 @@ class Head(Method):
 
 
 class OwnTable(Weight):
-    """Another table for lookups, and the base's own where the output projection asks for its transpose."""
+    """Another table for lookups; the output projection keeps the transpose of the base's table."""
 
     linear = False
 
@@ -120,10 +128,15 @@ class OwnTable(Weight):
 
 
 class Lookup(Method):
-    """x = table[ids], a tied output projection stays as it was (HF PEFT's modules_to_save of embed_tokens)."""
+    """x = table[ids], a tied output projection stays as it was (HF PEFT's modules_to_save of embed_tokens).
+
+    table [V, D], at first the base's. `init` raises InputError for a base with a head of its own. HF PEFT:
+    modules_to_save=["embed_tokens"].
+    """
 
     lr_multiplier = 1.0
     demo = False
+    axes: ClassVar = {"table": "DF"}
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         if "head/matrix" in named(params):

@@ -17,9 +17,10 @@ from ...model.hf.files import fetch
 from ...model.layout import convert_layout, set_layout, with_shardings
 from ...model.pattern import pattern_source
 from ...model.quantize import quantized
-from ...model.sharding import infer_adapter_shardings, shardings
+from ...model.sharding import shardings
 from ...model.tree import canonical, named, nested
 from ...peft import Subset
+from ...peft.sharding import adapter_shardings
 from ..config import Data, Run, check_config_unchanged, from_json
 from ..inputs import check_tokenizer, check_vocab, load_held_out
 from ..progress import console
@@ -122,12 +123,12 @@ def _load_finetuned(
     folder: Path, run: Run, manifest: dict[str, Any], restore: Restore, mesh: Any, base: LoadedRun
 ) -> LoadedRun:
     """Load the checkpoint of a fine-tune of a loaded base."""
-    params, init = base.base, partial(run.method.init, jax.random.key(0))
+    params = base.base
     shapes = jax.eval_shape(lambda params: params, params)  # an argument: traced, the base would cache tracers
     with pattern_source(folder / CONFIG):
-        target = jax.eval_shape(init, shapes)
+        target = jax.eval_shape(run.method.init, jax.random.key(0), shapes)
     if mesh is not None:
-        target = with_shardings(target, infer_adapter_shardings(mesh, init, shapes, shardings(mesh, shapes)))
+        target = with_shardings(target, adapter_shardings(mesh, run.method, target, shapes, shardings(mesh, shapes)))
     trainable, config = restore(target), with_compute_dtype(base.config, run.dtype, run.remat)
     tokenizer = _load_tokenizer(folder, run, config, manifest)
     manifest = manifest | {key: base.manifest[key] for key in ("imported",) if key in base.manifest}
