@@ -20,8 +20,7 @@ from graftax.data.pack import empty_row, tokenize
 from graftax.data.sft import sft_rows
 from graftax.data.sources import documents
 from graftax.data.tasks import tasks
-from graftax.data.tokenizers import chat
-from graftax.data.tokenizers import load_tokenizer
+from graftax.data.tokenizers import chat, load_tokenizer
 from graftax.model import pattern
 from graftax.model.hf.files import fetch, header, index, shards
 from graftax.peft import hf as adapters

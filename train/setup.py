@@ -18,8 +18,8 @@ from ..model import Config, Transformer, shapes_of
 from ..model.backend import backend, target_backend
 from ..model.quantize import quantize
 from ..model.sharding import batch_sharding, shardings
-from ..peft.sharding import adapter_shardings, frozen_shardings
 from ..peft import Chain, Method, partition
+from ..peft.sharding import adapter_shardings, frozen_shardings
 from .config import Run
 from .optim import make_optimizer
 from .step import State, init_state, make_train_step

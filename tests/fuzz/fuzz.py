@@ -29,8 +29,11 @@ with atheris.instrument_imports(include=["graftax"]):
     from graftax.data.sft import sft_rows
     from graftax.data.sources import documents
     from graftax.data.tasks.file_task import file_task
-    from graftax.data.tokenizers import huggingface  # noqa: F401  (else imported late, and not instrumented)
-    from graftax.data.tokenizers import load_tokenizer, train_tokenizer
+    from graftax.data.tokenizers import (
+        huggingface,  # noqa: F401  (else imported late, and not instrumented)
+        load_tokenizer,
+        train_tokenizer,
+    )
     from graftax.model import hf
     from graftax.model.hf.files import DTYPES, index
     from graftax.peft import hf as adapters

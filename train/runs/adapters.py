@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from ... import InputError, peft
 from ...atomic import atomic_folder
-from ...data.tokenizers.hf_files import MAIN
 from ...data.tokenizers import load_tokenizer
+from ...data.tokenizers.hf_files import MAIN
 from ...model.hf.files import is_hub_id, read_json
 from ...model.tree import split_layer_index
 from ...peft import Method
