@@ -18,8 +18,8 @@ from ...peft.hf.names import family_of
 from ...peft.methods.lora import LoRA
 from ..config import Run
 from ..inputs import check_rows
-from .lineage import keep, kept
 from ..progress import console
+from .lineage import keep, kept
 from .tokenizer_files import write_tokenizer
 
 Target = Literal["", "vllm"]
@@ -31,7 +31,7 @@ def uniform(method: Method, config: Any, params: Any, trainable: Any) -> tuple[M
 
     Ranks are filled up with zeros. InputError, with the reason, for what vLLM does not load.
     """
-    method, trainable = peft.hf.plain(method, trainable, config)
+    method, trainable = peft.hf.to_exportable(method, trainable, config)
     kind = peft.hf.type_of(method)
     name = type(method).__name__
     if not isinstance(method, LoRA) or kind != "LORA" or name in ("DoRA", "LoRABias", "PiSSA", "OLoRA"):

@@ -18,12 +18,12 @@ from typing import Any
 
 from ... import InputError, __version__
 from ...model.tree import canonical, is_stacked, named, paths
-from ..cluster import distributed
 from .. import faults
-from .manifest import find_damage, describe_files, sealed_manifest, sync, write_whole
-from .digests import digest, digests, pieces
+from ..cluster import distributed
 from ..progress import console
 from .checkpoint_reader import CheckpointReader
+from .digests import digest, digests, pieces
+from .manifest import describe_files, find_damage, sealed_manifest, sync, write_whole
 
 
 def fingerprint(params: Any) -> str:

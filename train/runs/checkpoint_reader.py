@@ -14,10 +14,10 @@ import orbax.checkpoint as ocp
 from ... import InputError
 from ...model.tree import canonical, paths
 from ..cluster import distributed
-from . import layout
-from .manifest import describe_files, find_damage, read_manifest
-from .digests import digests
 from ..progress import console
+from . import layout
+from .digests import digests
+from .manifest import describe_files, find_damage, read_manifest
 
 
 class CheckpointReader:

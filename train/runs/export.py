@@ -19,16 +19,16 @@ from ...model import hf, resize
 from ...model.hf.files import empty, fetch
 from ...model.tree import named
 from ...peft import Subset, merge
+from ..config import to_json
+from ..inputs import save_held_out
+from ..progress import console
 from . import adapters
 from .adapters import Target
-from .checkpoint import CheckpointWriter, fingerprint, leaf_digests, fingerprint_of
-from ..config import to_json
-from .equivalence import BOUNDS, base_logits, compare, logits_of, probe_ids, widest
-from ..inputs import save_held_out
-from .lineage import code, keep
-from ..progress import console
-from .load import Loaded, is_hugging_face, load_hugging_face, load_run, resolve_path
+from .checkpoint import CheckpointWriter, fingerprint, fingerprint_of, leaf_digests
 from .checkpoint_reader import sidecars
+from .equivalence import BOUNDS, base_logits, compare, logits_of, probe_ids, widest
+from .lineage import code, keep
+from .load import Loaded, is_hugging_face, load_hugging_face, load_run, resolve_path
 from .tokenizer_files import write_tokenizer
 
 Arg = Annotated[str, tyro.conf.Positional]

@@ -110,8 +110,8 @@ class Lineage(Checked):
 
     def read(self) -> list[dict[str, Any]]:
         """The records of a run directory, of a Hugging Face folder, or of an adapter's."""
-        from .checkpoint import CheckpointWriter
         from ..config import from_json
+        from .checkpoint import CheckpointWriter
         from .load import check_run, is_hugging_face
 
         folder = Path(self.folder)

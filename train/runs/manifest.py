@@ -12,7 +12,7 @@ from ... import InputError
 from ...atomic import sync, write_whole
 from ...model.hf.files import read_json
 
-__all__ = ["describe_files", "find_damage", "file_digest", "read_manifest", "sealed_manifest", "sync", "write_whole"]
+__all__ = ["describe_files", "file_digest", "find_damage", "read_manifest", "sealed_manifest", "sync", "write_whole"]
 _SEAL = "sha256"  # of the rest of the manifest
 
 

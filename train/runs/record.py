@@ -12,13 +12,13 @@ import numpy as np
 from ... import InputError
 from ...model.sharding import put_batch
 from ..cluster import distributed
-from .checkpoint import CheckpointWriter
-from .manifest import write_whole
 from ..config import Run, to_json
 from ..evaluate import held_out_losses, longest_answer, mean_loss, outputs, row_losses, scored, within
 from ..inputs import save_held_out
-from ..setup import TrainSetup
 from ..progress import console, cut_metrics, plot_losses, read_metrics
+from ..setup import TrainSetup
+from .checkpoint import CheckpointWriter
+from .manifest import write_whole
 
 
 def evaluate(phase: TrainSetup, score: bool = True) -> dict[str, Any]:

@@ -12,12 +12,12 @@ from ... import InputError
 from ...atomic import left_over
 from ...data.tokenizers.chat import today
 from ..cluster import distributed
-from .checkpoint import CheckpointWriter
 from ..config import RUNTIME_FIELDS, Run, flatten, from_json, short, to_json
-from .lock import NAME
-from ..setup import TrainSetup
 from ..progress import console
+from ..setup import TrainSetup
+from .checkpoint import CheckpointWriter
 from .checkpoint_reader import CheckpointReader
+from .lock import NAME
 
 # What --accept lets change -> the fields of config.json that it is made of.
 _PARTS = {
@@ -98,7 +98,11 @@ def same_run(phase: TrainSetup, manifest: dict[str, Any]) -> list[str]:
     digests = {"data": phase.data_digest, "tokenizer": phase.tokenizer.digest, "base": phase.base}
     taken = []
     for what, fields in _PARTS.items():
-        changed = {k for k in {*then, *now} if k.startswith(fields) and then.get(k) != now.get(k)} - RUNTIME_FIELDS - _ELSEWHERE
+        changed = (
+            {k for k in {*then, *now} if k.startswith(fields) and then.get(k) != now.get(k)}
+            - RUNTIME_FIELDS
+            - _ELSEWHERE
+        )
         words = [f"{k} {short(then.get(k))} -> {short(now.get(k))}" for k in sorted(changed) if then]
         if what in digests:
             old, new = manifest.get(what, ""), digests[what]

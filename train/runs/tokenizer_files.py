@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ...data.sft import encode_example
 from ...data.tokenizers.hf_files import GENERATION, TEMPLATE
 from ...data.tokenizers.sentencepiece_bpe import for_transformers
-from ...data.sft import encode_example
 from ...data.tokenizers.tokenizer import Tokenizer
 from ...model.hf.files import CARRIED, read_json
 from ..progress import console
