@@ -46,9 +46,7 @@ class Method:
     axes: ClassVar[Mapping[str, str]] = {}  # array name -> its axes, a letter each, for sharding: see peft/sharding.py
     axes_of: ClassVar[Mapping[str, str]] = {}  # key that is no path of the base -> the parameter whose axes are meant
 
-    hf: ClassVar[HFSpec] = (
-        HFSpec()
-    )  # how Hugging Face PEFT stores the method, if it has a type for it: see peft/hf_spec
+    hf: ClassVar[HFSpec] = HFSpec()  # how Hugging Face PEFT stores the method: see peft/hf_spec
 
     def __init_subclass__(cls) -> None:
         dataclasses.dataclass(frozen=True)(cls)

@@ -164,6 +164,7 @@ def rerank(method: LoRA, trainable: Any, rank: int, params: Any = None) -> tuple
     stays; rules of alphas (which need `params`, or its shapes) and of ranks are dropped. New columns are as in
     `extract_lora`.
     """
+    scaled = _scaled_factors(method, trainable, params)
     new = dataclasses.replace(method, rank=rank, ranks=(), alphas=())
 
     def factors(key: Array, a: Array, b: Array) -> dict[str, Array]:
@@ -171,7 +172,6 @@ def rerank(method: LoRA, trainable: Any, rank: int, params: Any = None) -> tuple
         u, s, v = jnp.linalg.svd(ra @ rb.T, full_matrices=False)
         return _factors(key, qa @ u, s / new.scale(rank, new.alpha), v @ qb.T, rank)
 
-    scaled = _scaled_factors(method, trainable, params)
     return new, {key: _map_layers(_target(key, a), factors, a, b) for key, (a, b) in scaled.items()}
 
 

@@ -13,6 +13,7 @@ from jax.extend.random import threefry2x32_p
 from .. import InputError
 from ..model import Weight
 from ..model.tree import is_stacked, named, split_layer_index
+from .targets import Target, layer_keys, vmap_layers
 
 # Decorates a function that is computed again in the backward pass, so that no layer keeps the matrices it makes.
 recomputed: Callable[..., Any] = partial(jax.checkpoint, prevent_cse=False)
@@ -37,6 +38,16 @@ def widest(params: Any, trainable: Any) -> tuple[int, int]:
     """Return the largest D and the largest F over all matrices that a method trains."""
     D, F = zip(*(matrix_shape(params, key) for key in trainable), strict=True)
     return max(D), max(F)
+
+
+def draw_layers(seed: Array, params: Any, key: str, array: Array, leaf: str, draw: Callable[..., Array]) -> Array:
+    """Return draw(layer's random key, D, F) of each layer that a key of a trainable tree names.
+
+    `array` is any array of that key; `leaf` names the array that is drawn.
+    """
+    D, F = matrix_shape(params, key)
+    target = Target.from_key(key, array, (D, F))
+    return vmap_layers(target, lambda k: draw(k, D, F), layer_keys(seed, target, leaf))
 
 
 def hash_uniform(seed: int, name: str, shape: tuple[int, ...]) -> Array:

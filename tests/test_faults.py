@@ -1,4 +1,4 @@
-"""Faults in runs (tests/FAULTS.md, Runs and checkpoints): each is injected, and nothing is lost or silently wrong."""
+"""Faults in runs (docs/faults.md, Runs and checkpoints): each is injected, and nothing is lost or silently wrong."""
 
 import dataclasses
 import gc

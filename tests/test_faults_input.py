@@ -1,4 +1,4 @@
-"""Faults in what is read (tests/FAULTS.md, Input): each, injected, is one line with what, where and what to do."""
+"""Faults in what is read (docs/faults.md, Input): each, injected, is one line with what, where and what to do."""
 
 import dataclasses
 import gzip

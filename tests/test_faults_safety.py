@@ -1,4 +1,4 @@
-"""Files that somebody else made (tests/FAULTS.md, Safety): nothing runs, nothing is read or written elsewhere."""
+"""Files that somebody else made (docs/faults.md, Safety): nothing runs, nothing is read or written elsewhere."""
 
 import dataclasses
 import io
@@ -97,7 +97,7 @@ def test_no_pickle_is_read(tmp_path):
         (here / name).write_bytes(pickle.dumps(Trap(trap)))
     (here / CONFIG).write_text("{}")
     said(lambda: index(here), ".bin is a pickle, which runs code when it is read", "safe_serialization")
-    said(lambda: adapters.read(here), ".bin is a pickle, which can run code", "safe_serialization=True")
+    said(lambda: adapters.read_tensors(here), ".bin is a pickle, which can run code", "safe_serialization=True")
     said(lambda: list(documents(str(here / "x.pkl"))), "x.pkl: arrays or a pickle", "a file of text is wanted")
     array = np.array([Trap(trap)], object)
     for kind, made in (("object", {"d/ids": array}), ("of", {"d/ids": np.zeros((1, 2)), "d/of": array})):

@@ -1,4 +1,4 @@
-"""Faults in checkpoints (tests/FAULTS.md, Runs and checkpoints): kills, damage, full disks, and two writers."""
+"""Faults in checkpoints (docs/faults.md, Runs and checkpoints): kills, damage, full disks, and two writers."""
 
 import contextlib
 import dataclasses

@@ -1,7 +1,6 @@
 """What an adapter file holds besides what trains: shared projections, fixed places, tables of the base."""
 
 import dataclasses
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -124,6 +123,6 @@ def _copied_tables(found: list[Entry], model: HFModel, params: Any, known: Tenso
             raise InputError(f"the file of an adapter of {missing[0].name} has the base's {path} in it, which this "
                              "method was not loaded with; give save(..., params=) the base")  # fmt: skip
         return {}
-    flat: Mapping[str, Any] = named(params)
-    return {f"{PREFIX}{m.name}{_TABLE}": np.asarray(flat["head/matrix"].T if m.kind == "matrix" else flat["embed/table"],
-                                                    np.float32) for m in adapted}  # fmt: skip
+    flat = named(params)
+    tables = {m: flat["head/matrix"].T if m.kind == "matrix" else flat["embed/table"] for m in adapted}
+    return {f"{PREFIX}{m.name}{_TABLE}": np.asarray(x, np.float32) for m, x in tables.items()}

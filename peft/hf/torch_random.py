@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Torch:
-    """torch.Generator().manual_seed(seed), seed < 2^32: the 32-bit words of MT19937, made into numbers as torch does."""
+    """torch.Generator().manual_seed(seed), seed < 2^32: words of MT19937, made into numbers as torch does."""
 
     def __init__(self, seed: int) -> None:
         self.bits = np.random.RandomState(seed)

@@ -14,17 +14,15 @@ from ...model import Weight
 from ...model.tree import named, replace, split_layer_index
 from ..base import Method
 from ..hf_spec import BOOL_OR_NAME, IDENTITY, TRANSPOSED, HFSpec, Key, ValueKind, is_ids, no_fields
-from ..random_projections import matrix_shape
+from ..random_projections import draw_layers
 from ..targets import (
     Target,
     dropout,
     init_targets,
-    layer_keys,
     replace_biases,
     rule_values,
     targets_by_rule,
     uniform_fan_in,
-    vmap_layers,
     with_dropout_seeds,
     wrap_weights,
 )
@@ -64,8 +62,8 @@ def _known_start(start: bool | str) -> bool | str:
     """Return init_lora_weights; of two values HF PEFT takes any case. Raises InputError for one that is not known."""
     start = start.lower() if str(start).lower() in ("olora", "gaussian") else start  # type: ignore[union-attr]
     if not isinstance(start, bool) and start not in ("gaussian", "orthogonal", "eva", "mica", "pissa", "olora"):
-        raise InputError(f"init_lora_weights {start!r} changes the base in a way that the file does not hold; save the "
-                         "adapter with path_initial_model_for_weight_conversion, which makes it a plain LoRA")  # fmt: skip
+        raise InputError(f"init_lora_weights {start!r} changes the base in a way that the file does not hold; save it "
+                         "with path_initial_model_for_weight_conversion, which makes it a plain LoRA")  # fmt: skip
     return start
 
 
@@ -249,14 +247,12 @@ class LoRAFA(LoRA):
 
     def drawn(self, params: Any, trainable: Any) -> dict[str, Any]:
         """Return the trainable tree of a LoRA, with the A of every target."""
-
-        def draw(key: str, b: Array) -> Array:
-            R, (D, F) = b.shape[-2], matrix_shape(params, key)
-            target = Target.from_key(key, b, (D, F))
-            keys = layer_keys(jax.random.key(self.seed or 0), target, "a")
-            return vmap_layers(target, lambda k: uniform_fan_in(k, (D, R), D), keys)
-
-        return {key: arrays | {"a": draw(key, arrays["b"])} for key, arrays in trainable.items()}
+        seed, tree = jax.random.key(self.seed or 0), {}
+        for key, arrays in trainable.items():
+            b, R = arrays["b"], arrays["b"].shape[-2]
+            a = draw_layers(seed, params, key, b, "a", lambda k, D, F, R=R: uniform_fan_in(k, (D, R), D))
+            tree[key] = arrays | {"a": a}
+        return tree
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
         return super().bind(params, self.drawn(params, trainable))

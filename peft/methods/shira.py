@@ -1,6 +1,7 @@
 """SHiRA: a few entries of the matrix itself (arXiv:2406.13175)."""
 
 import dataclasses
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -13,8 +14,8 @@ from ...bounds import Drawn, Size
 from ...model import Weight
 from ..base import Method
 from ..hf_spec import IDENTITY, WHOLE, Entry, FixedTensors, HFSpec, Key
-from ..random_projections import matrix_shape, recomputed
-from ..targets import FixedArrays, Target, layer_keys, vmap_layers, wrap_weights
+from ..random_projections import draw_layers, matrix_shape, recomputed
+from ..targets import FixedArrays, Target, wrap_weights
 
 
 class SHiRAWeight(Weight):
@@ -97,16 +98,14 @@ def places(method: SHiRA, params: Any, trainable: Any) -> dict[str, Array]:
             )
         return {key: jnp.swapaxes(jnp.asarray(method.given[key], jnp.int32), -1, -2) for key in trainable}
 
-    def draw(key: str, values: Array) -> Array:
-        D, F = matrix_shape(params, key)
-        target = Target.from_key(key, values, (D, F))
-        keys = layer_keys(jax.random.key(method.seed or 0, impl="threefry2x32"), target, "places")
-        return vmap_layers(target, lambda k: stratified_places(k, values.shape[-1], D, F), keys)
-
-    return {key: draw(key, arrays["values"]) for key, arrays in trainable.items()}
+    seed, at = jax.random.key(method.seed or 0, impl="threefry2x32"), {}
+    for key, arrays in trainable.items():
+        draw = partial(stratified_places, k=arrays["values"].shape[-1])
+        at[key] = draw_layers(seed, params, key, arrays["values"], "places", draw)
+    return at
 
 
-def stratified_places(key: Array, k: int, D: int, F: int) -> Array:
+def stratified_places(key: Array, D: int, F: int, k: int) -> Array:
     """Draw k places of W [F, D], row by row: one in each of k runs of equal length, hence distinct and sorted."""
     length, rest = divmod(D * F, k)
     j = jnp.arange(k, dtype=jnp.uint32)

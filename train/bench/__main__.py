@@ -14,7 +14,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     """What the flags say."""
     parser = argparse.ArgumentParser(
         "python -m graftax.train.bench",
-        description="Time and memory of a train step; see train/bench/RESULTS.md.",
+        description="Time and memory of a train step; see docs/results/steps.md.",
         epilog="Example: python -m graftax.train.bench --torch-python ~/torch/bin/python --malloc both --write",
     )
     parser.add_argument("--cases", default="", help="names with commas between, e.g. 'S,M lean'; default: all")
@@ -24,7 +24,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
                         help="glibc that keeps freed memory and uses huge pages, or as it comes")  # fmt: skip
     parser.add_argument("--torch-python", default=os.environ.get("GRAFTAX_TORCH_PYTHON", ""),
                         help="a Python with torch, transformers and peft ($GRAFTAX_TORCH_PYTHON)")  # fmt: skip
-    parser.add_argument("--write", action="store_true", help="put the tables into train/bench/RESULTS.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/results/steps.md")
     return parser.parse_args(argv)
 
 

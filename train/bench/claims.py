@@ -23,12 +23,12 @@ from ...peft.methods.lora import LoRA
 from ..config import Data, Optim, Run
 from ..recipes import recipes
 from .peer import threads
-from .table import cpu, write
+from .table import RESULTS, cpu, write
 
 FULL = tuple(2.5e-4 * 2**i for i in range(7))  # rates; of LoRA ten times these
 RANKS, WHERE = (2, 8, 32), ("attention", "mlp", "linear")
 BUDGETS = (7, 24)  # ranks of `attention`; the others get the rank with the nearest number of parameters
-HERE = Path(__file__).parent
+HERE = RESULTS
 
 
 class Line(NamedTuple):
@@ -139,7 +139,7 @@ def picture(path: Path, groups: Mapping[str, Sequence[Line]]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run what is not done yet; print, and maybe keep, tables and picture."""
-    parser = argparse.ArgumentParser("python -m graftax.train.bench.claims", description="See train/bench/claims.md.")
+    parser = argparse.ArgumentParser("python -m graftax.train.bench.claims", description="See docs/results/claims.md.")
     parser.add_argument("--base", required=True, help="a run directory")
     parser.add_argument("--root", required=True, help="the data folder")
     parser.add_argument("--task", default="snips")

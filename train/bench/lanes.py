@@ -5,7 +5,6 @@ import dataclasses
 import statistics
 import time
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from ..experiments.sweep.groups import batch_shapes, lane_step
 from ..optim import make_optimizer
 from ..step import init_state
 from .peer import threads
-from .table import cpu, write
+from .table import RESULTS, cpu, write
 
 LANES = (1, 2, 4, 8, 16)
 # (name, architecture, rows, tokens of a row): one that fills two cores, and one that does not.
@@ -93,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
         said.append(table(name, live, measure(live, args.rounds)))
     print(text := "\n".join(said))
     if args.write:
-        write(text, "lanes", Path(__file__).with_name("lanes.md"))
+        write(text, "lanes", RESULTS / "lanes.md")
 
 
 if __name__ == "__main__":

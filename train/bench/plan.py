@@ -27,7 +27,7 @@ from ..plan.topology import target
 from ..program import KEYS, base_shapes, layout, lower
 from .table import cpu
 
-RESULTS = Path(__file__).with_name("plan.md")
+RESULTS = Path(__file__).parents[2] / "docs" / "results" / "plan.md"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,7 @@ def table(rows: list[tuple[Case, dict[str, Any]]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run the cases, each in its own process, and print the table; `--write` puts it into plan.md."""
     parser = argparse.ArgumentParser("python -m graftax.train.bench.plan", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="put the table into train/bench/plan.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/results/plan.md")
     parser.add_argument("--case", type=int, default=-1, help="measure this one alone, as JSON")
     args = parser.parse_args(argv)
     if args.case >= 0:

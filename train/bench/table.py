@@ -1,4 +1,4 @@
-"""Results as Markdown, and their place in RESULTS.md."""
+"""Results as Markdown, and their place in docs/results/steps.md."""
 
 import datetime
 import math
@@ -12,7 +12,7 @@ from pathlib import Path
 from .peer import threads
 from .race import Result, ratio
 
-RESULTS = Path(__file__).with_name("RESULTS.md")
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 _HEAD = (
     "case", "method", "who", "ms a step", "middle half", "CPU ms", "tokens/s", "compile s",
     "arguments", "temporaries", "peak", "peak RSS", "libraries", "loss",
@@ -85,7 +85,7 @@ def section(results: list[Result], malloc: str) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def write(text: str, key: str, path: Path = RESULTS) -> None:
+def write(text: str, key: str, path: Path = RESULTS / "steps.md") -> None:
     """Put a run between the markers of `key`, in place of the last one there, or at the end."""
     begin, end = f"<!-- begin {key} -->\n", f"<!-- end {key} -->\n"
     old = path.read_text("utf-8") if path.exists() else ""
