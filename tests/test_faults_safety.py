@@ -101,7 +101,7 @@ def test_no_pickle_is_read(tmp_path):
         (here / name).write_bytes(pickle.dumps(Trap(trap)))
     (here / CONFIG).write_text("{}")
     said(lambda: index(here), ".bin is a pickle, which runs code when it is read", "safe_serialization")
-    said(lambda: adapters.read(here), ".bin is a pickle, which can run code", "safe_serialization=True")
+    said(lambda: adapters.read_tensors(here), ".bin is a pickle, which can run code", "safe_serialization=True")
     said(lambda: list(documents(str(here / "x.pkl"))), "x.pkl: arrays or a pickle", "a file of text is wanted")
     array = np.array([Trap(trap)], object)
     for kind, made in (("object", {"d/ids": array}), ("of", {"d/ids": np.zeros((1, 2)), "d/of": array})):

@@ -62,7 +62,7 @@ def with_uniform_rank(method: Method, config: Any, params: Any, trainable: Any) 
 
     Smaller ranks are padded with zeros. Raises InputError, with the reason, for what vLLM does not load.
     """
-    method, trainable = peft.hf.plain(method, trainable, config)
+    method, trainable = peft.hf.to_exportable(method, trainable, config)
     name = type(method).__name__
     reasons = {
         "DoRA": "vLLM loads no DoRA",
