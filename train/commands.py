@@ -21,7 +21,7 @@ from ..data.tasks.base import Task
 from ..data.tasks.file_task import same_prompts, whole_task
 from ..data.tokenizers import train_tokenizer
 from ..model import Sampling, generate, presets, shapes_of
-from ..model.hf.files import nearest_folder
+from ..model.hf.files import did_you_mean_folder
 from ..peft import Subset, masks
 from .config import Optim, check_date, did_you_mean
 from .evaluate import choose_answers, generate_answers, held_out_losses, longest_reply, scored_rows
@@ -145,7 +145,7 @@ def shapes_and_config(base: str) -> Any:
     if base in presets:
         return shapes_of(presets[base])
     if not Path(base).exists():
-        near = did_you_mean(base, presets) or nearest_folder(base)
+        near = did_you_mean(base, presets) or did_you_mean_folder(base)
         raise InputError(f"{base!r} is no preset and no run directory{near}; presets: {', '.join(presets)}")
     return load_run(base).merged
 
