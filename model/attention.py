@@ -29,11 +29,11 @@ def attention_mask(positions_BT: Array, segments_BT: Array, positions_BS: Array,
 
 
 def attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array | None, kernel: str = "auto",
-           ahead: int | None = 0, scale: float = 0.0, cap: float = 0.0) -> Array:  # fmt: skip
+           kv_offset: int | None = 0, scale: float = 0.0, logit_softcap: float = 0.0) -> Array:  # fmt: skip
     """softmax(scale q k^T) v over grouped heads (arXiv:2305.13245) -> [B, T, N, H]; no mask means causal, T = S.
 
-    scale: 0 is H^-1/2. cap: scores become cap tanh(score / cap) before the mask (arXiv:2408.00118); 0 is off.
-    ahead: how many keys stand before the first query's own, when query t sees no key behind t + ahead; None if that
+    scale: 0 is H^-1/2. logit_softcap: scores become logit_softcap tanh(score / logit_softcap) before the mask (arXiv:2408.00118); 0 is off.
+    kv_offset: how many keys stand before the first query's own, when query t sees no key behind t + kv_offset; None if that
     is not known (a cache). kernel: `reference`, `xla`, `cudnn` (flash attention on NVIDIA GPUs: causal, half
     precision), or `auto`: cuDNN where it is right, else `xla`.
     """
@@ -42,44 +42,51 @@ def attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array | None, 
     if kernel == "auto":
         half = q_BTNH.dtype in (jnp.bfloat16, jnp.float16)
         fits = (
-            mask_BTS is None and not cap and half and H % 8 == 0 and H <= 128 and context_shards(q_BTNH.shape[1]) == 1
+            mask_BTS is None
+            and not logit_softcap
+            and half
+            and H % 8 == 0
+            and H <= 128
+            and context_shards(q_BTNH.shape[1]) == 1
         )
         kernel = "cudnn" if fits and backend() == "gpu" else "xla"
     if kernel == "cudnn":
-        if cap:
+        if logit_softcap:
             raise InputError("attention: cuDNN has no capped scores; take --attention auto")
         mask = None if mask_BTS is None else mask_BTS[:, None]
         return jax.nn.dot_product_attention(
             q_BTNH, k_BSKH, v_BSKH, mask=mask, scale=scale, is_causal=mask is None, implementation="cudnn"
         )
-    return (reference if kernel == "reference" else blocked)(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale, cap, ahead)
+    return (reference_attention if kernel == "reference" else blocked_attention)(
+        q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale, logit_softcap, kv_offset
+    )
 
 
-def causal(T: int, S: int) -> Array:
+def causal_mask(T: int, S: int) -> Array:
     """Mask [1, T, S] of a row that is one document."""
     return (jnp.arange(T)[:, None] + S - T >= jnp.arange(S))[None]
 
 
-def soft_capped(scores: Array, cap: float) -> Array:
-    """cap tanh(scores / cap), or the scores if cap is 0."""
-    return cap * jnp.tanh(scores / cap) if cap else scores
+def soft_cap(scores: Array, logit_softcap: float) -> Array:
+    """logit_softcap tanh(scores / logit_softcap), or the scores if logit_softcap is 0."""
+    return logit_softcap * jnp.tanh(scores / logit_softcap) if logit_softcap else scores
 
 
-def reference(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array | None, scale: float, cap: float,
-              ahead: int | None = 0) -> Array:  # fmt: skip
+def reference_attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array | None, scale: float, logit_softcap: float,
+              kv_offset: int | None = 0) -> Array:  # fmt: skip
     """The definition, which the other kernels are tested against."""
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    scores = soft_capped(scores * scale, cap)
-    mask_BTS = causal(T, S) if mask_BTS is None else mask_BTS
+    scores = soft_cap(scores * scale, logit_softcap)
+    mask_BTS = causal_mask(T, S) if mask_BTS is None else mask_BTS
     weights = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], scores, -1e30), axis=-1).astype(v_BSKH.dtype)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(B, T, N, H)
 
 
-def blocked(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array | None, scale: float, cap: float,
-            ahead: int | None = 0) -> Array:  # fmt: skip
+def blocked_attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array | None, scale: float, logit_softcap: float,
+            kv_offset: int | None = 0) -> Array:  # fmt: skip
     """The same in blocks of queries, each over the keys it can see, divided by the softmax's sum after the product.
 
     Measured 3 times faster than the definition on a CPU (T 256); half the FLOPs and memory for long rows anywhere.
@@ -90,39 +97,41 @@ def blocked(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array | None,
     q_BKZGTH = (q_BTNH * scale).reshape(B, Z, T // Z, K, N // K, H).transpose(0, 3, 1, 4, 2, 5)
     k_BSKH, v_BSKH = (constrain(x, KEEP, None, KEEP, KEEP) if Z > 1 else x for x in (k_BSKH, v_BSKH))
     k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
-    mask_BTS = causal(T, S) if mask_BTS is None else mask_BTS
+    mask_BTS = causal_mask(T, S) if mask_BTS is None else mask_BTS
     mask_BZTS = mask_BTS.reshape(-1, Z, T // Z, S)
-    C = T // Z if ahead is None or Z > 1 else _block(T)
+    C = T // Z if kv_offset is None or Z > 1 else _block(T)
     product = _by_parts if T * S >= LONG else _product
     out = []
     for t in range(0, T // Z, C):
-        end = S if ahead is None or Z > 1 else min(t + C + ahead, S)
+        end = S if kv_offset is None or Z > 1 else min(t + C + kv_offset, S)
         block = q_BKZGTH[..., t : t + C, :], k_BKSH[:, :, :end], v_BKSH[:, :, :end]
-        out.append(product(*block, mask_BZTS[:, :, t : t + C, :end], cap))
+        out.append(product(*block, mask_BZTS[:, :, t : t + C, :end], logit_softcap))
     out_BKZGTH = out[0] if len(out) == 1 else jnp.concatenate(out, axis=4)
     return out_BKZGTH.transpose(0, 2, 4, 1, 3, 5).reshape(B, T, N, H)
 
 
-def _by_parts(q_BKZGCH: Array, k_BKSH: Array, v_BKSH: Array, seen_BZCS: Array, cap: float) -> Array:
+def _by_parts(q_BKZGCH: Array, k_BKSH: Array, v_BKSH: Array, seen_BZCS: Array, logit_softcap: float) -> Array:
     """A block's product in parts, one in memory at a time, made again in the backward pass: for long rows."""
     C = q_BKZGCH.shape[4]
     W = next(w for w in range(min(C, PART), 0, -1) if C % w == 0)
     q = jnp.moveaxis(q_BKZGCH.reshape(*q_BKZGCH.shape[:4], C // W, W, -1), 4, 0)
     seen = jnp.moveaxis(seen_BZCS.reshape(*seen_BZCS.shape[:2], C // W, W, -1), 2, 0)
-    part = jax.checkpoint(lambda at: _product(at[0], k_BKSH, v_BKSH, at[1], cap))
+    part = jax.checkpoint(lambda at: _product(at[0], k_BKSH, v_BKSH, at[1], logit_softcap))
     return jnp.moveaxis(jax.lax.map(part, (q, seen)), 0, 4).reshape(q_BKZGCH.shape)
 
 
-def _product(q_BKZGCH: Array, k_BKSH: Array, v_BKSH: Array, seen_BZCS: Array, cap: float) -> Array:
+def _product(q_BKZGCH: Array, k_BKSH: Array, v_BKSH: Array, seen_BZCS: Array, logit_softcap: float) -> Array:
     B, K, Z, G, C, H = q_BKZGCH.shape
     S = k_BKSH.shape[2]
     seen_B1XS = jnp.broadcast_to(seen_BZCS[:, None, :, None], (B, 1, Z, G, C, S)).reshape(B, 1, -1, S)
-    return _softmax_product(q_BKZGCH.reshape(B, K, -1, H), k_BKSH, v_BKSH, seen_B1XS, cap).reshape(q_BKZGCH.shape)
+    return _softmax_product(q_BKZGCH.reshape(B, K, -1, H), k_BKSH, v_BKSH, seen_B1XS, logit_softcap).reshape(
+        q_BKZGCH.shape
+    )
 
 
-def _softmax_product(q_BKXH: Array, k_BKSH: Array, v_BKSH: Array, seen_BKXS: Array, cap: float) -> Array:
+def _softmax_product(q_BKXH: Array, k_BKSH: Array, v_BKSH: Array, seen_BKXS: Array, logit_softcap: float) -> Array:
     scores = jnp.einsum("BKXH,BKSH->BKXS", q_BKXH, k_BKSH, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen_BKXS, soft_capped(scores, cap), -1e30)
+    scores = jnp.where(seen_BKXS, soft_cap(scores, logit_softcap), -1e30)
     # The softmax does not change with the shift, so the shift needs no gradient.
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1, keepdims=True)

@@ -14,8 +14,8 @@ from .. import InputError
 from ..bounds import Bounds, Checked
 from .attention import PAD
 from .config import Config
-from .layers import check_room
-from .sharding import fetch
+from .layers import check_prompt_lengths
+from .sharding import to_host
 from .transformer import Context, Transformer, forward
 
 
@@ -33,20 +33,20 @@ class Sampling(Checked):
             raise InputError(f"--temperature {self.temperature}: wanted 0 (greedy), or 1e-5 or more")
 
 
-def sample(key: Array, logits_BV: Array, how: Sampling, allowed_V: Any = None) -> Array:
+def sample(key: Array, logits_BV: Array, sampling: Sampling, allowed_V: Any = None) -> Array:
     """The next token ids [B], of those that `allowed_V` (bool, None: all) allows."""
     if allowed_V is not None:
         logits_BV = jnp.where(allowed_V, logits_BV, -jnp.inf)
-    if how.temperature == 0:
+    if sampling.temperature == 0:
         return logits_BV.argmax(-1).astype(jnp.int32)
-    logits_BV = logits_BV.astype(jnp.float32) / how.temperature
+    logits_BV = logits_BV.astype(jnp.float32) / sampling.temperature
     ranked = jnp.sort(logits_BV, axis=-1, descending=True)
-    if 0 < how.top_k < logits_BV.shape[-1]:
-        logits_BV = jnp.where(logits_BV < ranked[:, how.top_k - 1 : how.top_k], -jnp.inf, logits_BV)
+    if 0 < sampling.top_k < logits_BV.shape[-1]:
+        logits_BV = jnp.where(logits_BV < ranked[:, sampling.top_k - 1 : sampling.top_k], -jnp.inf, logits_BV)
         ranked = jnp.sort(logits_BV, axis=-1, descending=True)
-    if how.top_p < 1:
+    if sampling.top_p < 1:
         mass = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)
-        kept = jnp.sum(mass < how.top_p, axis=-1, keepdims=True)  # the index of the last token inside the nucleus
+        kept = jnp.sum(mass < sampling.top_p, axis=-1, keepdims=True)  # the index of the last token inside the nucleus
         logits_BV = jnp.where(logits_BV < jnp.take_along_axis(ranked, kept, axis=-1), -jnp.inf, logits_BV)
     return jax.random.categorical(key, logits_BV).astype(jnp.int32)
 
@@ -64,7 +64,7 @@ def empty_cache(config: Config, B: int, S: int) -> dict[str, Any]:
 
 
 def decode(model: Transformer, params: Any, past: Any, ids_BT: Array, lengths_B: Array, key: Array, allowed_V: Any,
-           new: int, stop: tuple[int, ...], how: Sampling, tokens: int) -> Array:  # fmt: skip
+           new: int, stop: tuple[int, ...], sampling: Sampling, tokens: int) -> Array:  # fmt: skip
     """ids [B, new] behind prompts that are padded to T: one prefill, then a token of each row a step."""
     B, T = ids_BT.shape
     context = Context(tokens, past)
@@ -77,7 +77,7 @@ def decode(model: Transformer, params: Any, past: Any, ids_BT: Array, lengths_B:
 
     def step(state: Any) -> Any:
         i, logits, cache, done, out = state
-        token = jnp.where(done, stop[0] if stop else 0, sample(jax.random.fold_in(key, i), logits, how, allowed_V))
+        token = jnp.where(done, stop[0] if stop else 0, sample(jax.random.fold_in(key, i), logits, sampling, allowed_V))
         out = out.at[:, i].set(token)
         done = done | jnp.isin(token, jnp.array(stop or (-1,)))
         at = (lengths_B + i)[:, None]
@@ -90,17 +90,17 @@ def decode(model: Transformer, params: Any, past: Any, ids_BT: Array, lengths_B:
     return jax.lax.while_loop(lambda s: (s[0] < new) & ~s[3].all(), step, start)[-1]
 
 
-STATIC = ("model", "new", "stop", "how", "tokens")
+STATIC = ("model", "new", "stop", "sampling", "tokens")
 _decode = partial(jax.jit, static_argnames=STATIC)(decode)
 
 
 def generate(
     model: Transformer, params: Any, prompts: Sequence[Sequence[int]], new: int, *, stop: Sequence[int] = (),
-    how: Sampling | None = None, key: Array | None = None, allowed_V: Any = None, context: Context | None = None,
-    pad_to: int = 32, by: Callable[..., Array] = _decode,
+    sampling: Sampling | None = None, key: Array | None = None, allowed_V: Any = None, context: Context | None = None,
+    pad_to: int = 32, decode_fn: Callable[..., Array] = _decode,
 ) -> list[list[int]]:  # fmt: skip
     """Up to `new` token ids behind each prompt, cut before the first stop token. `params` may be bound, or whatever
-    `by`, which stands for `decode`, takes for them.
+    `decode_fn`, which stands for `decode`, takes for them.
 
     Prompts are padded on the right to a multiple of `pad_to`, so that few shapes compile. allowed_V: the ids that may
     be written (bool, None: all); a table may have rows that no token has (`Tokenizer.has_token`).
@@ -114,8 +114,8 @@ def generate(
                          "tokenizer is not the one that the model was trained with")  # fmt: skip
     if new < 1:
         raise InputError(f"{new} new tokens: wanted 1 or more")
-    key, how, P = jax.random.key(0) if key is None else key, how or Sampling(), context.length
-    check_room(model.config, prompts, new, P)
+    key, sampling, P = jax.random.key(0) if key is None else key, sampling or Sampling(), context.length
+    check_prompt_lengths(model.config, prompts, new, P)
 
     def run(prompts: Sequence[Sequence[int]], new: int, key: Array) -> list[list[int]]:
         longest = max(map(len, prompts))
@@ -124,8 +124,10 @@ def generate(
         for row, prompt in zip(ids, prompts, strict=True):
             row[: len(prompt)] = prompt
         lengths = np.array([len(p) for p in prompts], np.int32)
-        out = by(model, params, context.past, ids, lengths, key, allowed_V, new, tuple(stop), how, context.tokens)
-        return [_cut(row, stop) for row in fetch(out).tolist()]
+        out = decode_fn(
+            model, params, context.past, ids, lengths, key, allowed_V, new, tuple(stop), sampling, context.tokens
+        )
+        return [_cut(row, stop) for row in to_host(out).tolist()]
 
     edge = _turning_point(model.config) - P
     if all(len(p) > edge or len(p) + new <= edge for p in prompts):

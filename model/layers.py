@@ -13,10 +13,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from .. import InputError
 from .attention import attend
-from .config import Config, initial
+from .config import Config, init_parameter
 from .rope import rotate
 from .sharding import constrain
-from .tree import canonical
+from .tree import name_and_layers
 from .weight import matmul
 
 
@@ -28,16 +28,16 @@ class Part(nn.Module):
     def leaf(self, name: str, *shape: int) -> Any:
         """The parameter `name` as it is stored; made when initialising, so no shape check meets a weight node."""
         if self.is_initializing():
-            path, _ = canonical("/".join((*self.scope.path, name)))  # type: ignore[union-attr]
-            return self.param(name, lambda key: initial(self.config, path, key, shape))
+            path, _ = name_and_layers("/".join((*self.scope.path, name)))  # type: ignore[union-attr]
+            return self.param(name, lambda key: init_parameter(self.config, path, key, shape))
         return self.get_variable("params", name)
 
     def bias(self, y: Array, name: str, on: bool) -> Array:
         return y + self.leaf(name, y.shape[-1]).astype(y.dtype) if on else y
 
-    def beside(self, y: Array, x: Array) -> Array:
+    def parallel_adapter(self, y: Array, x: Array) -> Array:
         """The sublayer's output y for its input x, plus x @ w of a weight that a method bound beside it."""
-        w = self.get_variable("params", "beside")
+        w = self.get_variable("params", "parallel_adapter")
         return y if w is None else y + matmul(x, w)
 
 
@@ -76,14 +76,14 @@ class Attention(Part):
         if index is not None:
             k, v = self.cached("k", k, index), self.cached("v", v, index)
         if self.has_variable("past", "k"):
-            k, v = self.behind_past("k", k), self.behind_past("v", v)
-        ahead = k.shape[1] - T if index is None else None
-        y = attend(q, k, v, view.mask_BTS, c.attention, ahead, c.query_scale, c.attn_cap)
+            k, v = self.prepend_past("k", k), self.prepend_past("v", v)
+        kv_offset = k.shape[1] - T if index is None else None
+        y = attend(q, k, v, view.mask_BTS, c.attention, kv_offset, c.query_scale, c.attn_cap)
         y = checkpoint_name(y.reshape(B, T, c.N * c.H), "attention")
         seen = None if prompt is None else self.prompted(q, prompt, norms.get("k"))
-        y = y if seen is None or prompt.behind else y + seen
+        y = y if seen is None or prompt.after_output_proj else y + seen
         y = self.bias(matmul(y, self.leaf("o", c.N * c.H, c.D)), "o_bias", c.o_bias)
-        return self.beside(y if seen is None or not prompt.behind else y + seen, x_BTD)
+        return self.parallel_adapter(y if seen is None or not prompt.after_output_proj else y + seen, x_BTD)
 
     def projected(self, x: Array) -> list[Array]:
         """Queries [..., N*H], keys and values [..., K*H] of states [..., D]."""
@@ -107,7 +107,7 @@ class Attention(Part):
         c, (B, T, _, _) = self.config, q_BTNH.shape
         _, k, v = self.projected(w.prompt.astype(q_BTNH.dtype)[None])
         mask, (k, v) = jnp.ones((1, 1, 1), bool), (self.heads(k, norm), self.heads(v))
-        y = attend(q_BTNH, k, v, mask, "reference", scale=c.query_scale, cap=c.attn_cap)
+        y = attend(q_BTNH, k, v, mask, "reference", scale=c.query_scale, logit_softcap=c.attn_cap)
         return w.gate.astype(y.dtype) * y.reshape(B, T, c.N * c.H)
 
     def cached(self, name: str, new_BTKH: Array, index: Array) -> Array:
@@ -117,7 +117,7 @@ class Attention(Part):
         self.put_variable("cache", name, cache)
         return cache
 
-    def behind_past(self, name: str, x_BSKH: Array) -> Array:
+    def prepend_past(self, name: str, x_BSKH: Array) -> Array:
         """Prepend the learned past [P, K*H], the same for every row."""
         B, _, K, H = x_BSKH.shape
         past_PKH = self.get_variable("past", name).astype(x_BSKH.dtype).reshape(-1, K, H)
@@ -139,10 +139,10 @@ class MLP(Part):
             y = act(self.bias(matmul(x_BTD, self.leaf("gate", c.D, c.F)), "gate_bias", c.mlp_bias)) * y
         else:
             y = act(y)
-        return self.beside(self.bias(matmul(y, self.leaf("down", c.F, c.D)), "down_bias", c.mlp_bias), x_BTD)
+        return self.parallel_adapter(self.bias(matmul(y, self.leaf("down", c.F, c.D)), "down_bias", c.mlp_bias), x_BTD)
 
 
-def room(config: Config, virtual: int = 0) -> int:
+def max_text_length(config: Config, virtual: int = 0) -> int:
     """How many positions a text may take: the context, less the virtual tokens before it where positions are learned;
     no limit where RoPE stretches as the text grows (dynamic)."""
     if config.rope is not None and config.rope.kind == "dynamic":
@@ -150,11 +150,11 @@ def room(config: Config, virtual: int = 0) -> int:
     return config.context - (virtual if config.learned_positions else 0)
 
 
-def check_room(
+def check_prompt_lengths(
     config: Config, prompts: Sequence[Sequence[int]], more: int, virtual: int = 0, where: Sequence[str] = ()
 ) -> None:
     """InputError naming the first of the prompts that, with `more` tokens behind it, is longer than `room`."""
-    most = room(config, virtual)
+    most = max_text_length(config, virtual)
     for i, prompt in enumerate(prompts):
         if len(prompt) + more > most:
             name = where[i] if where else f"prompt {i + 1}"

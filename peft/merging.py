@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import InputError
-from ..model.tree import canonical, is_stacked, named, nested, replace, split_layer_index
+from ..model.tree import is_stacked, name_and_layers, named, nested, replace, split_layer_index
 from .base import Method, fold
 from .masks import Where
 from .methods.lora import LoRA, LoRAWeight
@@ -193,7 +193,7 @@ def _by_path(deltas: Sequence[Delta], weights: Sequence[Any] | None) -> Iterator
 
 def _target(key: str, array: Array) -> Target:
     """The Target of a key of a delta, or of a method's tree, whose array this is."""
-    (name, layers), stacked = canonical(key), is_stacked(key)
+    (name, layers), stacked = name_and_layers(key), is_stacked(key)
     layers = range(len(array)) if stacked and layers is None else layers
     return Target(key, split_layer_index(key)[0], name, layers, stacked, array.shape[stacked:])
 
@@ -229,5 +229,5 @@ def _scaled(method: LoRA, trainable: Any, params: Any) -> dict[str, tuple[Array,
 
 def _rule(key: str) -> str:
     """The rule that picks what a key names: `layers/[0:2]/attn/q` of `layers/attn/q[0:2]` or of `layers/0/attn/q`."""
-    name, layers = canonical(key)
+    name, layers = name_and_layers(key)
     return name.replace("layers/", f"layers/[{layers.start}:{layers.stop}]/", 1) if layers else name

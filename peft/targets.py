@@ -13,7 +13,7 @@ from jax import Array
 
 from .. import InputError
 from ..model import Weight
-from ..model.tree import Rules, canonical, is_stacked, match, named, replace, runs, split_layer_index
+from ..model.tree import Rules, is_stacked, match_rules, name_and_layers, named, replace, split_layer_index, true_ranges
 from .masks import Where, select
 
 
@@ -59,7 +59,7 @@ def targets(where: Where, params: Any, ndim: int | None = None, what: str = "met
     """The arrays that `where` picks, by layer range; ndim asks for matrices (2) and makes anything else an error."""
     flat = named(params)
     for path, ranges in select(where, params).items():
-        name, layers = canonical(path)
+        name, layers = name_and_layers(path)
         stacked = is_stacked(path)
         shape = flat[path].shape[1:] if stacked else flat[path].shape
         if ndim is not None and len(shape) != ndim:
@@ -199,7 +199,7 @@ def group_by_value(
     rules: Rules, default: Any, found: Iterator[Target], params: Any, what: str
 ) -> Iterator[tuple[Target, Any]]:
     """(target, the value that the rules give it): layers of one stack are apart where their values differ."""
-    values = match(rules, params, default=default, what=what) if rules else {}
+    values = match_rules(rules, params, default=default, what=what) if rules else {}
     for t in found:
         row = values.get(t.path, [default])
         row = row * t.layers.stop if t.stacked and len(row) == 1 else row  # type: ignore[union-attr]
@@ -208,7 +208,7 @@ def group_by_value(
             yield t, picked[0]
             continue
         for value in dict.fromkeys(picked):
-            for a, b in runs([i in t.layers and v == value for i, v in enumerate(row)]):  # type: ignore[operator]
+            for a, b in true_ranges([i in t.layers and v == value for i, v in enumerate(row)]):  # type: ignore[operator]
                 yield t._replace(key=f"{t.path}[{a}:{b}]", layers=range(a, b)), value
 
 
@@ -217,6 +217,6 @@ def layer_values(rules: Rules, default: float, params: Any, key: str, what: str)
     if not rules:
         return default
     path, layers = split_layer_index(key)
-    row = match(rules, params, default=default, what=what)[path]
+    row = match_rules(rules, params, default=default, what=what)[path]
     row = row[slice(*layers)] if layers and len(row) > 1 else row
     return row[0] if len(set(row)) == 1 else jnp.array(row)[:, None, None]

@@ -23,7 +23,7 @@ from graftax.data.sources import Document, documents, is_held_out, rows
 from graftax.data.tasks.base import file_task
 from graftax.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 from graftax.model import Rope
-from graftax.model.hf.files import nearest_folder
+from graftax.model.hf.files import did_you_mean_folder
 from graftax.peft.methods.oft import nearest_divisor
 from graftax.train import harness
 from graftax.train.cli import main
@@ -624,7 +624,7 @@ def test_a_misspelt_folder_is_not_looked_for_on_the_hub(args, base, tmp_path, mo
     with pytest.raises(SystemExit):
         main([*args.split(), base])
     assert "; did you mean runs/embedded?" in capsys.readouterr().err.splitlines()[-1]
-    assert not nearest_folder("runs/embedded-2")  # names of models differ by numbers
+    assert not did_you_mean_folder("runs/embedded-2")  # names of models differ by numbers
 
 
 def test_what_does_not_fit_the_steps(base):

@@ -22,7 +22,7 @@ from graftax.data.tasks.base import tasks
 from graftax.data.tokenizers import chat
 from graftax.data.tokenizers.tokenizer import load_tokenizer
 from graftax.model import pattern
-from graftax.model.hf.files import fetch, header, index, shards
+from graftax.model.hf.files import fetch_checkpoint, read_header, read_index, shard_names
 from graftax.peft import hf as adapters
 from graftax.train import cli
 from graftax.train.caches import cache_folder
@@ -73,8 +73,8 @@ def test_an_index_that_names_a_file_elsewhere(name, tmp_path):
     listed = tmp_path / "model.safetensors.index.json"
     listed.write_text(json.dumps({"weight_map": {"a": name}}))
     words = (f"{listed}: names the file {name!r}", "a plain name of a .safetensors file beside it is wanted")
-    said(lambda: shards(listed), *words)
-    said(lambda: index(tmp_path), *words)
+    said(lambda: shard_names(listed), *words)
+    said(lambda: read_index(tmp_path), *words)
 
 
 def test_names_in_an_archive_are_not_followed(public, tmp_path):  # noqa: F811
@@ -96,7 +96,7 @@ def test_no_pickle_is_read(tmp_path):
     for name in ("pytorch_model.bin", "adapter_model.bin", "x.pkl"):
         (here / name).write_bytes(pickle.dumps(Trap(trap)))
     (here / CONFIG).write_text("{}")
-    said(lambda: index(here), ".bin is a pickle, which runs code when it is read", "safe_serialization")
+    said(lambda: read_index(here), ".bin is a pickle, which runs code when it is read", "safe_serialization")
     said(lambda: adapters.read(here), ".bin is a pickle, which can run code", "safe_serialization=True")
     said(lambda: list(documents(str(here / "x.pkl"))), "x.pkl: arrays or a pickle", "a file of text is wanted")
     array = np.array([Trap(trap)], object)
@@ -161,7 +161,7 @@ def test_a_bad_header(name, tmp_path):
     length = 1 << 60 if size < 0 else len(head or b"")
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"\0" * 4 if head is None else struct.pack("<Q", length) + head + bytes(max(size, 0)))
-    said(lambda: header(path), f"{path}: not a whole safetensors file (", "fetch it again")
+    said(lambda: read_header(path), f"{path}: not a whole safetensors file (", "fetch it again")
 
 
 def arrays(**changes):
@@ -328,7 +328,7 @@ ADAPTERS = {  # name: (what is done to its tensors, changed keys, words)
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_bad_adapter(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(pattern, "SECONDS", 0.05)
+    monkeypatch.setattr(pattern, "TIME_LIMIT", 0.05)
     change, keys, words = ADAPTERS[name]
     config, _, params = base("llama")
     folder = changed("llama_lora", tmp_path / "bad", change, **keys)
@@ -353,7 +353,9 @@ def test_a_token_is_in_no_file_no_message_and_no_help(tmp_path, monkeypatch, cap
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert "verysecret" not in said(lambda: fetch("some/model"), "some/model: no such folder, and as a hub id")
+    assert "verysecret" not in said(
+        lambda: fetch_checkpoint("some/model"), "some/model: no such folder, and as a hub id"
+    )
     for command in ("finetune", "pretrain", "import"):
         with pytest.raises(SystemExit):
             main([command, "--help"])

@@ -201,8 +201,8 @@ def test_llama_adapter_refuses(base):
         peft.merge(LLaMAAdapter(), base.params, init(LLaMAAdapter()))
     with pytest.raises(InputError, match=r"--method\.layers 0: wanted 1 or more"):
         init(LLaMAAdapter(layers=0))
-    with pytest.raises(InputError, match="behind=True wants heads of 32 together, this base's have 28"):
-        init(LLaMAAdapter(behind=True), variant("gpt2").params)
+    with pytest.raises(InputError, match="after_output_proj=True wants heads of 32 together, this base's have 28"):
+        init(LLaMAAdapter(after_output_proj=True), variant("gpt2").params)
     twice = chain(LLaMAAdapter(), LLaMAAdapter())
     with pytest.raises(InputError, match="layers/attn/prompt has a prompt of an earlier method"):
         twice.bind(base.params, init(twice))
@@ -292,7 +292,7 @@ def test_parallel_of_both_sublayers_and_some_layers(base):
 def test_parallel_refuses(base):
     with pytest.raises(InputError, match="layers/mlp/up ends no sublayer"):
         Parallel(where="layers/mlp/(up|down)").init(jax.random.key(0), base.params)
-    with pytest.raises(InputError, match="layers/mlp/beside: BesideWeight is not linear in x"):
+    with pytest.raises(InputError, match="layers/mlp/parallel_adapter: BesideWeight is not linear in x"):
         peft.merge(Parallel(), base.params, Parallel().init(jax.random.key(0), base.params))
 
 

@@ -17,9 +17,9 @@ from ..data.columns import chat_of
 from ..data.loader import batches
 from ..data.pack import empty_row
 from ..data.sft import encode_examples, render_prompts
-from ..model import Context, Transformer, check_room, token_scores
+from ..model import Context, Transformer, check_prompt_lengths, token_scores
 from ..model.attention import VIRTUAL
-from ..model.sharding import fetch
+from ..model.sharding import to_host
 
 WIDTH = 1024  # positions of a row, if one continuation does not need more
 
@@ -41,7 +41,9 @@ def continuation_losses(
     prompt or tail, and for one that, with the longest tail, exceeds the context."""
     if not all(prompts) or not all(tails):
         raise InputError("a prompt or a continuation is empty: each wants one token or more")
-    check_room(model.config, prompts, max(map(len, tails)) - 1, context.length, where)  # the last token is not read
+    check_prompt_lengths(
+        model.config, prompts, max(map(len, tails)) - 1, context.length, where
+    )  # the last token is not read
     groups, room = _plan(model, prompts, tails)
     n, lead = max(map(len, groups)), max(map(len, prompts)) - 1
     T = -(-(lead + room) // 32) * 32
@@ -59,7 +61,7 @@ def pair_scores(
     T: positions of a row; 0: as many as the longest pair needs. InputError for a pair that exceeds the context.
     """
     for i, (prompt, tail) in enumerate(pairs, 1):
-        check_room(model.config, [prompt], len(tail) - 1, context.length, [f"pair {i}"])
+        check_prompt_lengths(model.config, [prompt], len(tail) - 1, context.length, [f"pair {i}"])
     T = T or -(-max(len(prompt) - 1 + len(tail) for prompt, tail in pairs) // 32) * 32
     rows = [_row(prompt, [tail], T) for prompt, tail in pairs]
     losses, greedy = _of_segments(model, bound, context, rows, 1, batch)
@@ -71,7 +73,7 @@ def _of_segments(model: Any, bound: Any, context: Context, rows: Sequence[Any], 
     found = []
     for b in batches(rows, batch):
         b = {k: b[k] for k in ("ids", "targets", "weights", "segments", "positions")}
-        found.append(jax.tree.map(fetch, _scores(model, bound, context.past, b, context.tokens, n)))
+        found.append(jax.tree.map(to_host, _scores(model, bound, context.past, b, context.tokens, n)))
     return [np.concatenate(some)[: len(rows)] for some in zip(*found, strict=True)]
 
 

@@ -13,8 +13,8 @@ from ..data.columns import chat_of
 from ..data.errors import RAISE, RowErrors
 from ..data.loader import batches
 from ..data.sft import encode_examples, render_prompts
-from ..model import Config, Context, Sampling, Transformer, check_room, generate, token_losses
-from ..model.sharding import fetch
+from ..model import Config, Context, Sampling, Transformer, check_prompt_lengths, generate, token_losses
+from ..model.sharding import to_host
 from .choices import chat_tails, continuation_losses
 
 
@@ -31,7 +31,7 @@ def row_losses(
     found, keys = [], ("ids", "targets", "weights", "segments", "positions")
     for b in batches(rows, batch):
         b = {k: b[k] for k in keys}
-        found.append(fetch(_row_losses(model, bound, context.past, put(b) if put else b, context.tokens)))
+        found.append(to_host(_row_losses(model, bound, context.past, put(b) if put else b, context.tokens)))
     return np.concatenate(found)[: len(rows)]
 
 
@@ -70,7 +70,7 @@ def outputs(
     """What the model answers to each row's prompt, up to `new` tokens."""
     named = chats(rows)
     prompts = render_prompts(named, tokenizer)
-    check_room(model.config, prompts, new, context.length, [where for where, _ in named])
+    check_prompt_lengths(model.config, prompts, new, context.length, [where for where, _ in named])
     return replies(model, bound, context, tokenizer, prompts, new, batch, how, progress)
 
 
@@ -79,14 +79,14 @@ def replies(
     new: int, batch: int = 32, how: Sampling | None = None, progress: Callable[[int], None] = lambda n: None,
 ) -> list[str]:  # fmt: skip
     """What the model writes behind each prompt of ids. All are padded to one length."""
-    check_room(model.config, prompts, new, context.length)
+    check_prompt_lengths(model.config, prompts, new, context.length)
     answers = [""] * len(prompts)
     longest = -(-max(map(len, prompts)) // 32) * 32
     for at in range(0, len(prompts), batch):
         taken = list(range(at, min(at + batch, len(prompts))))
         filled = taken + taken[:1] * (batch - len(taken))  # one batch size compiles once
         ids = generate(model, bound, [prompts[i] for i in filled], new, stop=tokenizer.stops,
-                       allowed_V=tokenizer.has_token(model.config.V), how=how or Sampling(),
+                       allowed_V=tokenizer.has_token(model.config.V), sampling=how or Sampling(),
                        context=context, key=jax.random.key(at), pad_to=longest)  # fmt: skip
         for i, out in zip(taken, ids, strict=False):
             answers[i] = tokenizer.decode(out).strip()
@@ -144,7 +144,7 @@ def answerable(
     def fitting(asked: Iterable[tuple[Any, str, Sequence[int], int]]) -> Iterator[tuple[Any, str, Sequence[int]]]:
         for row, where, ids, new in asked:
             with bad:
-                check_room(config, [ids], new, virtual, [where])
+                check_prompt_lengths(config, [ids], new, virtual, [where])
                 yield row, where, ids
 
     kept = list(fitting(one for one in asked if one[2]))  # each with its own answer

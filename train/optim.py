@@ -10,7 +10,7 @@ import optax
 from jax import Array
 
 from .. import InputError
-from ..model.tree import Rules, is_stacked, match, paths, uniform
+from ..model.tree import Rules, is_stacked, match_rules, one_value_per_array, paths
 from ..peft import Method
 from ..peft.targets import is_on
 from .config import Optim
@@ -74,7 +74,7 @@ def decay_mask(optim: Optim, trainable: Any, method: Method | None = None) -> An
     By `optim.decay_where`, or else for those of two or more axes in a layer of which the method says so.
     """
     if optim.decay_where:
-        return _per_layer(match([(optim.decay_where, 1.0)], trainable, default=0.0, what="decay rule"), trainable)
+        return _per_layer(match_rules([(optim.decay_where, 1.0)], trainable, default=0.0, what="decay rule"), trainable)
     decays = method.decays if method else lambda path: True
     return _by_path(trainable, lambda path, leaf: float(_layer_ndim(path, leaf) >= 2 and decays(path)))
 
@@ -82,7 +82,7 @@ def decay_mask(optim: Optim, trainable: Any, method: Method | None = None) -> An
 def labels(rules: Rules, trainable: Any) -> Any:
     """The label that rules give each leaf of a trainable tree: `optax.partition({label: tx}, labels(rules, trainable))`
     gives groups an optimizer each, where `Optim.groups` gives them a rate each."""
-    found = uniform(match(rules, trainable, what="label"), "label")
+    found = one_value_per_array(match_rules(rules, trainable, what="label"), "label")
     return _by_path(trainable, lambda path, leaf: found[path])
 
 
@@ -117,7 +117,7 @@ def _per_layer(values: dict[str, list[float]], tree: Any) -> Any:
 
 
 def _groups(optim: Optim, trainable: Any) -> Any:
-    return _per_layer(match(optim.groups, trainable, default=1.0, what="rate group"), trainable)
+    return _per_layer(match_rules(optim.groups, trainable, default=1.0, what="rate group"), trainable)
 
 
 def _times(factors: Any) -> optax.GradientTransformation:

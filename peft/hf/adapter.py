@@ -11,7 +11,7 @@ import numpy as np
 
 from ... import InputError
 from ...model import Config
-from ...model.hf.files import empty, header, read_json
+from ...model.hf.files import output_folder, read_header, read_json
 from ...model.pattern import pattern_source
 from ..base import Method
 from .build import build
@@ -68,7 +68,7 @@ def save(
     of the file that `load` took the method from. Raises InputError for a method that HF PEFT does not have, and where
     the tables are in neither of the two (`dataclasses.replace` drops a file's); nothing is left then.
     """
-    folder, whole = empty(folder), config_of(method, trainable, config, base)
+    folder, whole = output_folder(folder), config_of(method, trainable, config, base)
     tensors = named_tensors(config, method, trainable)
     method, trainable = plain(method, trainable, config)
     tensors |= held(method, trainable, config, entries(method, trainable, config), params)
@@ -98,7 +98,7 @@ def read(folder: Path) -> dict[str, np.ndarray]:
         pickled = [p.name for p in folder.glob("*.bin")]
         why = f"{pickled[0]} is a pickle, which can run code: save it with safe_serialization=True" if pickled else ""
         raise InputError(f"{folder}: has no {FILE}{'; ' + why if why else ''}")
-    header(folder / FILE)
+    read_header(folder / FILE)
     from safetensors.flax import load_file
 
     found = {name: np.asarray(x) for name, x in load_file(folder / FILE).items()}

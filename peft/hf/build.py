@@ -6,7 +6,7 @@ from typing import Any
 
 from ... import InputError
 from ...model import Config, shapes_of
-from ...model.pattern import pattern
+from ...model.pattern import compile_pattern
 from ...model.tree import did_you_mean, named
 from ..base import Method, chain
 from .names import Module, family_of, modules, resolve, rules_of, where_of
@@ -45,8 +45,8 @@ def _before_the_text(kind: Kind, c: dict[str, Any], config: Config, where: str) 
     if c["peft_type"] == "PROMPT_TUNING":
         fields["init_from"] = "vocab" if c["prompt_tuning_init"] == "SAMPLE_VOCAB" else "random"
     if c["peft_type"] == "ADAPTION_PROMPT":
-        fields["behind"] = family_of(config) == "gpt2"
-        if config.o_bias and not fields["behind"]:
+        fields["after_output_proj"] = family_of(config) == "gpt2"
+        if config.o_bias and not fields["after_output_proj"]:
             raise InputError(f"{where}: the output of attention has a bias in this base, which HF PEFT adds a second "
                              "time behind an adaption prompt; that is not here")  # fmt: skip
     if c["peft_type"] == "TRAINABLE_TOKENS":
@@ -131,7 +131,9 @@ def _ia3(c: dict[str, Any], picked: Mapping[str, Module], config: Config) -> Met
     if inner is None:
         inner = _FEEDFORWARD.get(family_of(config), ["down_proj"])
     whole = isinstance(inner, str)
-    before = {m for m in picked if (pattern(inner).fullmatch(m) if whole else any(m.endswith(f) for f in inner))}
+    before = {
+        m for m in picked if (compile_pattern(inner).fullmatch(m) if whole else any(m.endswith(f) for f in inner))
+    }
     at = lambda names: where_of([(picked[m].path, picked[m].layer) for m in names], config.L)  # noqa: E731
     return _class("IA3")(where=at([m for m in picked if m not in before]), inner=at([m for m in picked if m in before]))
 

@@ -11,7 +11,7 @@ import numpy as np
 from ... import InputError
 from ...model import Config, shapes_of
 from ...model.hf.families import families
-from ...model.tree import canonical, is_stacked, split_layer_index
+from ...model.tree import is_stacked, name_and_layers, split_layer_index
 from ..base import Chain, Method
 from ..methods.subset import Subset
 from .names import PREFIX, Module, family_of, modules
@@ -67,7 +67,7 @@ def entries(method: Method, structure: Any, config: Config) -> list[Entry]:
     mods, found = modules(config), []
     links = parts(method)
     mains = [(b, m) for b, m in links if is_main(m)]
-    touched = {canonical(key)[0] for b, m in mains for key in (structure[b] if b else structure)}
+    touched = {name_and_layers(key)[0] for b, m in mains for key in (structure[b] if b else structure)}
     for branch, part in links:
         tree = structure[branch] if branch else structure
         for key, arrays in tree.items():
@@ -80,7 +80,7 @@ def entries(method: Method, structure: Any, config: Config) -> list[Entry]:
 
 def _layers(key: str, arrays: Any) -> Iterator[tuple[int | None, tuple[str, int | None]]]:
     """(index into the array, (path, layer of the model)) of each layer that a key holds."""
-    (path, layers), depth = canonical(key), jax.tree.leaves(arrays)[0].shape[0] if jax.tree.leaves(arrays) else 0
+    (path, layers), depth = name_and_layers(key), jax.tree.leaves(arrays)[0].shape[0] if jax.tree.leaves(arrays) else 0
     if not is_stacked(split_layer_index(key)[0]):
         yield None, (path, layers[0] if layers else None)
         return

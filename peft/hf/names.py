@@ -8,8 +8,8 @@ from ... import InputError
 from ...model import Config, shapes_of
 from ...model.hf.config import config_to_hf
 from ...model.hf.families import families
-from ...model.pattern import pattern
-from ...model.tree import did_you_mean, is_stacked, named, runs
+from ...model.pattern import compile_pattern
+from ...model.tree import did_you_mean, is_stacked, named, true_ranges
 
 PREFIX = "base_model.model."
 _QV, _C = ("q_proj", "v_proj"), ("c_attn",)
@@ -80,9 +80,9 @@ def resolve(c: Mapping[str, Any], config: Config, where: str) -> dict[str, Modul
         picked = [m for m in found if _matches(m, wanted) and _layer(m, wanted, c)]
     kept, left_out = _listed(c.get("modules_to_save")), _listed(c.get("exclude_modules"))
     if isinstance(c.get("exclude_modules"), str):
-        picked = [m for m in picked if not pattern(c["exclude_modules"]).fullmatch(m)]
+        picked = [m for m in picked if not compile_pattern(c["exclude_modules"]).fullmatch(m)]
     picked = [m for m in picked if not _matches(m, left_out)]
-    picked = [m for m in picked if not any(pattern(rf"(^|.*\.){k}($|\..*)").match(m) for k in kept)]
+    picked = [m for m in picked if not any(compile_pattern(rf"(^|.*\.){k}($|\..*)").match(m) for k in kept)]
     if not picked:
         names = {m.split(".")[-1] for m in found}
         wanted = wanted if isinstance(wanted, str) else ", ".join(sorted(wanted))
@@ -97,7 +97,7 @@ def _listed(value: Any) -> list[str]:
 def _matches(module: str, wanted: Any) -> bool:
     """HF PEFT's rule: a string is a pattern of the whole path, a list holds paths or their last parts."""
     if isinstance(wanted, str):
-        return pattern(wanted).fullmatch(module)
+        return compile_pattern(wanted).fullmatch(module)
     return any(module == w or module.endswith(f".{w}") for w in wanted)
 
 
@@ -108,20 +108,22 @@ def _layer(module: str, wanted: Any, c: Mapping[str, Any]) -> bool:
         return True
     patterns = c.get("layers_pattern") or []
     for name in [patterns] if isinstance(patterns, str) else patterns or [r"[^.]*"]:
-        if at := pattern(rf"(?:^|.*?\.){name}\.(\d+)\.").match(module):
+        if at := compile_pattern(rf"(?:^|.*?\.){name}\.(\d+)\.").match(module):
             return int(at[1]) in ([only] if isinstance(only, int) else only)
     return False
 
 
 def by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """rank_pattern, alpha_pattern: the value of the first key that is a pattern of the path's end, from a dot on."""
-    return next((v for k, v in (patterns or {}).items() if pattern(rf"(.*\.)?({k})$").match(module)), default)
+    return next((v for k, v in (patterns or {}).items() if compile_pattern(rf"(.*\.)?({k})$").match(module)), default)
 
 
 def by_suffix(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """n_frequency_pattern, block_size_pattern: the same of paths longer than the key, or the path itself."""
     values = patterns or {}
-    return next((v for k, v in values.items() if pattern(rf".*\.{k}$").match(module)), values.get(module, default))
+    return next(
+        (v for k, v in values.items() if compile_pattern(rf".*\.{k}$").match(module)), values.get(module, default)
+    )
 
 
 def rules_of(values: Mapping[tuple[str, int | None], Any], L: int) -> list[tuple[str, Any]]:
@@ -132,7 +134,7 @@ def rules_of(values: Mapping[tuple[str, int | None], Any], L: int) -> list[tuple
     found = []
     for path, row in rows.items():
         for value in dict.fromkeys(row.values()):
-            for start, stop in [(0, L)] if None in row else runs([row.get(i) == value for i in range(L)]):
+            for start, stop in [(0, L)] if None in row else true_ranges([row.get(i) == value for i in range(L)]):
                 whole = None in row or (start, stop) == (0, L)
                 found.append((path if whole else path.replace("layers/", f"layers/[{start}:{stop}]/"), value))
     return found

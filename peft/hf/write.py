@@ -10,7 +10,7 @@ from ... import InputError
 from ...model import Config, shapes_of
 from ...model.hf.families import families
 from ...model.hf.files import split_revision
-from ...model.tree import canonical, is_stacked, match
+from ...model.tree import is_stacked, match_rules, name_and_layers
 from ..base import Method
 from ..masks import select
 from ..methods.encoder import encode
@@ -119,7 +119,7 @@ def _picked(part: Subset, config: Config) -> set[tuple[str, int | None]]:
     ranges = select(part.where, shapes_of(config))
     found: set[tuple[str, int | None]] = set()
     for path, layers in ranges.items():
-        name, one = canonical(path)
+        name, one = name_and_layers(path)
         if is_stacked(path):
             found |= {(name, i) for start, stop in layers for i in range(start, stop)}
         else:
@@ -129,7 +129,7 @@ def _picked(part: Subset, config: Config) -> set[tuple[str, int | None]]:
 
 def _placed(tree: Any, config: Config) -> Iterable[tuple[str, int | None]]:
     for key in tree:
-        path, layers = canonical(key)
+        path, layers = name_and_layers(key)
         for layer in layers or (range(config.L) if is_stacked(path) else [None]):
             yield path, layer
 
@@ -139,7 +139,7 @@ def _settings(kind: Kind, part: Any, place: tuple[str, int | None], config: Conf
     found = {}
     for field in kind.patterns:
         rules = getattr(part, kind.varies.get(field, ""), ())
-        rows = match(rules, shapes_of(config), default=getattr(part, field)) if rules else {}
+        rows = match_rules(rules, shapes_of(config), default=getattr(part, field)) if rules else {}
         row = rows.get(place[0], [getattr(part, field)])
         found[field] = row[(place[1] or 0) if len(row) > 1 else 0]
     return found
@@ -181,7 +181,7 @@ def _leaves(module: str, trainable: Any, mains: list[tuple[str, Method]], config
     for branch, _ in mains:
         tree = trainable[branch] if branch else trainable
         for key, arrays in tree.items():
-            path, layers = canonical(key)
+            path, layers = name_and_layers(key)
             if path == at.path and (layers is None or at.layer in layers):
                 return arrays
     raise KeyError(module)

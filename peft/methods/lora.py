@@ -12,7 +12,7 @@ from jax import Array
 from ... import InputError
 from ...bounds import FINITE, Bounds, Decay, Drawn, Positive, Real, Size
 from ...model import Weight
-from ...model.tree import canonical, named, replace, split_layer_index
+from ...model.tree import name_and_layers, named, replace, split_layer_index
 from ..base import Method
 from ..random_projections import sides
 from ..targets import (
@@ -169,7 +169,7 @@ class LoRAFA(LoRA):
         """The tree of a LoRA, with the A of every target in it."""
 
         def one(key: str, b: Array) -> Array:
-            (path, cut), (name, layers), stacked = split_layer_index(key), canonical(key), b.ndim == 3
+            (path, cut), (name, layers), stacked = split_layer_index(key), name_and_layers(key), b.ndim == 3
             (R, F), (D, _) = b.shape[-2:], sides(params, key)
             t = Target(key, path, name, range(len(b)) if stacked and not cut else layers, stacked, (D, F))
             return each_layer(

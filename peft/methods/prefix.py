@@ -86,7 +86,7 @@ class GatedPrompt(Weight):
 
     prompt: Array  # [P, D]
     gate: Array  # [1]
-    behind: bool = static(default=False)
+    after_output_proj: bool = static(default=False)
 
 
 class LLaMAAdapter(Method):
@@ -101,19 +101,24 @@ class LLaMAAdapter(Method):
 
     tokens: Size = 10
     layers: Count = 30  # the topmost ones, all if there are fewer
-    behind: bool = False  # added behind o, as HF PEFT does in GPT-2
+    after_output_proj: bool = False  # added behind o, as HF PEFT does in GPT-2
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         def one(key: Array, width: int, D: int) -> dict[str, Array]:
-            if self.behind and width != D:
-                raise InputError(f"llamaadapter: behind=True wants heads of {D} together, this base's have {width}")
+            if self.after_output_proj and width != D:
+                raise InputError(
+                    f"llamaadapter: after_output_proj=True wants heads of {D} together, this base's have {width}"
+                )
             return {"prompt": jax.random.normal(key, (self.tokens, D)), "gate": jnp.zeros(1)}
 
         return each_matrix(key, params, f"layers/[-{self.layers}:]/attn/o", one, "llamaadapter", "prompt")
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
         found, flat = iter_full_arrays(params, trainable), named(params)
-        new = {path[:-1] + "prompt": GatedPrompt(**arrays, behind=self.behind) for path, _, arrays in found}
+        new = {
+            path[:-1] + "prompt": GatedPrompt(**arrays, after_output_proj=self.after_output_proj)
+            for path, _, arrays in found
+        }
         if twice := next((path for path in new if path in flat), ""):
             raise InputError(f"chain: {twice} has a prompt of an earlier method; keep one of them")
         return nested(flat | new)

@@ -10,7 +10,7 @@ from jax import Array
 from ... import InputError
 from ...bounds import Drawn, Size
 from ...model import Weight
-from ...model.tree import canonical, is_stacked, split_layer_index
+from ...model.tree import is_stacked, name_and_layers, split_layer_index
 from ..base import Method
 from ..random_projections import recomputed, sides
 from ..targets import Target, each_layer, each_matrix, layer_keys, wrap_weights
@@ -54,7 +54,7 @@ def places(method: SHiRA, params: Any, trainable: Any) -> dict[str, Array]:
     """{target: int32 [2, k], or [L, 2, k]}: rows and columns of W [out, in], HF PEFT's shira_indices."""
 
     def one(key: str, depth: int, k: int) -> Array:
-        (path, _), (name, layers), (D, F) = split_layer_index(key), canonical(key), sides(params, key)
+        (path, _), (name, layers), (D, F) = split_layer_index(key), name_and_layers(key), sides(params, key)
         stacked = is_stacked(path)
         t = Target(key, path, name, layers or (range(depth) if stacked else None), stacked, (D, F))
         keys = layer_keys(jax.random.key(method.seed or 0, impl="threefry2x32"), t, "places")

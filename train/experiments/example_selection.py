@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...model import Transformer, forward
-from ...model.sharding import fetch
+from ...model.sharding import to_host
 from .prompts import asked
 
 Row = dict[str, Any]
@@ -107,7 +107,7 @@ class EmbeddingExamples(RandomExamples):
             ids = np.zeros((size, -(-int(lengths.max()) // 32) * 32), np.int32)
             for j, i in enumerate(which):
                 ids[j, : len(texts[i])] = texts[i]
-            found[which] = fetch(_means(self.model, self.params, ids, lengths))[: len(which)]
+            found[which] = to_host(_means(self.model, self.params, ids, lengths))[: len(which)]
         return found, sum(map(len, texts))
 
 

@@ -14,7 +14,7 @@ from ... import InputError
 from ...data.tokenizers.tokenizer import load_tokenizer
 from ...model import Config, Transformer, hf, presets, shapes_of
 from ...model.backend import target_backend
-from ...model.hf.files import nearest_folder, read_json
+from ...model.hf.files import did_you_mean_folder, read_json
 from ..config import Run, did_you_mean, from_json
 from ..inputs import check_lengths
 from ..program import KEYS, Layout, base_shapes, check_batch, layout, lower
@@ -72,7 +72,7 @@ def config_of(base: str) -> Config:
     if base in presets:
         return presets[base]
     if not Path(base).exists():
-        near = did_you_mean(base, presets) or nearest_folder(base)
+        near = did_you_mean(base, presets) or did_you_mean_folder(base)
         raise InputError(f"--base {base!r} is no preset and no folder here{near}; a plan downloads nothing; presets: "
                          f"{', '.join(presets)}")  # fmt: skip
     if is_hugging_face(base):

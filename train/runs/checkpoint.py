@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import InputError, __version__
-from ...model.tree import canonical, is_stacked, named, paths
+from ...model.tree import is_stacked, name_and_layers, named, paths
 from .. import faults
 from ..cluster import distributed
 from ..progress import console
@@ -33,7 +33,7 @@ def fingerprint(params: Any) -> str:
 
 def leaf_digests(path: str, leaf: Any) -> list[tuple[str, int, str]]:
     """What one parameter gives to the fingerprint: (name, layer, digest) of each layer."""
-    name, layers = canonical(path)
+    name, layers = name_and_layers(path)
     if is_stacked(path):
         first = layers[0] if layers else 0  # of a slice that a method trains
         return [(name, i, digest(layer[0])) for i, layer in enumerate(pieces(leaf, 1), first)]

@@ -12,7 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from ... import InputError
-from ...model.tree import canonical, paths
+from ...model.tree import name_and_layers, paths
 from ..cluster import distributed
 from ..progress import console
 from . import layout
@@ -94,8 +94,8 @@ class CheckpointReader:
         if not relaid:
             _agree(where, wanted, saved)
         target, flat = layout.like(saved, wanted) if relaid else wanted, {}
-        for name in dict.fromkeys(canonical(path)[0] if each else "" for path in wanted):
-            these, of = ({p: x for p, x in t.items() if name in ("", canonical(p)[0])} for t in (target, wanted))
+        for name in dict.fromkeys(name_and_layers(path)[0] if each else "" for path in wanted):
+            these, of = ({p: x for p, x in t.items() if name in ("", name_and_layers(p)[0])} for t in (target, wanted))
             try:
                 found = self._read(where, these, leaves, verify == "full")
             except InputError as error:

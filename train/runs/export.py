@@ -16,7 +16,7 @@ from ...bounds import Bounds, Checked, Positive
 from ...data.tokenizers.added_tokens import add_tokens
 from ...data.tokenizers.sentencepiece_bpe import for_transformers
 from ...model import hf, resize
-from ...model.hf.files import empty, fetch
+from ...model.hf.files import fetch_checkpoint, output_folder
 from ...model.tree import named
 from ...peft import Subset, merge
 from ..config import to_json
@@ -101,7 +101,7 @@ class Merge(Checked):
 
     def run(self) -> dict[str, Any]:
         """Write the merged base; returns where, its fingerprint, and how it compares."""
-        out = empty(self.out)
+        out = output_folder(self.out)
 
         def write(made: Path, params: Any) -> dict[str, Any]:
             came = {"adapter": str(self.folder), "base": got.manifest["base"], "step": got.manifest["step"]}
@@ -133,7 +133,7 @@ class Export(Checked):
 
     def run(self) -> dict[str, Any]:
         """Write, read back, compare; returns where, and how it compares."""
-        out = empty(self.out)
+        out = output_folder(self.out)
 
         def write(made: Path, params: Any) -> dict[str, Any]:
             like, t = origin(got), for_transformers(got.tokenizer)
@@ -188,7 +188,7 @@ def origin(got: Loaded) -> Path | None:
     """The Hugging Face folder that a base came from, changed since or not, if it is still there."""
     name = got.manifest.get("imported", "")
     try:
-        return fetch(name) if name and is_hugging_face(name) else None
+        return fetch_checkpoint(name) if name and is_hugging_face(name) else None
     except InputError:
         return None
 
@@ -210,7 +210,7 @@ class Import(Checked):
         """Write the base; returns where, its fingerprint, and {added token: its id}."""
         if (Path(self.folder) / "checkpoints").is_dir():
             raise InputError(f"{self.folder} is a run directory already: give it to --base as it is")
-        out = empty(self.out)
+        out = output_folder(self.out)
         got = load_hugging_face(self.folder, dtype=self.dtype or None, check=False)
         tokenizer, ids = add_tokens(got.tokenizer, self.add_tokens)
         V = self.resize or max(got.config.V, tokenizer.vocab_size)

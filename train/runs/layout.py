@@ -14,14 +14,14 @@ from jax.sharding import PartitionSpec as P
 from ...model import Config, shapes_of
 from ...model.quantize import quantize
 from ...model.sharding import shardings
-from ...model.tree import canonical, in_layers, paths
+from ...model.tree import in_layers, name_and_layers, paths
 
 Flat = Mapping[str, Any]
 
 
 def parts(path: str, shape: tuple[int, ...]) -> list[tuple[tuple[str, int], int | None]]:
     """[((name, layer), place on the first axis)] of the layers that the array at a path holds; layer -1: none."""
-    name, layers = canonical(path)
+    name, layers = name_and_layers(path)
     unrolled = layers is not None and len(layers) == 1 and name != path and "[" not in path
     if not in_layers(path) or unrolled or not shape:
         return [((name, layers[0] if layers else -1), None)]

@@ -16,11 +16,11 @@ from ...data.mixture import HeldOut
 from ...data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from ...model import Config, Context, Transformer, hf, shapes_of
 from ...model.backend import backend
-from ...model.hf.files import fetch, is_hub_id, nearest_folder
+from ...model.hf.files import did_you_mean_folder, fetch_checkpoint, is_hub_id
 from ...model.pattern import pattern_source
-from ...model.quantize import quantized
+from ...model.quantize import quantize_parameter
 from ...model.sharding import infer_adapter_shardings, shardings
-from ...model.tree import canonical, named, nested
+from ...model.tree import name_and_layers, named, nested
 from ...peft import Method, Subset, merge
 from ..config import Data, Run, check_config_unchanged, from_json, method_to_dict
 from ..inputs import check_rows, check_tokenizer, load_held_out
@@ -104,7 +104,7 @@ def check_run(folder: str | Path) -> Path:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         what = "is no run directory and no Hugging Face model: it has no config.json"
-        gone = f"does not exist{nearest_folder(folder)}"
+        gone = f"does not exist{did_you_mean_folder(folder)}"
         raise InputError(
             f"{folder} {what if folder.exists() else gone}; give the folder that `graftax pretrain` or "
             "`graftax finetune` printed, a folder with config.json and safetensors, or a hub id owner/name"
@@ -128,7 +128,7 @@ def quantize_on_load(kind: str, mesh: Any) -> tuple[Callable[[str, Any], Any], l
 
     def each(path: str, leaf: Any) -> Any:
         found.extend(leaf_digests(path, leaf))
-        return jax.block_until_ready(quantized(path, leaf, kind, mesh=mesh))
+        return jax.block_until_ready(quantize_parameter(path, leaf, kind, mesh=mesh))
 
     return each, found
 
@@ -149,7 +149,7 @@ def load_hugging_face(
     name: str | Path, mesh: Any = None, dtype: Any = None, check: bool = True, layers: str = "", quantize: str = ""
 ) -> Loaded:
     """A Hugging Face checkpoint as a base: parameters on the mesh in the dtype they have on disk, its tokenizer."""
-    began, folder = time.perf_counter(), fetch(str(name))
+    began, folder = time.perf_counter(), fetch_checkpoint(str(name))
     tokenizer = load_tokenizer(folder)
     each, found = quantize_on_load(quantize, mesh) if quantize else (None, [])
     config, params = convert_layout(*hf.load(folder, dtype, mesh, each), layers, mesh, quantize)
@@ -169,8 +169,8 @@ def load_hugging_face(
 
 def _as_written(like: dict[str, Any], leaves: dict[str, Any]) -> dict[str, Any]:
     """A base's shapes in the dtypes it was written with, in whatever layout; what a method trains is fp32."""
-    kinds = {canonical(path)[0]: leaf["dtype"] for path, leaf in leaves.items()}
-    return {p: jax.ShapeDtypeStruct(x.shape, kinds.get(canonical(p)[0], x.dtype)) for p, x in like.items()}
+    kinds = {name_and_layers(path)[0]: leaf["dtype"] for path, leaf in leaves.items()}
+    return {p: jax.ShapeDtypeStruct(x.shape, kinds.get(name_and_layers(p)[0], x.dtype)) for p, x in like.items()}
 
 
 def _chosen(folder: Path, steps: list[int], step: int | None) -> int:

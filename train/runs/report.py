@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...model.quantize import Quantized
-from ...model.tree import canonical, match, named, paths
+from ...model.tree import match_rules, name_and_layers, named, paths
 from ...peft import Chain, Method, masks
 
 
@@ -37,15 +37,15 @@ def stored(params: Any) -> str:
 def rows(method: Method, params: Any, trainable: Any, tx: Any) -> list[dict[str, Any]]:
     """One row a parameter of the base: its size, what trains there, optimizer bytes, and the rule that picked it."""
     added: dict[str, list[tuple[str, Any]]] = {}
-    base = {canonical(path)[0] for path in named(params)}
+    base = {name_and_layers(path)[0] for path in named(params)}
     states = paths(jax.eval_shape(tx.init, trainable))
     for path, leaf in paths(trainable):
-        name = canonical(path)[0]
+        name = name_and_layers(path)[0]
         owner = next((b for b in base if f"/{b}/" in f"/{name}/"), name)
         added.setdefault(owner, []).append((name, leaf))
     found: dict[str, dict[str, Any]] = {}
     for path, leaf in named(params).items():
-        row = found.setdefault(canonical(path)[0], {"base": 0, "bytes": 0})
+        row = found.setdefault(name_and_layers(path)[0], {"base": 0, "bytes": 0})
         row["base"] += leaf.size
         row["bytes"] += nbytes(leaf)
     for name in added:  # of no parameter of the base: a prefix that one MLP makes for all layers
@@ -55,7 +55,7 @@ def rows(method: Method, params: Any, trainable: Any, tx: Any) -> list[dict[str,
         own = added.get(name, [])
         row |= {"name": name, "trains": sum(leaf.size for _, leaf in own), "rule": picked.get(name, "") if own else ""}
         row["optimizer"] = sum(leaf.size * leaf.dtype.itemsize for path, leaf in states
-                               if f"/{name}/" in f"/{canonical(path)[0]}/")  # fmt: skip
+                               if f"/{name}/" in f"/{name_and_layers(path)[0]}/")  # fmt: skip
     return list(found.values())
 
 
@@ -67,8 +67,10 @@ def _picked(method: Method, params: Any) -> dict[str, str]:
     if not where:
         return {}
     rules = [(rule, rule) for rule, value in masks.rules(where) if value]
-    found = match(rules, params, default="")
-    return {canonical(path)[0]: next((v for v in values if v), "") for path, values in found.items() if any(values)}
+    found = match_rules(rules, params, default="")
+    return {
+        name_and_layers(path)[0]: next((v for v in values if v), "") for path, values in found.items() if any(values)
+    }
 
 
 def show(console: Console, title: str, method: Method, params: Any, trainable: Any, tx: Any) -> dict[str, int]:

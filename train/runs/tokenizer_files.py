@@ -8,7 +8,7 @@ from ...data.sft import encode_example
 from ...data.tokenizers.hf_files import GENERATION, TEMPLATE
 from ...data.tokenizers.sentencepiece_bpe import for_transformers
 from ...data.tokenizers.tokenizer import Tokenizer
-from ...model.hf.files import CARRIED, read_json
+from ...model.hf.files import COMPANION_FILES, read_json
 from ..progress import console
 
 PROBE = [("system", " a"), ("user", "b c\n"), ("assistant", "\n  d"), ("user", "1\u00e9"), ("assistant", "e ")]
@@ -20,7 +20,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, chat: bool) -> None:
     generation_config.json lists every id that ends a reply here. chat: where the tokenizer came without a template,
     write the one that graftax tunes with; left out, and said, if its text would give other ids than training had.
     """
-    for name in CARRIED:
+    for name in COMPANION_FILES:
         (folder / name).unlink(missing_ok=True)
     made = for_transformers(tokenizer)
     made.save(folder)
