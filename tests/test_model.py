@@ -150,7 +150,7 @@ def test_generation_stops_and_refuses(base):
     prompt = [[1, 2, 3]]
     free = generate(base.model, base.params, prompt, 6, pad_to=16)[0]
     assert generate(base.model, base.params, prompt, 6, stop=(free[2],), pad_to=16)[0] == free[: free.index(free[2])]
-    with pytest.raises(InputError, match="60 tokens and 6 behind it exceed the model's context of 64"):
+    with pytest.raises(InputError, match="60 tokens and 6 after it exceed the model's context of 64"):
         generate(base.model, base.params, [[1] * 60], 6)
     with pytest.raises(InputError, match="empty"):
         generate(base.model, base.params, [[]], 6)
