@@ -14,8 +14,9 @@ from graftax.train.config import Run, to_json
 from graftax.train.loop import train
 from graftax.train.progress import read_metrics
 from graftax.train.runs.checkpoint import CheckpointWriter
-from graftax.train.runs.export import logits_of
-from graftax.train.runs.lineage import KEPT, kept
+from graftax.train.runs.equivalence import run_logits
+from graftax.train.runs.files import LINEAGE
+from graftax.train.runs.lineage import read_lineage
 from graftax.train.runs.load import load_run
 from graftax.train.setup import prepare
 from test_train import adapter, base, examples, kill_at, pretraining, texts, tuning  # noqa: F401
@@ -47,10 +48,10 @@ def test_a_chain_of_phases(adapter, base, examples, tmp_path, capsys):  # noqa: 
 
 def test_a_chain_says_what_became_of_its_runs_and_survives_them(adapter, tmp_path, capsys):  # noqa: F811
     main(["export", str(adapter), "--out", str(tmp_path / "hf")])
-    chain = kept(tmp_path / "hf")
+    chain = read_lineage(tmp_path / "hf")
     assert [r["phase"] for r in chain] == ["pretrain", "finetune"]
     chain[0]["run"], chain[1]["values"] = str(tmp_path / "gone"), "0" * 64
-    (tmp_path / "hf" / KEPT).write_text(json.dumps(chain))
+    (tmp_path / "hf" / LINEAGE).write_text(json.dumps(chain))
     assert [r["today"] for r in lineage(tmp_path / "hf", capsys)] == ["not here", "changed since"]
     assert [r["phase"] for r in load_run(tmp_path / "hf").lineage] == ["pretrain", "finetune", "import"]
     with pytest.raises(SystemExit):
@@ -110,7 +111,7 @@ def test_a_run_on_a_run_that_must_be_computed(pair, base, tmp_path):  # noqa: F8
         folded = peft.merge(lower, params, below)
         return peft.apply(got.model, folded, upper, above, ids)
 
-    logits = logits_of(got, ids)
+    logits = run_logits(got, ids)
     np.testing.assert_allclose(logits, expected(first.params, first.trainable, got.trainable), rtol=1e-4, atol=1e-4)
     if pair == "lora-lora":
         mark, mesh = got.fingerprint, make_mesh((2, 2, 2))

@@ -12,7 +12,7 @@ from graftax import InputError
 from graftax.data.columns import Columns, chat_of
 from graftax.data.errors import RowErrors
 from graftax.data.sft import encode_example, encode_examples, render_prompt, render_prompts, sft_rows
-from graftax.data.tasks.base import row_of
+from graftax.data.tasks.file_task import row_of
 from graftax.data.tokenizers import chat, chat_worker
 from graftax.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
 from graftax.train.choices import chat_tails
@@ -370,7 +370,7 @@ def test_one_refused_chat_costs_no_other(qwen, monkeypatch, words):
     found = list(encode_examples(rows, tok, bad))
     assert [n for n, (ids, _) in enumerate(found) if ids] == good
     assert [found[n] for n in good] == list(encode_examples([rows[n] for n in good], qwen))
-    assert {line.split(":")[2] for line in bad.first} == {"1", "3", "4"}
+    assert {line.split(":")[2] for line in bad.messages} == {"1", "3", "4"}
     assert bad.left_out == 3
     assert [n for n, ids in enumerate(render_prompts(rows, tok, RowErrors("skip", 1.0))) if ids] == good
     with pytest.raises(InputError, match=r"^f:3: message 0 holds"):

@@ -25,8 +25,9 @@ from graftax.train.config import Optim, Run, from_json
 from graftax.train.loop import row_sum, train
 from graftax.train.optim import schedule
 from graftax.train.progress import read_metrics
+from graftax.train.runs import record
 from graftax.train.runs.checkpoint import CheckpointWriter
-from graftax.train.runs.load import load_run, record
+from graftax.train.runs.load import load_run
 from test_faults_input import said
 
 pytestmark = pytest.mark.faults
@@ -147,11 +148,11 @@ def test_what_changed_is_said_in_words(change, words, cut, runs, tmp_path, monke
 
 
 def _rewrite(path, change):
-    from graftax.train.runs.manifest import read_manifest, sealed_manifest
+    from graftax.train.runs.manifest import encode_manifest, read_manifest
 
     manifest = read_manifest(path)
     change(manifest)
-    path.write_text(sealed_manifest(manifest))
+    path.write_text(encode_manifest(manifest))
 
 
 @pytest.mark.parametrize(("change", "words"), [
@@ -499,11 +500,11 @@ def test_zero_steps_and_fewer_rows_than_a_batch(runs, tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize(("which", "words"), [
-    ("equal shapes", ("was tuned on another base than", "give its own with --base")),
-    ("other shapes", ("was tuned on another base than", "give its own with --base")),
+    ("equal shapes", ("was tuned on another base than", "give its base with --base")),
+    ("other shapes", ("was tuned on another base than", "give its base with --base")),
     ("other rank", ("config.json: method.rank is 4, but step 18 was saved with 2", "put that back")),
     ("other model", ("config.json: model.rope.theta is 5000.0, but step 40 was saved with 10000.0",)),
-    ("other tokenizer", ("tokenizer.model", "damaged; put it back")),
+    ("other tokenizer", ("tokenizer.model", "damaged; restore it")),
     ("no tokenizer", ("tokenizer.model is missing",)),
 ])  # fmt: skip
 def test_an_adapter_and_what_it_does_not_fit(which, words, cut, runs, tmp_path):  # noqa: F811

@@ -14,11 +14,12 @@ import huggingface_hub.constants
 import jax
 import numpy as np
 import pytest
+from graftax.data.documents import Document
 from graftax.data.mixture import HeldOut
 from graftax.data.pack import empty_row, tokenize
 from graftax.data.sft import sft_rows
-from graftax.data.sources import Document, documents
-from graftax.data.tasks.base import tasks
+from graftax.data.sources import documents
+from graftax.data.tasks import tasks
 from graftax.data.tokenizers import chat
 from graftax.data.tokenizers.tokenizer import load_tokenizer
 from graftax.model import pattern
@@ -59,11 +60,15 @@ def test_a_link_out_of_a_folder(tmp_path):
     assert [d.text for d in documents(str(folder))] == ["a", "a"]
     link = folder / "b.txt"
     link.symlink_to("../secret")
-    said(lambda: list(documents(str(folder))), f"{link}: a link to ../secret, outside of the folder", "copy it there")
+    said(
+        lambda: list(documents(str(folder))),
+        f"{link}: a link to ../secret, which is outside the folder",
+        "copy it into the folder",
+    )
     assert len(list(documents(f"{folder}/*.txt"))) == 3  # asked for by a pattern
     link.unlink()
     link.symlink_to("gone")
-    said(lambda: list(documents(str(folder))), f"{link}: a link to gone, not in the folder", "is wanted")
+    said(lambda: list(documents(str(folder))), f"{link}: a link to gone, which is missing", "expected a file")
 
 
 @pytest.mark.parametrize(

@@ -319,7 +319,7 @@ REFUSED = {
         "has no weight_map",
     ),
     "no json": (lambda f: (f / "config.json").write_text("{"), "config.json: not readable as JSON"),
-    "twice": (lambda f: (f / "config.json").write_text('{"a": 1, "a": 2}'), "the key 'a' stands twice"),
+    "twice": (lambda f: (f / "config.json").write_text('{"a": 1, "a": 2}'), "duplicate key 'a'"),
 }
 
 

@@ -21,9 +21,11 @@ from graftax.model.tree import named
 from graftax.peft import LoRA, Subset
 from graftax.train.cli import main
 from graftax.train.config import Run, from_json
-from graftax.train.runs.equivalence import compare
+from graftax.train.runs import commands, resume
+from graftax.train.runs.equivalence import compare_logits
 from graftax.train.runs.export import write_base
-from graftax.train.runs.load import Loaded, export, load_run, resume
+from graftax.train.runs.load import load_run
+from graftax.train.runs.loaded import LoadedRun
 from graftax.train.setup import prepare
 from tiny import same
 
@@ -168,7 +170,7 @@ def test_an_adapter_that_rounding_would_lose_is_not_merged(adapter, tmp_path, ca
     for size, out in ((1e-2, "lost"), (0.0, "as_it_begins")):  # without an effect nothing can be lost
         small = jax.tree.map(lambda x, size=size: x * size, got.trainable)
         tuned = dataclasses.replace(got, trainable=small)
-        monkeypatch.setattr(export, "load_run", lambda f, tuned=tuned, **kw: tuned if f == "x" else load_run(f, **kw))
+        monkeypatch.setattr(commands, "load_run", lambda f, tuned=tuned, **kw: tuned if f == "x" else load_run(f, **kw))
         if size:
             line = refused(capsys, "merge", "x", "--out", tmp_path / out)
             assert "% of the adapter's effect" in line
@@ -185,10 +187,10 @@ def test_the_share_of_an_effect_that_is_kept(merged, kept, capsys):
     args = (base + effect, base + merged * effect, 1.0, "x", base)
     if kept is None:
         with pytest.raises(InputError, match="less than half"):
-            compare(*args)
+            compare_logits(*args)
     else:
-        assert compare(*args)["kept"] == pytest.approx(kept, abs=1e-3)
-    assert "kept" not in compare(*args, noise=1e-4)
+        assert compare_logits(*args)["kept"] == pytest.approx(kept, abs=1e-3)
+    assert "kept" not in compare_logits(*args, noise=1e-4)
 
 
 def test_imported_with_more_tokens(hf_base, rows, tmp_path, capsys):
@@ -208,8 +210,9 @@ def test_imported_with_more_tokens(hf_base, rows, tmp_path, capsys):
     data.write_text(rows.read_text().replace("blue", tokens[1]), "utf-8")
     main(["finetune", "sft", "--base", str(tmp_path / "run"), "--data", str(data), "--method", "prompt", "--steps", "1",
           "--no-tensorboard", "--out", str(tmp_path / "tuned"), *SMALL])  # fmt: skip
-    said = f"the data hold tokens that were added to the base: {tokens[1]!r} (id {n + 1}). Prompt does not train their"
-    said += f" embeddings, which stay those of the mean row; --method tokens --method.ids {n + 1}"
+    said = f"the data contain tokens that were added to the base: {tokens[1]!r} (id {n + 1}). "
+    said += "Prompt does not train their embeddings, which keep the values of the mean row; "
+    said += f"--method tokens --method.ids {n + 1}"
     assert said in capsys.readouterr().err
     tuned = load_run(tmp_path / "tuned")
     assert (tuned.config.V, tuned.manifest["added_tokens"]) == (n + 5, got["tokens"])
@@ -236,7 +239,7 @@ def test_a_native_base_is_exported_with_its_tokenizer(tmp_path, capsys):
     config = Config(V=tokenizer.vocab_size, D=32, L=2, N=4, K=2, H=8, F=48, context=64, scan=False)
     params, run = init(config, jax.random.key(0)), Run(phase="pretrain", model=config)
     manifest = {"step": 3, "base": "", "tokenizer": tokenizer.digest}
-    got = Loaded(tmp_path, run, config, params, Subset("all"), {}, tokenizer, {}, manifest)
+    got = LoadedRun(tmp_path, run, config, params, Subset("all"), {}, tokenizer, {}, manifest)
     write_base(tmp_path / "run", got, params, "made", {})
     command(capsys, "export", tmp_path / "run", "--out", tmp_path / "hf")
     said = json.loads((tmp_path / "hf" / "config.json").read_text())

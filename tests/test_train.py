@@ -23,9 +23,9 @@ from graftax.train.flags import take_json
 from graftax.train.inputs import task_of
 from graftax.train.loop import train
 from graftax.train.optim import schedule
-from graftax.train.runs.checkpoint import CheckpointWriter, fingerprint
+from graftax.train.runs.checkpoint import CheckpointWriter
 from graftax.train.runs.load import load_run
-from graftax.train.runs.manifest import sealed_manifest
+from graftax.train.runs.manifest import encode_manifest, fingerprint
 from tiny import CONFIG, close
 
 MODEL = dataclasses.replace(CONFIG, V=400, context=64)
@@ -168,12 +168,12 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
     path.write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=r"manifest.json: not what was written"):
         checkpoints.restore(1, "trainable", tree)
-    path.write_text(sealed_manifest(manifest))
+    path.write_text(encode_manifest(manifest))
     with pytest.raises(InputError, match=r"layers/mlp/up is not what was saved"):
         checkpoints.restore(1, "trainable", tree)
     with pytest.raises(InputError, match=r"has an unexpected layers/mlp/up"):
         checkpoints.restore(1, "trainable", {})
-    with pytest.raises(InputError, match=r"float32\[64\], wanted float32\[32\]"):
+    with pytest.raises(InputError, match=r"float32\[64\], expected float32\[32\]"):
         checkpoints.restore(1, "trainable", {"layers/mlp/up": jax.numpy.arange(32.0)})
     checkpoints.close()
 

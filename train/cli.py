@@ -130,20 +130,23 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], Any]]] = {
     ),
     "eval": ("held-out loss and a task's score of a run: graftax eval RUN", _lazy("Eval")),
     "generate": ("text from a run or a Hugging Face model: graftax generate RUN --prompt TEXT", _lazy("Generate")),
-    "merge": ("fold an adapter into its base, and check: graftax merge RUN --out FOLDER", _lazy("Merge", "export")),
+    "merge": (
+        "fold an adapter into its base, and check: graftax merge RUN --out FOLDER",
+        _lazy("Merge", "runs.commands"),
+    ),
     "import": (
         "a run directory from a Hugging Face model: graftax import FOLDER_OR_HUB_ID --out RUN",
-        _lazy("Import", "export"),
+        _lazy("Import", "runs.commands"),
     ),
     "export": (
         "a Hugging Face folder from a run, checked: graftax export RUN --out FOLDER",
-        _lazy("Export", "export"),
+        _lazy("Export", "runs.commands"),
     ),
     "masks": (
         "what a mask picks of a base, before anything runs: graftax masks RUN_OR_PRESET --where RULE",
         _lazy("Masks"),
     ),
-    "lineage": ("where a run comes from, phase by phase: graftax lineage RUN", _lazy("Lineage", "lineage")),
+    "lineage": ("where a run comes from, phase by phase: graftax lineage RUN", _lazy("Lineage", "runs.commands")),
     "methods": ("the methods, and what each trains on a preset: graftax methods", _lazy("Methods")),
     "tokenizer": ("train a tokenizer: graftax tokenizer SOURCE --out FOLDER", _lazy("Tokenizer")),
 }

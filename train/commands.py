@@ -14,9 +14,12 @@ from .. import InputError, peft
 from ..bounds import Checked, Count, Seed
 from ..data.columns import Columns
 from ..data.errors import RowErrors
+from ..data.fields import text_of
 from ..data.sft import render_prompt
-from ..data.sources import documents, text_of
-from ..data.tasks.base import Task, same_prompts, tasks, whole_task
+from ..data.sources import documents
+from ..data.tasks import tasks
+from ..data.tasks.base import Task
+from ..data.tasks.file_task import same_prompts, whole_task
 from ..data.tokenizers.tokenizer import train_tokenizer
 from ..model import Sampling, generate, presets, shapes_of
 from ..model.hf.files import did_you_mean_folder
@@ -27,8 +30,9 @@ from .inputs import check_file, judged, say, task_of, trained_on
 from .optim import make_optimizer
 from .progress import console
 from .runs import report
-from .runs.export import Verify
-from .runs.load import Loaded, load_run
+from .runs.checkpoint import Verify
+from .runs.load import load_run
+from .runs.loaded import LoadedRun
 
 Arg = Annotated[str, tyro.conf.Positional]
 
@@ -60,7 +64,7 @@ class Eval(Checked):
                               f"bits per byte {v['bits_per_byte']:.4f} (zlib {v['zlib']:.2f})")  # fmt: skip
         return found | (self.score(task, got) if task else {})
 
-    def judged_by(self, got: Loaded) -> Task:
+    def judged_by(self, got: LoadedRun) -> Task:
         """All rows of a file, the test of a named task, or the rows that the run itself was judged by."""
         data = dataclasses.replace(
             got.run.data, root=self.root or got.run.data.root,
@@ -83,7 +87,7 @@ class Eval(Checked):
         say(bad)
         return task
 
-    def score(self, task: Task, got: Loaded) -> dict[str, Any]:
+    def score(self, task: Task, got: LoadedRun) -> dict[str, Any]:
         """{"scores": of a task, "rows": how many rows have been scored}; {} for a task without any."""
         args, rows = got.bound, scored(task, got.tokenizer, self.rows)
         if not rows:

@@ -66,7 +66,7 @@ class Data(Checked):
     FLAGS: ClassVar[str] = "--data."
 
     domains: tuple[tuple[str, str, float], ...] = ()  # (name, source, weight); `five:web` is a domain of five_domains
-    task: str = ""  # fine-tuning: a task's name (see data/tasks.py) or the source of examples (data/sources.py)
+    task: str = ""  # fine-tuning: a task's name (see data/tasks) or the source of examples (data/sources.py)
     valid: str = ""  # fine-tuning on examples: another source, whose rows choose the checkpoint
     test: str = ""  # fine-tuning on examples: another source, whose rows judge the result
     root: str = ""  # the folder that named tasks and five_domains read from

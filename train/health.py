@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import InputError
+from ..atomic import atomic_write
 from ..model.tree import paths
 from .cluster import distributed
 from .config import Run
-from .runs.load import Loaded, load_run
-from .runs.manifest import write_whole
+from .runs.load import load_run
+from .runs.loaded import LoadedRun
 
 
 class Health:
@@ -36,7 +37,7 @@ class Health:
         steps, path = [step for step, _ in self.bad], Path(self.run.out) / "bad_rows.json"
         spikes = sum(spike for _, spike in self.bad)
         if distributed.index() == 0:
-            write_whole(path, json.dumps({"steps": {str(s): self._rows(s) for s in steps}}, indent=1) + "\n")
+            atomic_write(path, json.dumps({"steps": {str(s): self._rows(s) for s in steps}}, indent=1) + "\n")
         what = f"{len(steps) - spikes} not finite" + (f", {spikes} spikes or without targets" if spikes else "")
         raise InputError(
             f"{self.run.out}: steps {steps[0]}-{steps[-1]} in a row were left out ({what}), so the run stops; their "
@@ -58,7 +59,7 @@ def must_be_finite(trainable: Any, step: int, run: Run) -> None:
         )
 
 
-def load_base(run: Run, mesh: Any) -> Loaded:
+def load_base(run: Run, mesh: Any) -> LoadedRun:
     """The base that a run trains on, with a tokenizer whose templates write the run's date.
 
     Raises InputError for a parameter of the base that holds NaN or infinity.

@@ -13,13 +13,17 @@ import numpy as np
 
 from .. import InputError
 from ..data.columns import Columns
+from ..data.documents import Document, is_held_out
 from ..data.errors import RAISE, RowErrors
+from ..data.five_domains import five_domains
 from ..data.mixture import Corpus, HeldOut, pretrain_rows
 from ..data.pack import empty_row
 from ..data.python_library import code, prose
 from ..data.sft import Sft, sft_rows
-from ..data.sources import Document, documents, five_domains, is_held_out
-from ..data.tasks.base import Task, file_task, tasks
+from ..data.sources import documents
+from ..data.tasks import tasks
+from ..data.tasks.base import Task
+from ..data.tasks.file_task import file_task
 from ..data.tokenizers.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from ..model import Config
 from .caches import cache_folder
@@ -48,7 +52,7 @@ def domain_documents(data: Data, bad: RowErrors = RAISE) -> dict[str, Any]:
         elif source in ("embedded:code", "embedded:prose"):
             found[name] = Reiterable(code if source.endswith("code") else prose)
         else:
-            found[name] = Reiterable(lambda source=source: documents(source, bad=bad))
+            found[name] = Reiterable(lambda source=source: documents(source, errors=bad))
     return found
 
 
@@ -136,8 +140,8 @@ def judged(task: Task, tokenizer: Tokenizer, config: Config, virtual: int, bad: 
     rows = task.test or task.valid
     kept = answerable(rows, tokenizer, config, virtual, bad) if rows else []
     if rows and not kept:
-        bad.settle()
-        raise InputError(f"{task.name}: none of the {len(rows)} rows that judge can be used; {bad.first[0]}")
+        bad.check_cap()
+        raise InputError(f"{task.name}: none of the {len(rows)} rows that judge can be used; {bad.messages[0]}")
     return dataclasses.replace(task, test=kept) if task.test else dataclasses.replace(task, valid=kept)
 
 
@@ -155,7 +159,7 @@ def say_parts(task: Task) -> None:
 
 def say(bad: RowErrors, dropped: int = 0) -> None:
     """Say what was left out. InputError if it is more than the cap."""
-    for line in bad.settle():
+    for line in bad.summary():
         console.print(line, soft_wrap=True)
     if dropped:
         console.print(f"left out of training: {dropped:,} that are held out too", soft_wrap=True)

@@ -25,9 +25,9 @@ from .program import KEYS, check_batch, lower
 from .progress import Log, NoLog, console, step_flops
 from .runs import record
 from .runs.checkpoint import CheckpointWriter
-from .runs.checkpoint_reader import sidecars
-from .runs.lineage import code
+from .runs.lineage import code_version
 from .runs.lock import Lock
+from .runs.manifest import describe_sidecars
 from .runs.record import evaluate
 from .runs.resume import check_out, dated, find, restore, same_run
 from .setup import TrainSetup, prepare
@@ -143,7 +143,7 @@ class Runner:
             raise InputError(f"--steps {run.steps}: {folder} is at step {self.first}; raise it, or --resume STEP")
         self.saved, self.pending = at or 0, []
         self.held, self.counted = batch_rows(phase.mesh, run.data.batch)
-        self.loader = Loader(phase.rows, run.data.batch, start=start, held=self.held)
+        self.loader = Loader(phase.rows, run.data.batch, start=start, local_rows=self.held)
         self.put, self.schedule = put_batch(phase.mesh, run.data.batch), schedule(run.optim, run.steps)
         self.health = Health(run, phase.rows, start, self.first)
         told = checkpoints.manifest(at).get("accepted", []) if at is not None else []
@@ -153,7 +153,7 @@ class Runner:
     @cached_property
     def constant(self) -> dict[str, Any]:
         """What the manifests of all checkpoints of this run say alike. Needs the files that the run begins with."""
-        return {"accepted": self.accepted, "sidecars": sidecars(self.folder, self.phase.tokenizer)}
+        return {"accepted": self.accepted, "sidecars": describe_sidecars(self.folder, self.phase.tokenizer)}
 
     def feed(self) -> dict[str, np.ndarray]:
         """The next rows, as this process holds them."""
@@ -241,7 +241,7 @@ def _meta(phase: TrainSetup, loader: Loader, seen: int) -> dict[str, Any]:
         "data": phase.data_digest,
         "rows": phase.facts,
         "seed": phase.run.seed,
-        "code": code(),
+        "code": code_version(),
         "lineage": phase.lineage,
         "added_tokens": phase.added,
         "next_row": loader.state()["next_row"],

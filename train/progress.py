@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from .. import InputError
+from ..atomic import atomic_write
 from .plan.roofline import chip_of
-from .runs.manifest import write_whole
 
 console = Console(stderr=True, highlight=False, markup=False, width=None if sys.stderr.isatty() else 120)
 
@@ -175,7 +175,7 @@ def cut_metrics(folder: Path, step: int) -> None:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-    write_whole(path, "".join(kept))
+    atomic_write(path, "".join(kept))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -202,4 +202,4 @@ def save_figure(figure: Any, path: Path, dpi: int = 130) -> None:
     """A figure as a PNG file, whole or not there."""
     made = io.BytesIO()
     figure.savefig(made, dpi=dpi)
-    write_whole(path, made.getvalue())
+    atomic_write(path, made.getvalue())

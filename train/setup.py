@@ -9,6 +9,7 @@ import jax
 
 from .. import InputError
 from ..model import Config, Transformer, init, shapes_of
+from ..model.layout import set_layout
 from ..model.sharding import shardings
 from ..peft import Chain, Method
 from .cluster import distributed
@@ -18,10 +19,9 @@ from .inputs import check_lengths, corpus_and_tokenizer, say_parts, tuning_rows
 from .program import layout
 from .progress import console
 from .runs import report
-from .runs.added_tokens import untrained
-from .runs.digests import contents
-from .runs.layout import set_layout
-from .runs.load import resolve_path, with_compute_dtype
+from .runs.added_tokens import untrained_tokens
+from .runs.files import folder_digest, resolve_path
+from .runs.load import with_compute_dtype
 from .step import State
 
 
@@ -77,7 +77,7 @@ def _pretraining(run: Run, mesh: Any, work: Path) -> TrainSetup:
 def _tuning(run: Run, mesh: Any, work: Path) -> TrainSetup:
     if not run.base:
         raise InputError("fine-tuning starts from a base: give --base RUN, a Hugging Face folder, or a hub id")
-    distributed.check_agreement("the base", {"base": contents(Path(run.base))})
+    distributed.check_agreement("the base", {"base": folder_digest(Path(run.base))})
     base = load_base(run, mesh)
     config = with_compute_dtype(base.config, run.dtype, run.remat)
     method = resolve_method(run.method, base.tokenizer, run.seed)
@@ -92,7 +92,7 @@ def _tuning(run: Run, mesh: Any, work: Path) -> TrainSetup:
     say_parts(task)
     console.print(f"{task.name}: {rows}, {sft.target_tokens:,} target tokens; {steps} steps", soft_wrap=True)
     params, mark = base.base, base.fingerprint
-    added = untrained(method, params, base.manifest.get("added_tokens", {}), sft.rows)
+    added = untrained_tokens(method, params, base.manifest.get("added_tokens", {}), sft.rows)
     phase = _assemble(run, mesh, config, params, sft.train, sft.digest, base.tokenizer, base.held_out)
     phase.task, phase.base, phase.lineage, phase.added = task, mark, base.lineage, added
     phase.valid = sft.valid

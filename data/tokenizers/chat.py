@@ -90,7 +90,7 @@ def _render(tokenizer: Tokenizer, chats: Chats, prompt: bool, spans: bool, bad: 
                     raise InputError(f"{chats[i][0]}: {name}: {one['error']}")
                 rendered[i] = Rendered(one["text"], [(a, b) for a, b in one["spans"]], one["marked"])
         if left := left[len(done) :]:
-            bad.settle()  # a process that ends takes seconds: not once for every row
+            bad.check_cap()  # a process that ends takes seconds: not once for every row
     return rendered
 
 

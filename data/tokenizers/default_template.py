@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from .tokenizer import ROLES
+from ..dialogue import ROLES
 
 
 def default_template(special: Collection[str]) -> str:

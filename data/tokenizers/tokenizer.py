@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from ... import InputError
+from ..dialogue import ROLES
 from .hf_files import BESIDE, GENERATION, MAIN, collect, read_folder
 
-ROLES = ("system", "user", "assistant")
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 SPECIAL = (PAD, BOS, EOS, *(f"<|{role}|>" for role in ROLES))
 SAMPLE_BYTES = 8 << 20  # what BPE learns from: more costs time and moves few pieces

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ... import InputError
+from ...strict_json import unique_keys
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 COMPANION_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -50,18 +51,10 @@ class Tensor:
                 yield row, rows
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, whose keys must differ: of two equal ones Python keeps the last without a word."""
-    keys = [k for k, _ in pairs]
-    if twice := next((k for k in keys if keys.count(k) > 1), None) if len(set(keys)) < len(keys) else None:
-        raise ValueError(f"the key {twice!r} stands twice")
-    return dict(pairs)
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """An object from a JSON file. InputError: unreadable, no object, or a key twice."""
     try:
-        tree = json.loads(path.read_text("utf-8"), object_pairs_hook=_once)
+        tree = json.loads(path.read_text("utf-8"), object_pairs_hook=unique_keys)
         json.dumps(tree, ensure_ascii=False).encode()  # "\ud800" is valid JSON, and no text
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from None
@@ -195,7 +188,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
             pass
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            tree = json.loads(file.read(size), object_pairs_hook=_once)
+            tree = json.loads(file.read(size), object_pairs_hook=unique_keys)
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({error}); fetch it again") from None
     tree.pop("__metadata__", None)

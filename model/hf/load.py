@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ... import InputError
-from ...atomic import whole_folder
+from ...atomic import atomic_folder
 from ..config import Config
 from ..init import restack, shapes_of
 from ..sharding import shardings
@@ -182,12 +182,13 @@ def _fill(out: np.ndarray, tensor: Tensor, source: Source, ranges: list[range]) 
 
 def save(
     folder: str | Path, config: Config, params: Any, like: str | Path | None = None, shard_bytes: int = 5_000_000_000,
-    **tokens: int | None,
+    tokenizer_files: bool = True, **tokens: int | None,
 ) -> Path:  # fmt: skip
     """Write a base as transformers, vLLM and llama.cpp read it: config.json, shards with an index, tokenizer files.
 
-    `like`: the folder that the base came from; its tokenizer files are carried over, and its config.json is kept where
-    it says the same. `tokens`: what else config.json shall say (bos_token_id=...). Dtypes are those of the parameters.
+    `like`: the folder that the base came from; its config.json is kept where it says the same and, with
+    `tokenizer_files`, its tokenizer files are copied. `tokens`: further entries of config.json (bos_token_id=...).
+    Dtypes are those of the parameters.
     The folder appears when all of it is written.
     Raises InputError for a config that no family expresses and for a folder that is not empty.
     """
@@ -213,10 +214,10 @@ def save(
         return whole.T if turned[name] else whole
 
     kinds = {name: np.dtype(flat[parts[0][0]].dtype) for name, parts in pieces.items()}
-    with whole_folder(folder) as made:
+    with atomic_folder(folder) as made:
         write_tensors(made, {name: (shape, kinds[name]) for name, shape in wanted.items()}, make, shard_bytes)
         (made / "config.json").write_text(json.dumps(tree, indent=2) + "\n", "utf-8")
-        for file in [Path(like) / name for name in COMPANION_FILES] if like else []:
+        for file in [Path(like) / name for name in COMPANION_FILES] if like and tokenizer_files else []:
             if file.is_file():
                 shutil.copyfile(file, made / file.name)
     return folder

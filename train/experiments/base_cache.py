@@ -19,9 +19,11 @@ from ..health import load_base
 from ..inputs import check_lengths, say, say_parts, tuning_rows
 from ..optim import schedule
 from ..program import start
-from ..runs.added_tokens import untrained
+from ..runs.added_tokens import untrained_tokens
 from ..runs.checkpoint import CheckpointWriter
-from ..runs.load import Loaded, resolve_path, with_compute_dtype
+from ..runs.files import resolve_path
+from ..runs.load import with_compute_dtype
+from ..runs.loaded import LoadedRun
 from ..runs.record import rows_loss
 from ..setup import TrainSetup, resolve_method
 from ..step import init_state
@@ -34,13 +36,13 @@ class BaseCache:
     def __init__(self) -> None:
         self.mesh = make_mesh((1, 1, 1), jax.devices()[:1])
         self.whole = NamedSharding(self.mesh, P())
-        self._base: tuple[Any, Loaded] | None = None
+        self._base: tuple[Any, LoadedRun] | None = None
         self._rows: dict[Any, Any] = {}
         self._asked: dict[Any, list[Any]] = {}
         self._before: dict[Any, dict[str, float]] = {}
         self._frozen: tuple[Any, Any] | None = None
 
-    def base(self, run: Run) -> Loaded:
+    def base(self, run: Run) -> LoadedRun:
         """The base of a run."""
         if not run.base:
             raise InputError("a sweep starts from a base: give --base RUN, a Hugging Face folder, or a hub id")
@@ -110,7 +112,7 @@ class BaseCache:
             run, self.mesh, model, run.method, self.frozen(run), state, first.tx, sft.train, sft.digest,
             base.tokenizer, base.held_out, task=task, valid=valid, base=base.fingerprint, totals=sizes,
             facts={"examples": sft.examples, "target tokens": sft.target_tokens}, lineage=base.lineage,
-            added=untrained(run.method, params, base.manifest.get("added_tokens", {}), sft.rows),
+            added=untrained_tokens(run.method, params, base.manifest.get("added_tokens", {}), sft.rows),
         )  # fmt: skip
 
     def frozen(self, run: Run) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from ... import InputError, peft
+from ...atomic import atomic_write
 from ...model import Context
 from ...model.hf.files import read_json
 from ...peft import Method, Subset
@@ -18,9 +19,9 @@ from ..bench.table import cpu
 from ..cluster.signals import Stop
 from ..config import Run, from_json
 from ..progress import clock, console
-from ..runs.checkpoint import CheckpointWriter, versions
-from ..runs.lineage import code, values
-from ..runs.manifest import write_whole
+from ..runs.checkpoint import CheckpointWriter
+from ..runs.lineage import code_version, trained_digest
+from ..runs.manifest import versions
 from .base_cache import BaseCache
 from .results_log import Line, ResultsLog, found
 from .step_costs import costs
@@ -69,7 +70,7 @@ class MethodComparison:
                 "reference": self.reference,
                 "methods": list(self.entries), "factors": list(plan.factors), "seeds": plan.seeds,
                 "rows": [plan.run.data.batch, plan.run.data.T], "rate": plan.run.optim.lr,
-                "machine": f"{threads()} cores, {cpu()}", "versions": versions(), "code": code(),
+                "machine": f"{threads()} cores, {cpu()}", "versions": versions(), "code": code_version(),
             })  # fmt: skip
         self._same(ledger.find(kind="setup")[0], base.fingerprint)
         for exam in self.exams:
@@ -144,7 +145,7 @@ class MethodComparison:
                                  f"steps, with what they are evaluated and scored on, need about {need} minutes; give "
                                  "more, or fewer methods, tasks, seeds, or rows")  # fmt: skip
             said["steps"] = steps
-            write_whole(path, json.dumps(said, indent=1) + "\n")
+            atomic_write(path, json.dumps(said, indent=1) + "\n")
             console.print(f"--budget {plan.budget:g}: {steps} steps a training, {clock(fixed)} for all else")
         elif said["budget"] != plan.budget:
             console.print(f"--budget {plan.budget:g}: changes nothing any more, a training has {said['steps']} steps")
@@ -222,6 +223,6 @@ def _found(cell: Trial) -> Line:
         return line
     line |= {"status": "done", **made}
     manifest = CheckpointWriter(folder / "checkpoints").manifest(cell.run.steps)
-    digests = {"trainable": values(manifest), "rows": manifest["rows_digest"], "data": manifest["data"],
+    digests = {"trainable": trained_digest(manifest), "rows": manifest["rows_digest"], "data": manifest["data"],
                "tokenizer": manifest["tokenizer"]}  # fmt: skip
     return line | {"digests": digests}

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.table import Table
 
+from ...atomic import atomic_write
 from ..progress import clock, console
-from ..runs.manifest import write_whole
 from ..runs.report import size
 from .compare_report import CHOSEN, LOST, TableGrid, facts, judged, label, number, runs, samples, word
 from .learning_curve import Outlook, draw, outlook
@@ -221,7 +221,7 @@ def report(out: Path) -> dict[str, Any]:
     parts += [f"- {name}: {value}" for name, value in facts(lines)]
     parts += [f"- prompts: as {form[0]['form']}, up to {asked['shots']} examples"] if form else []
     parts += ["", "## Trained runs", "", *table(runs(lines)), "", "## Answers", "", *table(samples(lines, task))]
-    write_whole(out / "decision.md", "\n".join(parts) + "\n")
+    atomic_write(out / "decision.md", "\n".join(parts) + "\n")
     shown, few = Table(box=None, pad_edge=False, title=f"{label(task)}: {about['metric']}"), (0, 1, 2, 3, 4, 7, 11)
     for i in few:
         shown.add_column(seen.heads[i], justify="right" if i else "left")

@@ -8,8 +8,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from ...atomic import atomic_write
 from ..progress import read_metrics, save_figure
-from ..runs.manifest import write_whole
 from .compare_report import Finding, TableGrid, expenses, facts, runs, samples
 from .results_log import Line, found
 
@@ -28,8 +28,8 @@ def write(out: Path, lines: list[Line], findings: Sequence[Finding]) -> None:
     template = Path(__file__).with_name("page.html").read_text("utf-8")
     env = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")  # no text ends the script
-    write_whole(out / "report.html", env.from_string(template).render(data=text, axes=COSTS, **parts))
-    write_whole(out / "report.md", markdown(parts, [picture(out, i, f, data[f.task]) for i, f in enumerate(findings)]))
+    atomic_write(out / "report.html", env.from_string(template).render(data=text, axes=COSTS, **parts))
+    atomic_write(out / "report.md", markdown(parts, [picture(out, i, f, data[f.task]) for i, f in enumerate(findings)]))
 
 
 def plotted(out: Path, lines: list[Line], f: Finding) -> dict[str, Any]:

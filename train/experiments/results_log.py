@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import InputError
-from ..runs.manifest import write_whole
+from ...atomic import atomic_write
 
 Line = dict[str, Any]
 
@@ -23,7 +23,7 @@ class ResultsLog:
     def add(self, line: Line) -> Line:
         """One more; the file is whole at any moment."""
         self.lines.append(line)
-        write_whole(self.path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.lines))
+        atomic_write(self.path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.lines))
         return line
 
 

@@ -15,13 +15,14 @@ from ...data.tokenizers.tokenizer import load_tokenizer
 from ...model import Config, Transformer, hf, presets, shapes_of
 from ...model.backend import target_backend
 from ...model.hf.files import did_you_mean_folder, read_json
+from ...model.layout import set_layout as stacked_or_not
 from ..config import Run, did_you_mean, from_json
 from ..inputs import check_lengths
 from ..program import KEYS, Layout, base_shapes, check_batch, layout, lower
 from ..progress import step_flops
 from ..runs.checkpoint import CheckpointWriter
-from ..runs.layout import set_layout as stacked_or_not
-from ..runs.load import check_run, is_hugging_face, with_compute_dtype
+from ..runs.files import check_run, is_hugging_face
+from ..runs.load import with_compute_dtype
 from . import hlo, roofline
 from .estimate import links, shard, traced
 from .topology import Target, silent

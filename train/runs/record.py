@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ... import InputError
+from ...atomic import atomic_write
 from ...model.sharding import put_batch
 from ..cluster import distributed
 from ..config import Run, to_json
@@ -18,7 +19,6 @@ from ..inputs import save_held_out
 from ..progress import console, cut_metrics, plot_losses, read_metrics
 from ..setup import TrainSetup
 from .checkpoint import CheckpointWriter
-from .manifest import write_whole
 
 
 def evaluate(phase: TrainSetup, score: bool = True) -> dict[str, Any]:
@@ -97,8 +97,8 @@ def begin(phase: TrainSetup, folder: Path, checkpoints: CheckpointWriter, step: 
                 if there.exists() and there.read_bytes() != data:
                     console.print(f"{there} was not what this run wrote: written anew", soft_wrap=True)
                 if not there.exists() or there.read_bytes() != data:
-                    write_whole(there, data)
-        write_whole(folder / "config.json", to_json(phase.run))
+                    atomic_write(there, data)
+        atomic_write(folder / "config.json", to_json(phase.run))
         cut_metrics(folder, step)
         checkpoints.tidy()
         for old in later:
@@ -112,7 +112,7 @@ def finish(run: Run, folder: Path, found: dict[str, Any]) -> None:
     curve = [(r["step"], r["loss"]) for r in read_metrics(folder) if "loss" in r]
     title = run.recipe or run.phase
     plot_losses(folder / "loss.png", {title: curve}, f"{title}: training loss")
-    write_whole(folder / "summary.json", json.dumps(found, indent=1) + "\n")  # the last: with it a run is complete
+    atomic_write(folder / "summary.json", json.dumps(found, indent=1) + "\n")  # the last: with it a run is complete
     console.print(f"wrote {folder}/: config.json, metrics.jsonl, summary.json, loss.png, checkpoints/", soft_wrap=True)
 
 

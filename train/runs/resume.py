@@ -9,15 +9,14 @@ from typing import Any
 import jax
 
 from ... import InputError
-from ...atomic import left_over
+from ...atomic import is_leftover
 from ...data.tokenizers.chat import today
 from ..cluster import distributed
 from ..config import RUNTIME_FIELDS, Run, flatten, from_json, short, to_json
 from ..progress import console
 from ..setup import TrainSetup
-from .checkpoint import CheckpointWriter
-from .checkpoint_reader import CheckpointReader
-from .lock import NAME
+from .checkpoint import CheckpointReader, CheckpointWriter
+from .files import LOCK
 
 # What --accept lets change -> the fields of config.json that it is made of.
 _PARTS = {
@@ -37,7 +36,7 @@ def check_out(run: Run) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder} is a file; give a folder")
     there = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
-    held = [name for name in there if name != NAME and not left_over(name)]
+    held = [name for name in there if name != LOCK and not is_leftover(name)]
     if run.resume == "never":
         if held:
             raise InputError(f"--out {folder} is not an empty folder; take another, or go on with --resume")

@@ -8,20 +8,18 @@ from ...data.sft import encode_example
 from ...data.tokenizers.hf_files import GENERATION, TEMPLATE
 from ...data.tokenizers.sentencepiece_bpe import for_transformers
 from ...data.tokenizers.tokenizer import Tokenizer
-from ...model.hf.files import COMPANION_FILES, read_json
+from ...model.hf.files import read_json
 from ..progress import console
 
 PROBE = [("system", " a"), ("user", "b c\n"), ("assistant", "\n  d"), ("user", "1\u00e9"), ("assistant", "e ")]
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, chat: bool) -> None:
-    """Write the files of a tokenizer in place of any that are there.
+    """Write the files of a tokenizer into a folder that has none.
 
     generation_config.json lists every id that ends a reply here. chat: where the tokenizer came without a template,
     write the one that graftax tunes with; left out, and said, if its text would give other ids than training had.
     """
-    for name in COMPANION_FILES:
-        (folder / name).unlink(missing_ok=True)
     made = for_transformers(tokenizer)
     made.save(folder)
     named = [kind for kind in ("bos", "eos", "pad") if f"{kind}_token" in made.names]

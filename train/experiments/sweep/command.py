@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from .... import InputError
-from ....atomic import left_over
+from ....atomic import atomic_write, is_leftover
 from ....bounds import Checked
 from ....data.tokenizers.chat import today
 from ....model.hf.files import read_json
 from ....peft import Subset
 from ...cluster.signals import Stop
 from ...config import Run, flatten, short, to_json
-from ...runs.lock import NAME, Lock
-from ...runs.manifest import write_whole
+from ...runs.files import LOCK
+from ...runs.lock import Lock
 from ...runs.record import make
 from ..base_cache import BaseCache
 from .results import report
@@ -141,7 +141,7 @@ def opened(out: Path, run: Run, said: dict[str, Any], file: str) -> Iterator[Any
     make(out)
     with Lock(out, "lock" in run.accept.split(",")) as lock:
         if not (out / file).exists():
-            write_whole(out / file, json.dumps(said, indent=1) + "\n")
+            atomic_write(out / file, json.dumps(said, indent=1) + "\n")
         yield lock.check
 
 
@@ -150,7 +150,7 @@ def check_out(out: Path, resume: str, said: dict[str, Any], file: str, what: str
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out} is a file; give a folder")
     there = sorted(p.name for p in out.iterdir()) if out.exists() else []
-    held = [name for name in there if name != NAME and not left_over(name)]
+    held = [name for name in there if name != LOCK and not is_leftover(name)]
     if not held:
         return
     if resume == "never":

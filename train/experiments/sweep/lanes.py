@@ -12,12 +12,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from .... import InputError
+from ....atomic import atomic_write
 from ...loop import Runner
 from ...program import compiler_options, start
 from ...progress import Metrics
 from ...runs import record
 from ...runs.checkpoint import CheckpointWriter
-from ...runs.manifest import write_whole
 from ...runs.resume import same_run
 from ...setup import TrainSetup
 from ..base_cache import BaseCache
@@ -144,7 +144,7 @@ class Lane:
     def die(self, why: str) -> None:
         """End the lane, with a mark in its folder that says so."""
         self.dead, self.died = True, why
-        write_whole(self.folder / "bad_rows.json", json.dumps({"steps": {}, "why": why}, indent=1) + "\n")
+        atomic_write(self.folder / "bad_rows.json", json.dumps({"steps": {}, "why": why}, indent=1) + "\n")
 
     def close(self) -> None:
         """Close files and threads. InputError if the last save failed."""

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from ....atomic import atomic_write
 from ...progress import console, save_figure
-from ...runs.manifest import write_whole
 from .trials import Trial
 
 REPEATS = "seed"  # the axis that is averaged over
@@ -53,7 +53,7 @@ def result(cell: Trial) -> dict[str, Any]:
 def write(out: Path, made: Sequence[Trial]) -> list[dict[str, Any]]:
     """results.jsonl, as far as the cells are."""
     rows = [result(cell) for cell in made]
-    write_whole(out / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    atomic_write(out / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 
@@ -68,7 +68,7 @@ def report(out: Path, made: Sequence[Trial]) -> dict[str, Any]:
     key, axes = measure(rows), list(made[0].values)
     have = sorted((row for row in rows if key in row), key=lambda row: row[key])
     table = _table(have, [row for row in rows if key not in row], axes, key)
-    write_whole(out / "table.md", "\n".join(["| " + " | ".join(line) + " |" for line in table]) + "\n")
+    atomic_write(out / "table.md", "\n".join(["| " + " | ".join(line) + " |" for line in table]) + "\n")
     shown = Table(box=None, pad_edge=False)
     for column in table[0]:
         shown.add_column(column, justify="right")

@@ -11,13 +11,13 @@ from typing import Any
 import jax
 
 from .... import InputError
+from ....atomic import atomic_write
 from ....model.hf.files import read_json
 from ... import faults
 from ...cluster.signals import Stop, Stopped
 from ...evaluate import longest_answer, outputs
 from ...health import must_be_finite
 from ...progress import clock, console
-from ...runs.manifest import write_whole
 from ...runs.record import bound, losses, noted, of_saved, summary
 from ..base_cache import BaseCache
 from .groups import Group, groups
@@ -70,7 +70,7 @@ class Scheduler:
             said["lanes"] = [
                 lanes_that_fit(group, self.ground, self.sweep.lanes, self.devices) for group in self.groups
             ]
-            write_whole(self.out / FILE, json.dumps(said, indent=1) + "\n")
+            atomic_write(self.out / FILE, json.dumps(said, indent=1) + "\n")
         return said["lanes"]
 
     def _best(self, alive: set[int], rung: int) -> set[int]:
@@ -205,7 +205,7 @@ class Scheduler:
                     lane.log.write({"step": i, **found})
                 said = summary(lane.phase, lane.folder, self.ground.before(lane.run), found, cost(stack, len(lanes)))
                 said |= {"status": "done" if i == lane.run.steps else "stopped", "steps": i}
-                write_whole(lane.folder / "summary.json", json.dumps(said, indent=1) + "\n")
+                atomic_write(lane.folder / "summary.json", json.dumps(said, indent=1) + "\n")
             lane.phase.state = None  # type: ignore[assignment]
         return whole
 
