@@ -2,7 +2,8 @@
 
 from .config import Config
 from .generate import Sampling, check_prompt_lengths, generate, max_text_length
-from .init import init, resize, restack, shapes_of
+from .init import init, resize, shapes_of
+from .layout import restack
 from .loss import token_losses, token_scores
 from .presets import presets
 from .rope import Rope

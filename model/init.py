@@ -1,4 +1,4 @@
-"""Parameters of the base: shapes without memory, seeded values, both layouts of the layers, other vocabularies."""
+"""Parameters of the base: shapes without memory, seeded values, other vocabularies."""
 
 import dataclasses
 import zlib
@@ -39,19 +39,6 @@ def init(config: Config, key: Array) -> dict[str, Any]:
             leaf_key = leaf_key if layers is None else jax.random.fold_in(leaf_key, layers[0])
             flat[path] = init_parameter(config, name, leaf_key, leaf.shape)
     return nested(flat)
-
-
-def restack(params: Any, config: Config) -> dict[str, Any]:
-    """The parameters in the layout of `config.scan`: stacked `layers/mlp/up`, or unrolled `layers/0/mlp/up`, ..."""
-    flat, layers = named(params), range(config.L)
-    if config.scan == any(is_stacked(path) for path in flat):
-        return params
-    inner = {path.removeprefix("layers/"): leaf for path, leaf in flat.items() if path.startswith("layers/")}
-    outer = {path: leaf for path, leaf in flat.items() if not path.startswith("layers/")}
-    if config.scan:
-        names = [path.removeprefix("0/") for path in inner if path.startswith("0/")]
-        return nested(outer | {f"layers/{n}": jnp.stack([inner[f"{i}/{n}"] for i in layers]) for n in names})
-    return nested(outer | {f"layers/{i}/{n}": leaf[i] for n, leaf in inner.items() for i in layers})
 
 
 def resize(

@@ -15,8 +15,8 @@ from graftax import InputError
 from graftax.model import Config, Transformer, generate, init, presets, resize
 from graftax.model.hf import config_from_hf, config_to_hf, fetch_checkpoint, load, save
 from graftax.model.hf.files import read_header, read_index
-from graftax.model.init import restack
 from graftax.model.layers import Embed, Norm
+from graftax.model.layout import restack
 from graftax.model.sharding import make_mesh
 from graftax.model.transformer import Block
 from graftax.model.tree import named

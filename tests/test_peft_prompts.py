@@ -12,8 +12,8 @@ import pytest
 import test_laws as laws
 from graftax import InputError, peft
 from graftax.model import Transformer, forward, generate, presets
-from graftax.model.init import restack
 from graftax.model.layers import MLP, Attention, LayerInputs
+from graftax.model.layout import restack
 from graftax.model.rope import rope_table
 from graftax.model.tree import named
 from graftax.peft import (

@@ -9,7 +9,7 @@ import pytest
 import test_laws as laws
 from graftax import InputError, peft
 from graftax.model import Rope, Transformer, generate
-from graftax.model.init import restack
+from graftax.model.layout import restack
 from graftax.model.tree import named
 from graftax.peft import LoRA, Prefix, Prompt, Subset
 from tiny import Base, close, make_base, make_batch, shaken, stepper

@@ -17,7 +17,8 @@ import numpy as np
 from ... import InputError
 from ...atomic import atomic_folder
 from ..config import Config
-from ..init import restack, shapes_of
+from ..init import shapes_of
+from ..layout import restack
 from ..sharding import shardings
 from ..tree import is_stacked, named, nested
 from .config import config_from_hf, config_to_hf, same_model
