@@ -23,7 +23,8 @@ from graftax.data.tasks import tasks
 from graftax.data.tokenizers import chat
 from graftax.data.tokenizers.tokenizer import load_tokenizer
 from graftax.model import pattern
-from graftax.model.hf.files import fetch_checkpoint, read_header, read_index, shard_names
+from graftax.model.hf.files import read_header, read_index, shard_names
+from graftax.model.hf.hub import fetch_checkpoint
 from graftax.peft import hf as adapters
 from graftax.train import cli
 from graftax.train.caches import cache_folder
@@ -77,7 +78,7 @@ def test_a_link_out_of_a_folder(tmp_path):
 def test_an_index_that_names_a_file_elsewhere(name, tmp_path):
     listed = tmp_path / "model.safetensors.index.json"
     listed.write_text(json.dumps({"weight_map": {"a": name}}))
-    words = (f"{listed}: names the file {name!r}", "a plain name of a .safetensors file beside it is wanted")
+    words = (f"{listed}: names the file {name!r}", "wanted the plain name of a .safetensors file in its folder")
     said(lambda: shard_names(listed), *words)
     said(lambda: read_index(tmp_path), *words)
 

@@ -22,7 +22,7 @@ from ..data.tasks.base import Task
 from ..data.tasks.file_task import same_prompts, whole_task
 from ..data.tokenizers.tokenizer import train_tokenizer
 from ..model import Sampling, generate, presets, shapes_of
-from ..model.hf.files import did_you_mean_folder
+from ..model.hf.hub import did_you_mean_folder
 from ..peft import Subset, masks
 from .config import Optim, check_date, did_you_mean
 from .evaluate import choose, held_out_losses, longest_answer, outputs, scored

@@ -14,8 +14,8 @@ from ..bounds import LARGEST, Bounds, Checked, Count, Decay, Positive, Seed, Sha
 from ..data.columns import Columns
 from ..data.errors import Policy
 from ..model import Config, Rope
-from ..model.hf.files import read_json
 from ..peft import Method, Subset
+from ..strict_json import read_json
 from .schema import build, did_you_mean
 
 # Environment in which glibc keeps freed memory and uses huge pages. XLA on CPU allocates a step's temporaries anew in

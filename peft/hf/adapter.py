@@ -11,8 +11,9 @@ import numpy as np
 
 from ... import InputError
 from ...model import Config
-from ...model.hf.files import output_folder, read_header, read_json
+from ...model.hf.files import output_folder, read_header
 from ...model.pattern import pattern_source
+from ...strict_json import read_json
 from ..base import Method
 from .build import build
 from .constants import ask, constants, held, joined, parted, remember

@@ -9,7 +9,7 @@ import jax
 from ... import InputError
 from ...model import Config, shapes_of
 from ...model.hf.families import families
-from ...model.hf.files import split_revision
+from ...model.hf.hub import split_revision
 from ...model.tree import is_stacked, match_rules, name_and_layers
 from ..base import Method
 from ..masks import select

@@ -12,8 +12,8 @@ import jax
 from ... import InputError, peft
 from ...atomic import atomic_write
 from ...model import Context
-from ...model.hf.files import read_json
 from ...peft import Method, Subset
+from ...strict_json import read_json
 from ..bench.peer import threads
 from ..bench.table import cpu
 from ..cluster.signals import Stop

@@ -14,7 +14,7 @@ from ...atomic import atomic_folder
 from ...data.tokenizers.added_tokens import add_tokens
 from ...data.tokenizers.sentencepiece_bpe import for_transformers
 from ...model import hf, resize
-from ...model.hf.files import fetch_checkpoint
+from ...model.hf.hub import fetch_checkpoint
 from ...model.tree import named
 from ...peft import Method, Subset, merge
 from ..config import to_json

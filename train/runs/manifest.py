@@ -21,8 +21,8 @@ from jax.sharding import PartitionSpec as P
 
 from ... import InputError, __version__
 from ...atomic import sync
-from ...model.hf.files import read_json
 from ...model.tree import is_stacked, name_and_layers, named
+from ...strict_json import read_json
 from ..cluster import distributed
 from ..progress import console
 from .files import HELD_OUT

@@ -8,7 +8,7 @@ from ...data.sft import encode_example
 from ...data.tokenizers.hf_files import GENERATION, TEMPLATE
 from ...data.tokenizers.sentencepiece_bpe import for_transformers
 from ...data.tokenizers.tokenizer import Tokenizer
-from ...model.hf.files import read_json
+from ...strict_json import read_json
 from ..progress import console
 
 PROBE = [("system", " a"), ("user", "b c\n"), ("assistant", "\n  d"), ("user", "1\u00e9"), ("assistant", "e ")]

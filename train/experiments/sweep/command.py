@@ -16,8 +16,8 @@ from .... import InputError
 from ....atomic import atomic_write, is_leftover
 from ....bounds import Checked
 from ....data.tokenizers.chat import today
-from ....model.hf.files import read_json
 from ....peft import Subset
+from ....strict_json import read_json
 from ...cluster.signals import Stop
 from ...config import Run, flatten, short, to_json
 from ...runs.files import LOCK
