@@ -15,12 +15,12 @@ from graftax.data.tasks.base import accuracy
 from graftax.peft import LoRA, Subset
 from graftax.train.cli import main
 from graftax.train.config import Optim
-from graftax.train.evaluate import longest_answer, outputs
+from graftax.train.evaluate import generate_answers, longest_reply
 from graftax.train.experiments import comparison, stats
 from graftax.train.experiments.compare import Compare, compare, execute, method_of
 from graftax.train.experiments.compare_report import report
 from graftax.train.experiments.results_log import found, read
-from graftax.train.inputs import task_of
+from graftax.train.inputs import load_task
 from graftax.train.runs.load import load_run
 from test_faults_input import said
 
@@ -287,10 +287,10 @@ def test_a_comparison_is_what_it_says(plan, done):
     line = found(done, kind="test", method="lora:rank=2", seed=1)[0]
     got = load_run(out / line["folder"])
     assert got.run.method == LoRA(rank=2)
-    task = task_of(got.run.data)
+    task = load_task(got.run.data)
     assert task.test
     assert not {r["prompt"] for r in task.test} & {r["prompt"] for r in task.valid}
-    answers = outputs(*got.bound, got.tokenizer, task.test, longest_answer(task.test, got.tokenizer))
+    answers = generate_answers(*got.bound, got.tokenizer, task.test, longest_reply(task.test, got.tokenizer))
     assert task.score(task.test, answers) == line["scores"]
     assert found(done, kind="cost", method="full")[0]["ratio"] == pytest.approx(1, abs=0.2)
     assert (

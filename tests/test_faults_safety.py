@@ -108,7 +108,7 @@ def test_no_pickle_is_read(tmp_path):
     array = np.array([Trap(trap)], object)
     for kind, made in (("object", {"d/ids": array}), ("of", {"d/ids": np.zeros((1, 2)), "d/of": array})):
         np.savez(here / f"{kind}.npz", **made)
-        words = ("not the held-out rows of a base", "pickles", "copy it from where the base was made")
+        words = ("not the held-out rows of a base", "pickles", "copy it from the original base")
         said(lambda kind=kind: load_held_out(here / f"{kind}.npz"), f"{kind}.npz", *words)
     assert not trap.exists()
 

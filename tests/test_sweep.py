@@ -24,9 +24,9 @@ from graftax.train.experiments.sweep.lanes import Stack
 from graftax.train.experiments.sweep.results import gathered
 from graftax.train.experiments.sweep.trials import axis, changed, trials_of
 from graftax.train.faults import VARIABLE
-from graftax.train.loop import train
 from graftax.train.progress import read_metrics
 from graftax.train.runs.checkpoint import CheckpointWriter
+from graftax.train.runs.train import train
 from test_faults_input import said
 from tiny import CASES, close, evaluator, make_base, make_batch, shaken
 
@@ -92,7 +92,7 @@ def test_rows_are_checked_before_anything_is_written(run, tmp_path):
 def test_a_lane_that_diverges_stops_alone(run, tmp_path, capsys):
     """The others are bit for bit what they are without it; it saves nothing more."""
     for name, rate in (("well", "3e-3"), ("ill", "1e38")):
-        one = dataclasses.replace(run, max_bad=4, out=str(tmp_path / name))
+        one = dataclasses.replace(run, max_skipped=4, out=str(tmp_path / name))
         execute(Sweep(one, (f"optim.lr=1e-3,{rate},2e-3",), lanes=3))
     for cell in ("000", "002"):
         assert leaves(tmp_path / "ill/cells" / cell, 12) == leaves(tmp_path / "well/cells" / cell, 12)
@@ -184,7 +184,7 @@ def test_a_signal_in_a_later_chunk(run, monkeypatch):
 
 def test_a_signal_while_lanes_are_evaluated(run, tmp_path, monkeypatch):
     """At once: all lanes are saved, none is evaluated any more; a resumed sweep does that."""
-    real, over = scheduler.losses, ("optim.lr=1e-3,2e-3,4e-3",)
+    real, over = scheduler.evaluate_losses, ("optim.lr=1e-3,2e-3,4e-3",)
     asked = []
 
     def losses(phase):
@@ -194,7 +194,7 @@ def test_a_signal_while_lanes_are_evaluated(run, tmp_path, monkeypatch):
 
     run = dataclasses.replace(run, save_every=0)
     with monkeypatch.context() as patch:
-        patch.setattr(scheduler, "losses", losses)
+        patch.setattr(scheduler, "evaluate_losses", losses)
         with pytest.raises(Stopped):
             execute(Sweep(run, over, lanes=2))
     assert len(asked) == 1

@@ -14,8 +14,9 @@ from typing import Any
 from .. import InputError, __version__
 from ..bounds import is_text
 from ..model.pattern import pattern_source
-from .cluster.distributed import STOPPED, run_processes
-from .config import MALLOC, Run, did_you_mean, from_json, method_class
+from .cluster.distributed import STOPPED
+from .cluster.launch import run_processes
+from .config import MALLOC_ENV, Run, did_you_mean, from_json, method_class
 from .flags import WORDS, parse, suggestion, take_json
 
 
@@ -72,7 +73,7 @@ def run_of(phase: str, args: list[str], also: Sequence[str] = ()) -> Run:
 def _train(phase: str) -> Callable[[list[str]], Any]:
     def command(args: list[str]) -> Any:
         run = run_of(phase, args)
-        from .loop import train
+        from .runs.train import train
 
         with pattern_source(args[0]) if args[0].endswith(".json") else contextlib.nullcontext():
             folder = train(run)
@@ -162,9 +163,9 @@ def usage() -> str:
 
 def keep_memory() -> None:
     """On Linux, start over once with an allocator that keeps its memory (config.MALLOC); not with GRAFTAX_MALLOC=0."""
-    if sys.platform != "linux" or os.environ.get("GRAFTAX_MALLOC") == "0" or any(k in os.environ for k in MALLOC):
+    if sys.platform != "linux" or os.environ.get("GRAFTAX_MALLOC") == "0" or any(k in os.environ for k in MALLOC_ENV):
         return
-    os.execve(sys.executable, [sys.executable, "-m", "graftax.train.cli", *sys.argv[1:]], os.environ | MALLOC)
+    os.execve(sys.executable, [sys.executable, "-m", "graftax.train.cli", *sys.argv[1:]], os.environ | MALLOC_ENV)
 
 
 def keep_compilations() -> None:

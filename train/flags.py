@@ -14,6 +14,11 @@ from .config import Data, Optim, Run
 
 # Ours -> theirs (transformers, TRL, HF PEFT, torchtune, vLLM). Of several the first that a command has is named.
 FOREIGN = {
+    "--data.bad-rows": "bad",  # the names that graftax had before
+    "--data.max-bad-rows": "bad-cap",
+    "--eval-base-first": "score-base no-score-base",
+    "--force": "accept",
+    "--max-skipped": "max-bad",
     "--optim.lr": "learning-rate base-learning-rate",
     "--lr": "learning-rate",
     "--optim.warmup": "warmup-ratio warmup-steps num-warmup-steps",

@@ -14,18 +14,16 @@ from ...data.errors import RowErrors
 from ...model import Context, Transformer
 from ...model.sharding import make_mesh, put_batch
 from ..config import Run, to_json
-from ..evaluate import answerable, as_written, evenly, held_out_losses, mean_loss
-from ..health import load_base
-from ..inputs import check_lengths, say, say_parts, tuning_rows
-from ..optim import schedule
-from ..program import start
+from ..evaluate import answerable_rows, evenly_spaced, held_out_losses, mean_loss, mean_row_loss, with_rendered_replies
+from ..inputs import check_row_length, report_row_errors, report_split_sizes, tuning_rows
+from ..optim import lr_schedule
 from ..runs.added_tokens import untrained_tokens
 from ..runs.checkpoint import CheckpointWriter
 from ..runs.files import resolve_path
 from ..runs.load import with_compute_dtype
 from ..runs.loaded import LoadedRun
-from ..runs.record import rows_loss
-from ..setup import TrainSetup, resolve_method
+from ..runs.prepare import load_base
+from ..setup import TrainSetup, initial_layout, resolve_method
 from ..step import init_state
 from .sweep.trials import Trial
 
@@ -63,26 +61,26 @@ class BaseCache:
         key = (run.base, to_json(Run(data=data, seed=run.seed)))
         if key not in self._rows:
             base = self.base(run)
-            check_lengths(run.data, base.config.context)
+            check_row_length(run.data, base.config.context)
             task, sft = tuning_rows(run.data, run.seed, base.tokenizer, base.config.V)
             if not self._rows:
-                say_parts(task)
+                report_split_sizes(task)
             self._rows[key] = task, sft, sft.valid
         return self._rows[key]
 
     def asked(self, run: Run, n: int) -> list[Any]:
-        """At most n of the validation rows, which a run answers at its end; --data.bad says what becomes of a row that
-        cannot be answered. InputError where there is none."""
+        """At most n of the validation rows, which a run answers at its end; --data.bad-rows says what becomes of a
+        row that cannot be answered. InputError where there is none."""
         key = (run.base, to_json(Run(data=run.data)), n)
         if key not in self._asked:
-            base, bad, rows = self.base(run), RowErrors(run.data.bad, 1.0), self.rows(run)[0].valid
+            base, bad, rows = self.base(run), RowErrors(run.data.bad_rows, 1.0), self.rows(run)[0].valid
             bad.rows = len(rows)
-            kept = answerable(rows, base.tokenizer, base.config, 0, bad)
-            say(bad)
+            kept = answerable_rows(rows, base.tokenizer, base.config, 0, bad)
+            report_row_errors(bad)
             if not kept:
                 raise InputError(f"--score {n}: the task has no validation rows to answer; drop the flag, or give "
                                  "--data.valid FILE")  # fmt: skip
-            self._asked[key] = as_written(evenly(kept, n), base.tokenizer)
+            self._asked[key] = with_rendered_replies(evenly_spaced(kept, n), base.tokenizer)
         return self._asked[key]
 
     def settled(self, cells: list[Trial]) -> list[Trial]:
@@ -96,23 +94,23 @@ class BaseCache:
             method = resolve_method(run.method, self.base(run).tokenizer, run.seed)
             n = run.steps or steps[key]
             made = dataclasses.replace(run, base=resolve_path(run.base), method=method, steps=n)
-            schedule(made.optim, n)  # refuses what does not fit before anything is written
+            lr_schedule(made.optim, n)  # refuses what does not fit before anything is written
             found.append(cell._replace(run=made))
         return found
 
     def phase(self, run: Run) -> TrainSetup:
         """A cell's phase, at its beginning; its state is on the host."""
         base, (task, sft, valid), (model, params) = self.base(run), self.rows(run), self.model(run)
-        first = start(run, jax.eval_shape(lambda: params))
+        first = initial_layout(run, jax.eval_shape(lambda: params))
         trainable = _begun(run.method, params, jax.random.key(run.seed + 1))
         state = jax.device_get(init_state(trainable, first.tx, bool(run.optim.spike), seed=run.seed))
         sizes = {name: sum(x.size for x in jax.tree.leaves(tree))
                  for name, tree in (("base", params), ("trainable", trainable))}  # fmt: skip
         return TrainSetup(
             run, self.mesh, model, run.method, self.frozen(run), state, first.tx, sft.train, sft.digest,
-            base.tokenizer, base.held_out, task=task, valid=valid, base=base.fingerprint, totals=sizes,
-            facts={"examples": sft.examples, "target tokens": sft.target_tokens}, lineage=base.lineage,
-            added=untrained_tokens(run.method, params, base.manifest.get("added_tokens", {}), sft.rows),
+            base.tokenizer, base.held_out, task=task, valid=valid, base_fingerprint=base.fingerprint, totals=sizes,
+            data_sizes={"examples": sft.examples, "target tokens": sft.target_tokens}, lineage=base.lineage,
+            untrained_tokens=untrained_tokens(run.method, params, base.manifest.get("added_tokens", {}), sft.rows),
         )  # fmt: skip
 
     def frozen(self, run: Run) -> Any:
@@ -142,7 +140,7 @@ class BaseCache:
                 held = held_out_losses(*args, base.held_out, run.data.batch, run.eval_tokens, put)
                 found["held_out_loss"] = mean_loss(held)
             if valid:
-                found["valid_loss"] = rows_loss(args, valid, run, self.mesh)
+                found["valid_loss"] = mean_row_loss(args, valid, run, self.mesh)
             self._before[key] = found
         return self._before[key]
 

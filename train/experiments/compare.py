@@ -133,7 +133,7 @@ def execute(plan: Compare, command: str = "") -> dict[str, Any]:
     plan = dated(plan, FILE)
     out, run, began = Path(plan.run.out), plan.run, time.monotonic()
     entries = {said: Entry(method_of(said)) for said in plan.methods}
-    said = {"run": json.loads(to_json(dataclasses.replace(run, out="", resume="never", accept=""))),
+    said = {"run": json.loads(to_json(dataclasses.replace(run, out="", resume="never", force=""))),
             **{key: getattr(plan, key) for key in ("factors", "seeds", "budget")},
             "tasks": list(plan.tasks), "methods": list(plan.methods)}  # fmt: skip
     check_out(out, run.resume, json.loads(json.dumps(said)), FILE, "comparison")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from ..progress import console
-from ..runs.report import size
+from ..runs.report import format_bytes
 from .results_log import Line, found, read
 from .stats import ScoreComparison, compare_scores
 
@@ -132,7 +132,7 @@ def _words(
                     f"within the noise. The highest {metric} is {first}'s, {score}.")  # fmt: skip
     for what, key, shown in (("trains least", "trainable", lambda n: f"{n:,} parameters"),
                              ("has the fastest step", "ratio", lambda x: f"{x:.2f} of {reference}'s"),
-                             ("needs the least memory", "peak_bytes", size)):  # fmt: skip
+                             ("needs the least memory", "peak_bytes", format_bytes)):  # fmt: skip
         least = min(good, key=lambda name: costs[name][key])
         if len(good) > 1:
             said.append(f"Of these {least} {what}: {shown(costs[least][key])}.")
@@ -156,7 +156,8 @@ def expenses(lines: list[Line]) -> TableGrid:
              f"of {reference}'s"]  # fmt: skip
     rows = [[
         word(c["method"]), number(c["trainable"], ",d"), number(100 * c["share"], ".3g", " %"),
-        TableCell(size(c["artifact_bytes"]), c["artifact_bytes"]), TableCell(size(c["peak_bytes"]), c["peak_bytes"]),
+        TableCell(format_bytes(c["artifact_bytes"]), c["artifact_bytes"]),
+        TableCell(format_bytes(c["peak_bytes"]), c["peak_bytes"]),
         number(c["flops"] / 1e9, ".2f"), number(1e3 * c["seconds"], ".0f"), number(c["ratio"], ".2f"),
     ] for c in found(lines, kind="cost")]  # fmt: skip
     return TableGrid(heads, rows)

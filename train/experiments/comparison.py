@@ -18,7 +18,7 @@ from ..bench.peer import threads
 from ..bench.table import cpu
 from ..cluster.signals import Stop
 from ..config import Run, from_json
-from ..progress import clock, console
+from ..progress import console, format_time
 from ..runs.checkpoint import CheckpointWriter
 from ..runs.lineage import code_version, trained_digest
 from ..runs.manifest import versions
@@ -146,7 +146,7 @@ class MethodComparison:
                                  "more, or fewer methods, tasks, seeds, or rows")  # fmt: skip
             said["steps"] = steps
             atomic_write(path, json.dumps(said, indent=1) + "\n")
-            console.print(f"--budget {plan.budget:g}: {steps} steps a training, {clock(fixed)} for all else")
+            console.print(f"--budget {plan.budget:g}: {steps} steps a training, {format_time(fixed)} for all else")
         elif said["budget"] != plan.budget:
             console.print(f"--budget {plan.budget:g}: changes nothing any more, a training has {said['steps']} steps")
         return said["steps"]
@@ -193,7 +193,9 @@ class MethodComparison:
             self.ledger.add(row)
             rest = (time.monotonic() - began) / (i + 1) * (len(left) - i - 1)
             said = f"{exam.metric} {row['score']:.4f}" if "score" in row else line["status"]
-            console.print(f"test {i + 1}/{len(left)}: {exam.label} {name} seed {seed}: {said} · {clock(rest)} left")
+            console.print(
+                f"test {i + 1}/{len(left)}: {exam.label} {name} seed {seed}: {said} · {format_time(rest)} left"
+            )
 
     def _tested(self, task: str, name: str, seed: int) -> list[Line]:
         return self.ledger.find(kind="test", task=task, method=name, seed=seed)

@@ -139,7 +139,7 @@ def execute(plan: Decide, command: str = "") -> dict[str, Any]:
     plan = dated(plan, FILE)
     out, run = Path(plan.run.out), plan.run
     keys = ("task", "target", "mask", "sizes", "shots", "requests", "factors", "seeds", "budget")
-    said = {"run": json.loads(to_json(dataclasses.replace(run, out="", resume="never", accept=""))),
+    said = {"run": json.loads(to_json(dataclasses.replace(run, out="", resume="never", force=""))),
             **{key: getattr(plan, key) for key in keys}}  # fmt: skip
     check_out(out, run.resume, json.loads(json.dumps(said)), FILE, "decision")
     with contextlib.ExitStack() as held:

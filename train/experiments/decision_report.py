@@ -9,8 +9,8 @@ import numpy as np
 from rich.table import Table
 
 from ...atomic import atomic_write
-from ..progress import clock, console
-from ..runs.report import size
+from ..progress import console, format_time
+from ..runs.report import format_bytes
 from .compare_report import CHOSEN, LOST, TableGrid, facts, judged, label, number, runs, samples, word
 from .learning_curve import Outlook, draw, outlook
 from .report_page import table
@@ -202,9 +202,9 @@ def grid(lines: list[Line]) -> TableGrid:
         reach = "surely" if e.low >= target else "yes" if e.mean >= target else ""
         rows.append([
             word(o.name), number(e.mean), word(f"{e.low:.3f} to {e.high:.3f}"), word(reach), number(o.examples, ",d"),
-            word(clock(o.train_seconds) if o.train_flops else ""), number(o.train_flops, ".2g"),
+            word(format_time(o.train_seconds) if o.train_flops else ""), number(o.train_flops, ".2g"),
             number(o.prompt_tokens, ".0f"), number(o.request_flops, ".2g"), number(1e3 * o.request_seconds, ".1f"),
-            word(size(o.bytes)), number(o.flops(asked["requests"]), ".2g"),
+            word(format_bytes(o.bytes)), number(o.flops(asked["requests"]), ".2g"),
         ])  # fmt: skip
     return TableGrid(heads, rows)
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from ... import InputError
 from ...model import Context
-from ..choices import continuation_losses, pair_scores, readings
+from ..choices import continuation_losses, pair_scores, prompt_reads
 from ..cluster.signals import Stop
-from ..evaluate import as_written, evenly, replies
+from ..evaluate import evenly_spaced, generate_texts, with_rendered_replies
 from ..progress import console
 from .base_cache import BaseCache
 from .example_selection import BM25Examples, EmbeddingExamples, RandomExamples, token_flops
@@ -32,7 +32,7 @@ class Prompting:
     def __init__(self, plan: Any, exam: TaskEvaluator, ground: BaseCache, ledger: ResultsLog, stop: Stop):
         self.plan, self.exam, self.ledger, self.stop = plan, exam, ledger, stop
         self.model, self.params = ground.model(plan.run)
-        base, self.train = ground.base(plan.run), as_written(exam.task.train, exam.tokenizer)
+        base, self.train = ground.base(plan.run), with_rendered_replies(exam.task.train, exam.tokenizer)
         self.parameters = sum(x.size for x in jax.tree.leaves(self.params))
         self.k = min(plan.shots, len(self.train))
         # Text longer than the rows that it was trained on is nothing a base can read, whatever its positions allow.
@@ -49,7 +49,7 @@ class Prompting:
 
     def request(self) -> dict[str, float]:
         """What a request of a tuned model reads and writes: as a chat, without examples."""
-        rows, chat = evenly(self.exam.rows, TRIED), self.forms[0]
+        rows, chat = evenly_spaced(self.exam.rows, TRIED), self.forms[0]
         asked = float(np.mean([len(ids) for ids in chat.prompts(rows, [[] for _ in rows])]))
         answer = self._written_tokens(chat)
         flops = (asked + answer) * token_flops(self.model.config, self.parameters, asked)
@@ -57,7 +57,7 @@ class Prompting:
 
     def _written_tokens(self, form: Form) -> float:
         """Tokens of an answer, on average."""
-        rows = evenly(self.exam.rows, TRIED)
+        rows = evenly_spaced(self.exam.rows, TRIED)
         return float(np.mean([len(form.tails(row, [row["completion"]])[0]) for row in rows]))
 
     def go(self) -> None:
@@ -112,7 +112,7 @@ class Prompting:
         One that the tokenizer or its template cannot have is left out; InputError if that is both."""
         if found := self.ledger.find(kind="form"):
             return next(form for form in self.forms if form.kind == found[0]["form"])
-        rows = evenly(self.exam.task.valid or self.train, TRIED)
+        rows = evenly_spaced(self.exam.task.valid or self.train, TRIED)
         shots, losses, refused = self._near(self.words, rows)[0], {}, ""
         for form in self.forms:
             try:
@@ -150,7 +150,7 @@ class Prompting:
             return
         tails = self.form.tails(row, choices)
         losses, seconds = self._timed(lambda some: self._losses(some, tails), prompts)
-        flops = (readings(self.model, prompts, tails) * tokens + sum(map(len, tails))) * token + more
+        flops = (prompt_reads(self.model, prompts, tails) * tokens + sum(map(len, tails))) * token + more
         costs = fixed | {"request_flops": flops, "request_seconds": seconds + looked}
         nothing = self.form.prompts([{"prompt": NOTHING, "completion": NOTHING}], [[]])
         for way, off in zip(CHOICES, (0.0, self._losses(nothing, tails)), strict=True):
@@ -164,7 +164,7 @@ class Prompting:
 
     def _written(self, prompts: Any) -> list[str]:
         args = (self.model, self.params, Context(), self.exam.tokenizer, prompts)
-        found = replies(*args, self.exam.new, batch=min(BATCH, len(prompts)))
+        found = generate_texts(*args, self.exam.new, batch=min(BATCH, len(prompts)))
         return [self.form.cut(text) for text in found]
 
     def _losses(self, prompts: Any, tails: Any) -> np.ndarray:

@@ -8,7 +8,7 @@ from ... import InputError
 from ...data.columns import chat_of
 from ...data.dialogue import Chat
 from ...data.sft import render_prompts
-from ..choices import chat_tails
+from ..choices import answer_continuations
 
 Row = dict[str, Any]
 # Plain text: (a worked example, a question, its answer).
@@ -63,7 +63,7 @@ class Form:
     def tails(self, row: Row, answers: Sequence[str]) -> list[list[int]]:
         """The ids of answers behind a row's prompt, and of what ends them."""
         if self.kind == "chat":
-            return chat_tails(self.tokenizer, row, answers)
+            return answer_continuations(self.tokenizer, row, answers)
         prompt = self.tokenizer.prompt(self.text(row, []))
         due = SHAPES[self.kind][2]
         whole = [self.tokenizer.prompt(self.text(row, []) + due.format(a=answer)) for answer in answers]

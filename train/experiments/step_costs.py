@@ -10,10 +10,9 @@ import numpy as np
 
 from ...peft import Subset
 from ..cluster.signals import Stop
-from ..loop import compile_step
 from ..plan.estimate import traced
-from ..program import KEYS, layout
 from ..runs.report import nbytes
+from ..setup import BATCH_DTYPES, compile_step, layout
 from .base_cache import BaseCache
 
 TURNS, STEPS = 6, 4  # each method takes STEPS steps in each of TURNS turns; the first of a turn finds its memory again
@@ -45,7 +44,7 @@ def costs(runs: dict[str, Any], ground: BaseCache, stop: Stop, quantized: bool =
                        "peak_bytes": cost["step_peak_bytes"], "flops": flops(run, ground),
                        "virtual": run.method.context(phase.state.trainable).length,
                        "compile_seconds": cost["compile_seconds"]}  # fmt: skip
-    batch = {name: np.ones((first.data.batch, first.data.T), dtype) for name, dtype in KEYS.items()}
+    batch = {name: np.ones((first.data.batch, first.data.T), dtype) for name, dtype in BATCH_DTYPES.items()}
     batch, took = jax.device_put(batch, ground.whole), {name: np.zeros((TURNS, STEPS)) for name in live}
     for turn in range(TURNS):
         for name, (step, state, frozen) in live.items():

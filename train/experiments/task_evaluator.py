@@ -15,11 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from ... import InputError
-from ...data.errors import RowErrors
 from ...data.sft import render_prompts
 from ..config import Run, did_you_mean
-from ..evaluate import chats, evenly, longest_answer, outputs, scored
-from ..inputs import judged, say, task_of
+from ..evaluate import evenly_spaced, generate_answers, longest_reply, row_chats, scored_rows
+from ..inputs import load_task, report_row_errors, with_answerable_rows
 from .base_cache import BaseCache
 from .stats import by_row
 
@@ -48,18 +47,18 @@ class TaskEvaluator:
     def read(cls, said: str, run: Run, ground: BaseCache, metric: str = "") -> "TaskEvaluator":
         """TASK or TASK@METRIC, below a run's --data.root. InputError for a metric that the task does not have."""
         name, asked = cls.parted(said)
-        base, bad = ground.base(run), RowErrors(run.data.bad, run.data.bad_cap)
-        task = task_of(dataclasses.replace(run.data, task=name), bad)
-        task = judged(task, base.tokenizer, base.config, 0, bad)
-        say(bad)
-        rows = scored(task, base.tokenizer, run.eval_rows)
+        base, bad = ground.base(run), run.data.row_errors()
+        task = load_task(dataclasses.replace(run.data, task=name), bad)
+        task = with_answerable_rows(task, base.tokenizer, base.config, 0, bad)
+        report_row_errors(bad)
+        rows = scored_rows(task, base.tokenizer, run.eval_rows)
         if not rows:
             raise InputError(f"--task {said}: no row to score; give --data.test FILE, or --data.held-out above 0")
         has = list(task.score(rows, [row["completion"] for row in rows]))
         metric = metric or asked
         if (metric or name != said) and metric not in has:
             raise InputError(f"{task.name} has no score {metric!r}{did_you_mean(metric, has)}; it has {', '.join(has)}")
-        return cls(name, metric or has[0], task, tuple(rows), longest_answer(rows, base.tokenizer), base.tokenizer)
+        return cls(name, metric or has[0], task, tuple(rows), longest_reply(rows, base.tokenizer), base.tokenizer)
 
     @staticmethod
     def parted(said: str) -> tuple[str, str]:
@@ -70,7 +69,7 @@ class TaskEvaluator:
     @cached_property
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt, as a chat."""
-        return max(map(len, render_prompts(chats(self.rows), self.tokenizer)))
+        return max(map(len, render_prompts(row_chats(self.rows), self.tokenizer)))
 
     @property
     def part(self) -> str:
@@ -85,13 +84,13 @@ class TaskEvaluator:
     def answers(self, bound: Any, rows: Sequence[Any] = ()) -> list[str]:
         """What (model, bound parameters, context) answers, greedily; rows: others than the exam's."""
         rows, (model, params, context) = rows or self.rows, bound
-        return outputs(model, params, context, self.tokenizer, rows, self.new, batch=min(BATCH, len(rows)))
+        return generate_answers(model, params, context, self.tokenizer, rows, self.new, batch=min(BATCH, len(rows)))
 
     def sheet(self, answers: Sequence[str]) -> dict[str, Any]:
         """{"score", "scores": all that the task has, "marks" or "draws" for the bootstrap, "samples"}."""
         rows, given = list(self.rows), list(answers)
         scores = self.task.score(rows, given)
-        samples = evenly(given, SHOWN)
+        samples = evenly_spaced(given, SHOWN)
         return {"score": scores[self.metric], "scores": scores,
                 **by_row(self.task.score, self.metric, rows, given), "samples": samples}  # fmt: skip
 
@@ -106,7 +105,7 @@ class TaskEvaluator:
 
     def shown(self) -> list[dict[str, str]]:
         """The rows whose answers `sheet` keeps."""
-        return [{"prompt": str(row["prompt"]), "wanted": row["completion"]} for row in evenly(self.rows, SHOWN)]
+        return [{"prompt": str(row["prompt"]), "wanted": row["completion"]} for row in evenly_spaced(self.rows, SHOWN)]
 
     def timed(self, bound: Any) -> dict[str, Any]:
         """The sheet of all rows, and the seconds it took; compiling, which the first of a kind must, does not count."""

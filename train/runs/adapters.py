@@ -18,7 +18,7 @@ from ...peft.hf.names import family_of
 from ...peft.methods.lora import LoRA
 from ...strict_json import read_json
 from ..config import Run
-from ..inputs import check_rows
+from ..inputs import check_vocab
 from ..progress import console
 from .files import ADAPTER_CONFIG
 from .lineage import read_lineage, write_lineage
@@ -115,7 +115,7 @@ def load_adapter(folder: Path, base: LoadedRun, base_name: str) -> LoadedRun:
     run = Run(phase="finetune", recipe="imported", out=str(folder), base=base_name, method=method, data=base.run.data)
     has_tokenizer = any((folder / name).is_file() for name in MAIN)
     tokenizer = load_tokenizer(folder) if has_tokenizer else base.tokenizer
-    check_rows(tokenizer, base.config.V, f"{folder}: ")
+    check_vocab(tokenizer, base.config.V, f"{folder}: ")
     records = read_lineage(folder)
     expected = str(records[-1].get("base") or "") if records else ""
     if expected not in ("", base.fingerprint):

@@ -21,7 +21,7 @@ from ...model.sharding import infer_adapter_shardings, shardings
 from ...model.tree import name_and_layers, named, nested
 from ...peft import Subset
 from ..config import Data, Run, check_config_unchanged, from_json
-from ..inputs import check_rows, check_tokenizer, load_held_out
+from ..inputs import check_tokenizer, check_vocab, load_held_out
 from ..progress import console
 from . import report
 from .adapters import adapter_base, load_adapter
@@ -138,7 +138,7 @@ def _load_tokenizer(folder: Path, run: Run, config: Config, manifest: dict[str, 
     """Load the tokenizer of a run, with the run's date for its chat template."""
     tokenizer = load_tokenizer(folder)
     check_tokenizer(tokenizer, manifest.get("tokenizer", ""), folder)
-    check_rows(tokenizer, config.V, f"{folder}: ")
+    check_vocab(tokenizer, config.V, f"{folder}: ")
     return dataclasses.replace(tokenizer, date=run.date)
 
 
@@ -154,9 +154,9 @@ def load_hugging_face(
     each, rows = quantize_on_load(quantize, mesh) if quantize else (None, [])
     config, params = convert_layout(*hf.load(folder, dtype, mesh, each), layers, mesh, quantize)
     if check:
-        check_rows(tokenizer, config.V, f"{folder}: ")
+        check_vocab(tokenizer, config.V, f"{folder}: ")
     total, kind = sum(x.size for x in named(params).values()), config.param_dtype + (quantize and f" as {quantize}")
-    size, seconds = report.size(report.nbytes(params)), time.perf_counter() - start
+    size, seconds = report.format_bytes(report.nbytes(params)), time.perf_counter() - start
     text = f"read {name}: {config.family}, {total:,} parameters, {kind}, {size} in {seconds:.1f} s"
     console.print(text, soft_wrap=True)
     data = Data(T=min(512, config.context))

@@ -19,10 +19,11 @@ from ....data.tokenizers.chat import today
 from ....peft import Subset
 from ....strict_json import read_json
 from ...cluster.signals import Stop
-from ...config import Run, flatten, short, to_json
+from ...config import Run, flatten, shorten, to_json
+from ...config_versions import VERSION, upgrade
 from ...runs.files import LOCK
 from ...runs.lock import Lock
-from ...runs.record import make
+from ...runs.record import make_run_folder
 from ..base_cache import BaseCache
 from .results import report
 from .scheduler import FILE, Scheduler
@@ -117,14 +118,14 @@ def dated(plan: Any, file: str) -> Any:
 
 def plain(run: Run) -> Run:
     """The run that cells are made of: what is said of the folder of all of them is not theirs."""
-    accept = ",".join(word for word in run.accept.split(",") if word not in ("", "lock"))
-    return dataclasses.replace(run, resume="never", accept=accept)
+    force = ",".join(word for word in run.force.split(",") if word not in ("", "lock"))
+    return dataclasses.replace(run, resume="never", force=force)
 
 
 def carry_out(plan: Sweep, made: list[Trial], ground: BaseCache, stop: Stop) -> list[Trial]:
     """All cells of a sweep to their ends, in its folder, with all said that their runs needed."""
     out, run = Path(plan.run.out), plan.run
-    said = {"run": json.loads(to_json(dataclasses.replace(run, out="", resume="never", accept=""))),
+    said = {"run": json.loads(to_json(dataclasses.replace(run, out="", resume="never", force=""))),
             "over": list(plan.over), "halve": plan.halve, "score": plan.score}  # fmt: skip
     check_out(out, run.resume, said, FILE, "sweep")
     made = ground.settled(made)
@@ -138,8 +139,8 @@ def carry_out(plan: Sweep, made: list[Trial], ground: BaseCache, stop: Stop) -> 
 def opened(out: Path, run: Run, said: dict[str, Any], file: str) -> Iterator[Any]:
     """The folder of an experiment, with the file that says what it is, while no other process writes in it; gives what
     raises if one does."""
-    make(out)
-    with Lock(out, "lock" in run.accept.split(",")) as lock:
+    make_run_folder(out)
+    with Lock(out, "lock" in run.force.split(",")) as lock:
         if not (out / file).exists():
             atomic_write(out / file, json.dumps(said, indent=1) + "\n")
         yield lock.check
@@ -157,8 +158,9 @@ def check_out(out: Path, resume: str, said: dict[str, Any], file: str, what: str
         raise InputError(f"--out {out} is not an empty folder; take another, or go on with --resume")
     if not (out / file).exists():
         raise InputError(f"--resume: {out} holds no {what} (it has {', '.join(held[:3])}); correct --out")
-    then, now = flatten(read_json(out / file)), flatten(said)
+    saved = read_json(out / file)
+    then, now = flatten(saved | {"run": {"version": VERSION} | upgrade(saved.get("run", {}))}), flatten(said)
     for key in sorted({*then, *now}):
         if then.get(key) != now.get(key) and key not in FREELY and not key.startswith(CHOSEN):
-            raise InputError(f"--resume: {key} is {short(now.get(key))}, the {what} in {out} began with "
-                             f"{short(then.get(key))}; put that back, or take another --out")  # fmt: skip
+            raise InputError(f"--resume: {key} is {shorten(now.get(key))}, the {what} in {out} began with "
+                             f"{shorten(then.get(key))}; put that back, or take another --out")  # fmt: skip

@@ -19,12 +19,12 @@ from ....model import Transformer
 from ....peft import Method
 from ...config import Run, flatten, method_to_dict, to_json
 from ...optim import make_optimizer
-from ...program import KEYS, start
+from ...setup import BATCH_DTYPES, initial_layout
 from ...step import make_train_step
 from .trials import Trial
 
 # Fields of a run that its program does not depend on: rows, and what is done between the steps.
-FREE = ("out", "seed", "epochs", "eval_tokens", "max_bad")
+FREE = ("out", "seed", "epochs", "eval_tokens", "max_skipped")
 OFF = {"optim.clip": math.inf}  # what stands for 0, which means off, in an array
 
 
@@ -70,7 +70,7 @@ def lane_step(model: Transformer, run: Run) -> Callable[..., Any]:
 
 def batch_shapes(run: Run) -> dict[str, Any]:
     """The shapes of one lane's batch."""
-    return {name: jax.ShapeDtypeStruct((run.data.batch, run.data.T), dtype) for name, dtype in KEYS.items()}
+    return {name: jax.ShapeDtypeStruct((run.data.batch, run.data.T), dtype) for name, dtype in BATCH_DTYPES.items()}
 
 
 def groups(cells: list[Trial], ground: Callable[[Run], tuple[Transformer, Any]]) -> tuple[list[Group], dict[str, str]]:
@@ -111,7 +111,7 @@ def _number(run: Run, name: str) -> bool:
 def _split(cells: list[Trial], model: Transformer, params: Any, apart: dict[str, str]) -> list[Group]:
     """Cells of one kind, by the numbers that must be the same in a program."""
     run, methods, grown = cells[0].run, [cell.run.method for cell in cells], ""
-    start(run, jax.eval_shape(lambda: params))  # a mistake in it is said as a run says it
+    initial_layout(run, jax.eval_shape(lambda: params))  # a mistake in it is said as a run says it
     for field in dataclasses.fields(run.method):  # type: ignore[arg-type]
         name, values = field.name, [getattr(method, field.name) for method in methods]
         if type(values[0]) is int and len(set(values)) > 1:
@@ -149,7 +149,7 @@ def _traces(run: Run, methods: list[Method], model: Transformer, params: Any, na
             return False
     shapes = jax.eval_shape(lambda: params)
     try:
-        frozen, state = start(run, shapes).made
+        frozen, state = initial_layout(run, shapes).shapes
         step, number = lane_step(model, run), {name: jax.ShapeDtypeStruct((), jnp.float32)}
         jax.eval_shape(step, state, frozen, batch_shapes(run), number)
     except InputError:

@@ -10,9 +10,9 @@ import numpy as np
 from ...plan.estimate import traced
 from ...plan.planner import held
 from ...plan.topology import target
-from ...program import KEYS, layout
-from ...progress import clock, console
-from ...runs.report import size
+from ...progress import console, format_time
+from ...runs.report import format_bytes
+from ...setup import BATCH_DTYPES, layout
 from ..base_cache import BaseCache
 from .groups import Group
 from .lanes import Stack
@@ -45,7 +45,7 @@ def lanes_that_fit(group: Group, ground: BaseCache, wanted: int, devices: list[A
     weights, lane = predicted(group, ground)
     fit = max(int((ROOM * chip.memory - weights) / lane), 1) * len(devices)
     most = min(fit, n)
-    said = f"a lane needs {size(lane)} beside the base's {size(weights)}, so {fit} fit"
+    said = f"a lane needs {format_bytes(lane)} beside the base's {format_bytes(weights)}, so {fit} fit"
     tries, found = [K for K in dict.fromkeys((most, most // 4, 1)) if K], {}
     if len(tries) == 1:
         return most
@@ -57,7 +57,7 @@ def lanes_that_fit(group: Group, ground: BaseCache, wanted: int, devices: list[A
     best = min(found, key=lambda k: (round(found[k], 4), -k))
     times = ", ".join(f"{K}: {1 / t:.2f}" for K, t in found.items())
     console.print(f"{said}; lane-steps a second by lanes at once: {times}; taking {best}, about "
-                  f"{clock(found[best] * n * group.run.steps)} for {n} lanes of {group.run.steps} steps",
+                  f"{format_time(found[best] * n * group.run.steps)} for {n} lanes of {group.run.steps} steps",
                   soft_wrap=True)  # fmt: skip
     return best
 
@@ -68,7 +68,7 @@ def timed(group: Group, ground: BaseCache, K: int, devices: list[Any], steps: in
     which = list(range(min(K, len(group.cells))))
     stack = Stack(group, which, [ground.phase(group.cells[i].run) for i in which], K, devices, ground)
     shape = (group.run.data.batch, group.run.data.T)
-    batch = {name: np.ones(shape, dtype) for name, dtype in KEYS.items()}
+    batch = {name: np.ones(shape, dtype) for name, dtype in BATCH_DTYPES.items()}
     given, took = stack.put([batch]), []
     for _ in range(steps + 1):
         began = time.perf_counter()

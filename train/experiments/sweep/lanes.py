@@ -14,12 +14,11 @@ from jax.sharding import PartitionSpec as P
 from .... import InputError
 from ....atomic import atomic_write
 from ...loop import Runner
-from ...program import compiler_options, start
 from ...progress import Metrics
 from ...runs import record
 from ...runs.checkpoint import CheckpointWriter
-from ...runs.resume import same_run
-from ...setup import TrainSetup
+from ...runs.resume import RunSaver, accepted_changes
+from ...setup import TrainSetup, compiler_options, initial_layout
 from ..base_cache import BaseCache
 from .groups import Group, batch_shapes, lane_step
 from .results import diverged, told
@@ -45,7 +44,7 @@ class Stack:
         n = min(K, len(devices))  # which K divides by: see `balanced`
         self.mesh = Mesh(np.array(devices[:n]), ("lanes",))
         self.split = NamedSharding(self.mesh, P("lanes"))
-        like = start(group.run, shapes).made[1]
+        like = initial_layout(group.run, shapes).shapes[1]
         self.state = self.put([jax.tree.map(_padded, phase.state, like) for phase in phases])
         self.frozen = jax.device_put(phases[0].frozen, NamedSharding(self.mesh, P()))
         numbers = [{name: np.float32(group.value(name, i)) for name in group.numbers} for i in which]
@@ -108,29 +107,29 @@ class Lane:
     def begin(self, at: int) -> None:
         """Go on from a step; later ones make way. A dead lane only keeps its place."""
         if self.dead:
-            self.course = Runner(self.phase, self.folder, self.checkpoints, None, [])
+            self.course = Runner(self.phase, RunSaver(self.phase, self.folder, self.checkpoints))
             return
         steps = self.checkpoints.steps()
         mine = at if at in steps else None
-        taken = same_run(self.phase, self.checkpoints.manifest(at)) if mine else []
-        self.course = Runner(self.phase, self.folder, self.checkpoints, mine, taken)
-        record.make(self.folder)
+        taken = accepted_changes(self.phase, self.checkpoints.manifest(at)) if mine else []
+        self.course = Runner(self.phase, RunSaver(self.phase, self.folder, self.checkpoints, mine, taken))
+        record.make_run_folder(self.folder)
         if told(self.cell).get("steps", 0) > at:
             (self.folder / "summary.json").unlink()
-        record.begin(self.phase, self.folder, self.checkpoints, at, [step for step in steps if step > at])
+        record.write_first_files(self.phase, self.folder, self.checkpoints, at, [step for step in steps if step > at])
         self.phase.state = jax.device_get(self.phase.state)
-        self.log = Metrics(self.folder, self.course.first, tensorboard=self.run.tensorboard)
+        self.log = Metrics(self.folder, self.course.first_step, tensorboard=self.run.tensorboard)
 
     def feed(self) -> dict[str, np.ndarray]:
         """The next rows; a dead lane's have no targets, so that it changes nothing."""
-        rows = self.course.feed()
+        rows = self.course.next_batch()
         return rows | {"weights": np.zeros_like(rows["weights"])} if self.dead else rows
 
     def took(self, steps: list[tuple[int, dict[str, Any]]], k: int, share: float) -> None:
         """What the steps gave in place k of a stack."""
         for i, metrics in steps if not self.dead else ():
             row = {name: values[k] for name, values in metrics.items()}
-            self.course.took(i, row | {"update_rms": row["update_rms"] * share})
+            self.course.add_metrics(i, row | {"update_rms": row["update_rms"] * share})
 
     def write(self) -> None:
         """Log the steps since the last time; the lane is dead if too many in a row were bad."""

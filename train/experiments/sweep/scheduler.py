@@ -15,10 +15,11 @@ from ....atomic import atomic_write
 from ....strict_json import read_json
 from ... import faults
 from ...cluster.signals import Stop, Stopped
-from ...evaluate import longest_answer, outputs
-from ...health import must_be_finite
-from ...progress import clock, console
-from ...runs.record import bound, losses, noted, of_saved, summary
+from ...evaluate import bound_model, evaluate_losses, generate_answers, longest_reply
+from ...health import check_finite
+from ...loop import explain_scoring_failure
+from ...progress import console, format_time
+from ...runs.record import logged_evaluation, summarize
 from ..base_cache import BaseCache
 from .groups import Group, groups
 from .lane_count import balanced, lanes_that_fit
@@ -81,7 +82,7 @@ class Scheduler:
         for cell in self.made:
             if cell.number in alive and not diverged(cell):
                 at = self.sweep.rungs(cell.run.steps)[rung]
-                losses[cell.number] = noted(Path(cell.run.out), at).get("valid_loss", math.nan)
+                losses[cell.number] = logged_evaluation(Path(cell.run.out), at).get("valid_loss", math.nan)
         order = sorted(losses, key=lambda n: (not math.isfinite(losses[n]), losses[n], n))
         return set(order[: max(len(alive) // self.sweep.halve, 1)])
 
@@ -98,14 +99,14 @@ class Scheduler:
                 with quiet(lane is not lanes[0]):
                     lane.begin(at)
                 held.callback(lane.close)
-                if lane.log and not noted(lane.folder, 0):
+                if lane.log and not logged_evaluation(lane.folder, 0):
                     lane.log.write({"step": 0, **self.ground.before(lane.run)})
             stack, i = None, at
             if at < until and not all(lane.dead for lane in lanes):
                 stack = Stack(group, which, [lane.phase for lane in lanes], K, self.devices, self.ground)
                 i = self.steps(lanes, stack, at, until)
             judged = self.save(lanes, stack, i, until)
-            self.stop.rest()
+            self.stop.end_steps()
         if not judged:
             console.print(f"stopped at step {i} of {span(chosen)}, saved but not evaluated; go on with --resume")
             raise Stopped
@@ -118,12 +119,12 @@ class Scheduler:
         """Steps at + 1 to `until`, or to where a signal ends them; returns the last."""
         run, pending, i = lanes[0].run, [], at
         self.stop.check()  # before this loop: it has no step to end with
-        self.stop.begin(at)
+        self.stop.begin_steps(at)
         self.clock(lanes)
         while i < until:
             for lane in lanes:
                 lane.checkpoints.check()
-            if self.stop.asked or not self.stop.may(i + 1) or all(lane.dead for lane in lanes):
+            if self.stop.asked or not self.stop.may_step(i + 1) or all(lane.dead for lane in lanes):
                 break
             i += 1
             faults.at("step", i)
@@ -172,7 +173,7 @@ class Scheduler:
         losses = [lane.log.row["loss"] for lane in lanes if not lane.dead] or [float("nan")]
         loss = " to ".join(f"{x:.4f}" for x in sorted({min(losses), max(losses)}))
         console.print(f"{span([lane.cell for lane in lanes])} · step {i}/{until} · loss {loss} · {rate:.2f} "
-                      f"lane-steps/s · {clock(max(self.left, 0) / rate)} left", soft_wrap=True)  # fmt: skip
+                      f"lane-steps/s · {format_time(max(self.left, 0) / rate)} left", soft_wrap=True)  # fmt: skip
 
     def save(self, lanes: list[Lane], stack: Stack | None, i: int, until: int) -> bool:
         """Each living lane's checkpoint; at `until`, when all are there, what each is worth. Whether no signal ended
@@ -183,13 +184,14 @@ class Scheduler:
                 continue
             lane.phase.state = jax.device_put(state, self.ground.whole)
             try:
-                must_be_finite(lane.phase.state.trainable, i, lane.run)
+                check_finite(lane.phase.state.trainable, i, lane.run)
             except InputError as error:
                 lane.die(str(error))
                 console.print(f"cell {lane.cell.number} ({lane.cell.name}) diverged: {error}", soft_wrap=True)
                 continue
-            before = noted(lane.folder, i) if stack is None else {}  # killed behind the last save
-            found = before or (self.stop.between(lambda lane=lane: losses(lane.phase)) if i == until else {})
+            before = logged_evaluation(lane.folder, i) if stack is None else {}  # killed behind the last save
+            evaluates = not before and i == until
+            found = self.stop.interruptible(lambda lane=lane: evaluate_losses(lane.phase)) if evaluates else before
             whole = whole and found is not None
             lane.course.save(found or {})
             lane.phase.state = None  # type: ignore[assignment]  # the stack has it
@@ -198,12 +200,12 @@ class Scheduler:
         for lane, state, found, noted_before in ended:
             lane.checkpoints.wait()
             lane.phase.state = state
-            scores = {} if noted_before else self.stop.between(lambda lane=lane: self.scores(lane))
+            scores = {} if noted_before else self.stop.interruptible(lambda lane=lane: self.scores(lane))
             if whole := whole and scores is not None:
                 found |= scores
                 if not noted_before:
                     lane.log.write({"step": i, **found})
-                said = summary(lane.phase, lane.folder, self.ground.before(lane.run), found, cost(stack, len(lanes)))
+                said = summarize(lane.phase, lane.folder, self.ground.before(lane.run), found, cost(stack, len(lanes)))
                 said |= {"status": "done" if i == lane.run.steps else "stopped", "steps": i}
                 atomic_write(lane.folder / "summary.json", json.dumps(said, indent=1) + "\n")
             lane.phase.state = None  # type: ignore[assignment]
@@ -211,12 +213,12 @@ class Scheduler:
 
     def scores(self, lane: Lane) -> dict[str, Any]:
         """The scores of a lane at its end on validation rows, if the sweep asks for them."""
-        if not self.sweep.score or lane.course.done != lane.run.steps:
+        if not self.sweep.score or lane.course.last_step != lane.run.steps:
             return {}
         phase, rows = lane.phase, self.ground.asked(lane.run, self.sweep.score)
         phase.state = jax.device_put(phase.state, self.ground.whole)
-        with of_saved(lane.run, lane.run.steps):
-            answers = outputs(*bound(phase), phase.tokenizer, rows, longest_answer(rows, phase.tokenizer))
+        with explain_scoring_failure(lane.run, lane.run.steps):
+            answers = generate_answers(*bound_model(phase), phase.tokenizer, rows, longest_reply(rows, phase.tokenizer))
             return {"valid_scores": phase.task.score(rows, answers)}
 
 

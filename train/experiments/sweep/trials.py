@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from .... import InputError
+from ....bounds import matches_type, type_name
 from ...config import Run, method_class
 from ...flags import nearest_flag
-from ...schema import matches_type, type_name
 
 # What a sweep says for all of its cells.
-PER_SWEEP_FIELDS = ("out", "phase", "recipe", "mesh", "resume", "accept", "verify", "offload", "wandb", "tensorboard", "keep",
-          "log_every", "save_every", "eval_every", "eval_rows", "score_base", "date")  # fmt: skip
+PER_SWEEP_FIELDS = ("out", "phase", "recipe", "mesh", "resume", "force", "verify", "offload", "wandb", "tensorboard",
+          "keep", "log_every", "save_every", "eval_every", "eval_rows", "eval_base_first", "date")  # fmt: skip
 MAX_TRIALS = 4096  # cells
 
 
