@@ -74,8 +74,8 @@ def generate(
     stacked, context = stack_rows(trainables, which_B), method.context(trainables[0])
     if len(np.asarray(which_B)) != len(prompts):
         raise InputError(f"which: {len(np.asarray(which_B))} numbers for {len(prompts)} prompts; one each is wanted")
-    by = partial(_decode, method, params)
-    return model_generate(model, stacked, prompts, new, context=context, by=by, **kw)
+    decode_fn = partial(_decode, method, params)
+    return model_generate(model, stacked, prompts, new, context=context, decode_fn=decode_fn, **kw)
 
 
 @partial(jax.jit, static_argnames=("method", *STATIC))
