@@ -11,15 +11,16 @@ from typing import Any
 from .. import InputError, __version__
 from ..bounds import is_text
 from ..model.pattern import pattern_source
-from .cluster.distributed import STOPPED, run_processes
-from .config import MALLOC, did_you_mean
+from .cluster.distributed import STOPPED
+from .cluster.launch import run_processes
+from .config import MALLOC_ENV, did_you_mean
 from .flags import WORDS, parse, run_of, suggestion, take, take_json
 
 
 def _train(phase: str) -> Callable[[list[str]], Any]:
     def command(args: list[str]) -> Any:
         run = run_of(phase, args)
-        from .loop import train
+        from .runs.train import train
 
         with pattern_source(args[0]) if args[0].endswith(".json") else contextlib.nullcontext():
             folder = train(run)
@@ -48,8 +49,11 @@ def _plan(args: list[str]) -> Any:
     return Plan.from_flags(args).run()
 
 
-def _experiment(name: str) -> Callable[[list[str]], Any]:
-    return lambda args: getattr(importlib.import_module(f".experiments.{name}", __package__), name)(args)
+def _experiment(module: str, name: str) -> Callable[[list[str]], Any]:
+    def command(args: list[str]) -> Any:
+        return getattr(importlib.import_module(f".experiments.{module}", __package__), name).from_flags(args).run()
+
+    return command
 
 
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], Any]]] = {
@@ -64,16 +68,16 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], Any]]] = {
     ),
     "plan": ("what a run needs, before it runs: graftax plan sft --base llama-3.1-8b --topology v5e:4x4", _plan),
     "sweep": (
-        "many variations of a fine-tune at once: graftax sweep sft --base RUN --over optim.lr=1e-3,3e-3",
-        _experiment("sweep"),
+        "train many variations of a fine-tune at once: graftax sweep sft --base RUN --over optim.lr=1e-3,3e-3",
+        _experiment("sweep.command", "Sweep"),
     ),
     "compare": (
-        "methods on one ground, with what noise lets one say: graftax compare --base RUN --task T --methods lora,ia3",
-        _experiment("compare"),
+        "compare methods on tasks, with confidence intervals: graftax compare --base RUN --task T --methods lora,ia3",
+        _experiment("compare", "Compare"),
     ),
     "decide": (
-        "the cheapest way to a target, all ways measured: graftax decide --base RUN --task T --target 'accuracy>=0.8'",
-        _experiment("decide"),
+        "find the cheapest approach to a target score: graftax decide --base RUN --task T --target 'accuracy>=0.8'",
+        _experiment("decide", "Decide"),
     ),
     "eval": ("held-out loss and a task's score of a run: graftax eval RUN", _lazy("Eval")),
     "generate": ("text from a run or a Hugging Face model: graftax generate RUN --prompt TEXT", _lazy("Generate")),
@@ -109,9 +113,9 @@ def usage() -> str:
 
 def keep_memory() -> None:
     """On Linux, start over once with an allocator that keeps its memory (config.MALLOC); not with GRAFTAX_MALLOC=0."""
-    if sys.platform != "linux" or os.environ.get("GRAFTAX_MALLOC") == "0" or any(k in os.environ for k in MALLOC):
+    if sys.platform != "linux" or os.environ.get("GRAFTAX_MALLOC") == "0" or any(k in os.environ for k in MALLOC_ENV):
         return
-    os.execve(sys.executable, [sys.executable, "-m", "graftax.train.cli", *sys.argv[1:]], os.environ | MALLOC)
+    os.execve(sys.executable, [sys.executable, "-m", "graftax.train.cli", *sys.argv[1:]], os.environ | MALLOC_ENV)
 
 
 def keep_compilations() -> None:

@@ -16,6 +16,11 @@ from .recipes import recipes
 
 # Ours -> theirs (transformers, TRL, HF PEFT, torchtune, vLLM). Of several the first that a command has is named.
 FOREIGN = {
+    "--data.bad-rows": "bad",  # the names that graftax had before
+    "--data.max-bad-rows": "bad-cap",
+    "--eval-base-first": "score-base no-score-base",
+    "--force": "accept",
+    "--max-skipped": "max-bad",
     "--optim.lr": "learning-rate base-learning-rate",
     "--lr": "learning-rate",
     "--optim.warmup": "warmup-ratio warmup-steps num-warmup-steps",
@@ -116,7 +121,7 @@ def run_and_flags(phase: str, args: list[str]) -> tuple[Run, list[str]]:
     return run, ["--data.task" if arg == "--data" else re.sub("^--data=", "--data.task=", arg) for arg in flags]
 
 
-def run_of(phase: str, args: list[str], also: Sequence[str] = ()) -> Run:
+def run_of(phase: str, args: list[str]) -> Run:
     """Return the run of `RECIPE --method NAME --data FILE --any.field value`; RECIPE may be a run's config.json."""
     mine = _phase_recipes(phase)
     listed = "\n\n".join(f"{name}: {' '.join((make.__doc__ or '').split())}" for name, make in mine.items())
@@ -127,7 +132,7 @@ def run_of(phase: str, args: list[str], also: Sequence[str] = ()) -> Run:
         about += "\n\nMethods: --method NAME, then --method.FIELD (masks: --method.where NAME or a rule)\n\n"
         about += "\n\n".join(f"{n}: {(c.__doc__ or '').splitlines()[0]}" for n, c in sorted(peft.methods.items()))
     run, flags = run_and_flags(phase, args)
-    return parse(Run, flags, f"graftax {phase} RECIPE", default=run, description=about, also=(*RUN_FLAGS, *also))
+    return parse(Run, flags, f"graftax {phase} RECIPE", default=run, description=about, also=RUN_FLAGS)
 
 
 def _phase_recipes(phase: str) -> dict[str, Callable[[], Run]]:

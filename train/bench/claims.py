@@ -74,10 +74,10 @@ def around(rate: float) -> list[float]:
 
 def swept(run: Run, name: str, over: Sequence[str], out: Path, params: Any) -> Line:
     """Run a sweep, or read its results if it is done; return its losses."""
-    from ..experiments.sweep.command import Sweep, execute
+    from ..experiments.sweep.command import Sweep
 
     run = dataclasses.replace(run, out=str(out / name.replace(" ", "_")), resume="auto")
-    execute(Sweep(run, tuple(over)))
+    Sweep(run, tuple(over)).run()
     rows = [json.loads(line) for line in (Path(run.out) / "results.jsonl").read_text("utf-8").splitlines()]
     losses: dict[float, list[float]] = {}
     for row in rows:

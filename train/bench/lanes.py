@@ -16,7 +16,7 @@ from ...model import Config, Transformer, init, presets
 from ...peft import partition
 from ...peft.methods.lora import LoRA
 from ..config import Data, Optim, Run
-from ..experiments.sweep.groups import batch_shapes, lane_step
+from ..experiments.sweep.programs import batch_shapes, lane_step
 from ..machine import cpu_cores, cpu_name
 from ..optim import make_optimizer
 from ..step import init_state

@@ -24,7 +24,7 @@ from ..config import Data, Run
 from ..machine import cpu_name
 from ..plan.planner import compile_from_shapes, make_plan, resolve_architecture
 from ..plan.topology import parse_topology
-from ..program import KEYS, base_shapes, layout
+from ..setup import BATCH_DTYPES, base_shapes, layout
 from .table import RESULTS, write
 
 
@@ -87,7 +87,7 @@ def measure(case: Case) -> dict[str, Any]:
         params = jax.jit(init, static_argnums=0, out_shardings=shardings(mesh, shapes_of(config)))(
             config, jax.random.key(0))  # fmt: skip
         params = quantize(params, run.quantize) if run.quantize else params
-        frozen, state = jax.jit(placed.begin, out_shardings=placed.where)(params)
+        frozen, state = jax.jit(placed.begin, out_shardings=placed.shardings)(params)
         jax.block_until_ready((frozen, state))
         del params
         before = resident("VmRSS")
@@ -95,7 +95,10 @@ def measure(case: Case) -> dict[str, Any]:
         put, shape = put_batch(mesh), (run.data.batch, run.data.T)
         for i in range(3):
             rows = np.random.default_rng(i).integers(1, config.V, shape)
-            batch = {k: np.ones(shape, v) if k in ("weights", "segments") else rows.astype(v) for k, v in KEYS.items()}
+            batch = {
+                k: np.ones(shape, v) if k in ("weights", "segments") else rows.astype(v)
+                for k, v in BATCH_DTYPES.items()
+            }
             batch["positions"] = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
             state, metrics = step(state, frozen, put(batch))
             jax.block_until_ready(metrics)

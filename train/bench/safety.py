@@ -77,10 +77,10 @@ def steps(preset: str, B: int, T: int, rounds: int) -> tuple[dict[str, Any], Sta
     seconds = time_in_turns(calls, rounds)
     step = statistics.median(seconds["checked"])
     with tempfile.TemporaryDirectory() as work, Stop() as stop, CheckpointWriter(Path(work)) as checkpoints:
-        stop.begin(0)
+        stop.begin_steps(0)
         start = time.perf_counter()
         for i in range(10_000):
-            checkpoints.check(), stop.may(i + 1), faults.at("step", i)
+            checkpoints.check(), stop.may_step(i + 1), faults.at("step", i)
         loop = (time.perf_counter() - start) / 10_000
     results = {
         "step_ms": round(step * 1e3, 1),

@@ -17,7 +17,7 @@ from ...model import Config, Transformer
 from ...model.backend import target_backend
 from ...model.tree import in_layers, is_stacked, paths
 from ..config import Run
-from ..program import KEYS, Layout, base_shapes, start
+from ..setup import BATCH_DTYPES, Layout, base_shapes, initial_layout
 from ..step import State, make_train_step
 from .hlo import Collective
 from .trace import Cost, DeviceSizes, nbytes, trace_cost
@@ -29,10 +29,10 @@ def trace_step(run: Run, config: Config, mesh: Any, placed: Layout, platform: st
     shape = (run.data.batch // (axes["data"] * axes["fsdp"]), run.data.T)
     device_mesh = AbstractMesh((1, 1, 1, axes["context"]), tuple(axes), (AxisType.Auto,) * 4)
     with target_backend(platform), jax.sharding.use_abstract_mesh(device_mesh):
-        first = start(run, base_shapes(run, local))
-        frozen, state = first.made
+        first = initial_layout(run, base_shapes(run, local))
+        frozen, state = first.shapes
         step = make_train_step(Transformer(local), run.method, first.tx, accumulate=run.accumulate, chunk=run.chunk)
-        batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in KEYS.items()}
+        batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in BATCH_DTYPES.items()}
         closed = jax.make_jaxpr(step)(state, frozen, batch)
     sizes = DeviceSizes(
         kept_share=_kept_shares(first.trainable, placed),
@@ -54,7 +54,7 @@ def _transposed_tables(placed: Layout) -> float:
 
     Its programs transpose each at their beginning, and keep the copy during the whole step.
     """
-    shapes, shardings = placed.made[1], placed.where[1]
+    shapes, shardings = placed.shapes[1], placed.shardings[1]
     leaves = jax.tree.leaves((shardings.trainable, shardings.opt_state))
     pairs = zip(paths((shapes.trainable, shapes.opt_state)), leaves, strict=True)
     return sum(shard_bytes(x, sharding) for (path, x), sharding in pairs if path.endswith("embed/table"))
@@ -68,7 +68,7 @@ def device_config(config: Config, n: int) -> Config:
 
 def _kept_shares(trainable: Any, placed: Layout) -> dict[tuple[int, ...], float]:
     """Return {shape of a traced gradient, or of a layer of a stacked one: the share that a device keeps}."""
-    real = jax.tree.leaves(jax.tree.map(shard_bytes, placed.trainable, placed.where[1].trainable))
+    real = jax.tree.leaves(jax.tree.map(shard_bytes, placed.trainable, placed.shardings[1].trainable))
     shares: dict[tuple[int, ...], float] = {}
     for (path, x), n in zip(paths(trainable), real, strict=True):
         share = min(n / nbytes(x), 1.0)
@@ -101,7 +101,7 @@ def _donated(state: State, offload: bool) -> list[int]:
 def _gathered(inputs: Any, placed: Layout) -> list[int]:
     """Return the inputs (state, frozen) that a device holds a shard of but reads whole; layer stacks are not among
     them, nor is the optimizer state."""
-    frozen, state = placed.where
+    frozen, state = placed.shardings
     shardings = jax.tree.leaves((state._replace(opt_state=None), frozen))
     indices = [(i, path) for i, (path, _) in enumerate(paths(inputs)) if not path.startswith("0/opt_state")]
     return [
@@ -136,8 +136,8 @@ def estimate_collectives(run: Run, config: Config, mesh: Any, placed: Layout) ->
 def _parameter_collectives(placed: Layout, mesh: Any, accumulate: int) -> list[Collective]:
     """Return the collectives of parameters and of their gradients."""
     axes, collectives = mesh.shape, []
-    frozen, trainable = placed.where[0], placed.where[1].trainable
-    for shardings, shapes, trained in ((frozen, placed.made[0], False), (trainable, placed.trainable, True)):
+    frozen, trainable = placed.shardings[0], placed.shardings[1].trainable
+    for shardings, shapes, trained in ((frozen, placed.shapes[0], False), (trainable, placed.trainable, True)):
         for (path, x), sharding in zip(paths(shapes), jax.tree.leaves(shardings), strict=True):
             n, split = shard_bytes(x, sharding), "fsdp" in sharding.spec
             if split:

@@ -12,18 +12,19 @@ import jax
 import jax.numpy as jnp
 
 from ... import InputError
-from ...data.tokenizers.tokenizer import load_tokenizer
+from ...data.tokenizers import load_tokenizer
 from ...model import Config, Transformer, hf, presets, shapes_of
 from ...model.backend import target_backend
-from ...model.hf.files import nearest_folder, read_json
+from ...model.hf.hub import did_you_mean_folder
 from ...model.layout import set_layout
+from ...strict_json import read_json
 from ..config import Run, did_you_mean, from_json
-from ..inputs import check_lengths
-from ..program import KEYS, Layout, base_shapes, check_batch, layout, lower
+from ..inputs import check_row_length
 from ..progress import step_flops
 from ..runs.checkpoint import CheckpointWriter
 from ..runs.files import check_run, is_hugging_face
 from ..runs.load import with_compute_dtype
+from ..setup import BATCH_DTYPES, Layout, base_shapes, check_batch, layout, lower
 from . import hlo, roofline
 from .estimate import estimate_collectives, shard_bytes, trace_step
 from .hlo import Collective
@@ -53,7 +54,7 @@ def make_plan(run: Run, target: Target, compiling: bool = True) -> dict[str, Any
     """Return the plan of one run on one target as JSON. Raises InputError for what the run itself would refuse."""
     with target_backend(target.platform):
         run, config = resolve_architecture(run)
-        check_lengths(run.data, config.context)
+        check_row_length(run.data, config.context)
         mesh = target.mesh(run.mesh)
         check_batch(run, mesh)
         with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
@@ -65,7 +66,7 @@ def make_plan(run: Run, target: Target, compiling: bool = True) -> dict[str, Any
             "temporaries": max(cost.peak - cost.gradients - cost.activations, 0.0),
         }
         shards = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
-        batch_bytes = run.data.batch * run.data.T * sum(jnp.dtype(d).itemsize for d in KEYS.values()) / shards
+        batch_bytes = run.data.batch * run.data.T * sum(jnp.dtype(d).itemsize for d in BATCH_DTYPES.values()) / shards
         total = sum(sizes.values()) + batch_bytes
         collectives = estimate_collectives(run, config, mesh, placed)
         program = Program("model", collectives, total, target.chip.memory)
@@ -97,7 +98,7 @@ def _config_of(base: str) -> Config:
     if base in presets:
         return presets[base]
     if not Path(base).exists():
-        hint = did_you_mean(base, presets) or nearest_folder(base)
+        hint = did_you_mean(base, presets) or did_you_mean_folder(base)
         raise InputError(f"--base {base!r} is neither a preset nor a folder{hint}; a plan does not download models; "
                          f"presets: {', '.join(presets)}")  # fmt: skip
     if is_hugging_face(base):
@@ -115,7 +116,7 @@ def _config_of(base: str) -> Config:
 
 def state_bytes(placed: Layout) -> dict[str, float]:
     """Return the bytes on one device of what a step takes: frozen weights, trained parameters, optimizer state."""
-    (frozen, state), (frozen_sharding, state_sharding) = placed.made, placed.where
+    (frozen, state), (frozen_sharding, state_sharding) = placed.shapes, placed.shardings
     parts = {
         "weights": (frozen, frozen_sharding),
         "trainable": (state.trainable, state_sharding.trainable),
@@ -127,7 +128,7 @@ def state_bytes(placed: Layout) -> dict[str, float]:
 def compile_from_shapes(run: Run, config: Config, mesh: Any, placed: Layout) -> Any:
     """Return the compiled step of a run, from shapes."""
     frozen, state = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), placed.made, placed.where
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), placed.shapes, placed.shardings
     )
     setup = SimpleNamespace(
         run=run, mesh=mesh, model=Transformer(config), method=run.method, frozen=frozen, state=state, tx=placed.tx

@@ -5,7 +5,7 @@ from typing import Any
 from rich.table import Table
 
 from ..progress import console
-from ..runs.report import size
+from ..runs.report import format_bytes
 from .planner import KINDS
 from .topology import Target
 
@@ -15,7 +15,8 @@ def print_plan(plan: dict[str, Any]) -> None:
     memory, seconds, flops = plan["bytes"], plan["seconds"], plan["flops"]
     quantize = f" · {plan['quantize']}" if plan["quantize"] else ""
     links = (
-        f"{axis}: " + ", ".join(f"{kind} {size(n)}" for kind, n in sent.items()) for axis, sent in plan["sent"].items()
+        f"{axis}: " + ", ".join(f"{kind} {format_bytes(n)}" for kind, n in sent.items())
+        for axis, sent in plan["sent"].items()
     )
     lines = [
         f"{plan['base'] or plan['recipe']} · {plan['phase']} {plan['method']}{quantize} · "
@@ -25,10 +26,10 @@ def print_plan(plan: dict[str, Any]) -> None:
         _source(plan),
         f"parameters   {plan['parameters']:,}; trained: {plan['trainable']:,} "
         f"({plan['trainable'] / plan['parameters']:.3%})",
-        "per device   " + " · ".join(f"{kind} {size(memory[kind])}" for kind in KINDS),
-        f"             {size(memory['total'])} of {size(plan['memory'])}: " + _fit(plan),
+        "per device   " + " · ".join(f"{kind} {format_bytes(memory[kind])}" for kind in KINDS),
+        f"             {format_bytes(memory['total'])} of {format_bytes(plan['memory'])}: " + _fit(plan),
         f"per step     {flops['step']:.3g} FLOPs, {flops['device']:.3g} per device ({flops['model']:.3g} without "
-        f"recomputation); {size(plan['moved'])} through the memory of a device",
+        f"recomputation); {format_bytes(plan['moved'])} through the memory of a device",
         "links        " + (" · ".join(links) or "none"),
         f"time         products {seconds['compute']:.3g} s, memory {seconds['memory']:.3g} s, links "
         f"{seconds['links']:.3g} s: expected {seconds['expected']:.3g} s, at best {seconds['best']:.3g} s; "
@@ -69,16 +70,16 @@ def print_table(column: str, plans: dict[str, dict[str, Any]], target: Target) -
         table.add_row(
             name,
             f"{trainable / 1e6:,.2f} M",
-            size(memory["weights"]),
-            size(state),
-            size(memory["activations"] + memory["temporaries"]),
-            size(memory["total"]),
-            "yes" if plan["fits"] else f"+{size(-plan['left'])}",
+            format_bytes(memory["weights"]),
+            format_bytes(state),
+            format_bytes(memory["activations"] + memory["temporaries"]),
+            format_bytes(memory["total"]),
+            "yes" if plan["fits"] else f"+{format_bytes(-plan['left'])}",
             f"{plan['flops']['step']:.2g}",
-            size(sent),
+            format_bytes(sent),
             f"{plan['seconds']['expected']:.3g}",
             f"{plan['tokens_per_second']:,.0f}",
-            size(4 * trainable),
+            format_bytes(4 * trainable),
         )
     console.print(table)
     console.print(
@@ -108,4 +109,8 @@ def _source(plan: dict[str, Any]) -> str:
 
 
 def _fit(plan: dict[str, Any]) -> str:
-    return f"fits, {size(plan['left'])} free" if plan["fits"] else f"DOES NOT FIT, {size(-plan['left'])} over"
+    return (
+        f"fits, {format_bytes(plan['left'])} free"
+        if plan["fits"]
+        else f"DOES NOT FIT, {format_bytes(-plan['left'])} over"
+    )
