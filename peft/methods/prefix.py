@@ -194,7 +194,9 @@ class LLaMAAdapter(Method):
     def arrays(self, key: Array, target: Target) -> dict[str, Array]:
         width, D = target.shape
         if self.after_output_proj and width != D:
-            raise InputError(f"llamaadapter: after_output_proj=True wants heads of {D} together, this base's have {width}")
+            raise InputError(
+                f"llamaadapter: after_output_proj=True wants heads of {D} together, this base's have {width}"
+            )
         return {"prompt": jax.random.normal(key, (self.tokens, D)), "gate": jnp.zeros(1)}
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
