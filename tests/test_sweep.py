@@ -17,7 +17,8 @@ from graftax.train.cli import main
 from graftax.train.cluster.signals import Stopped
 from graftax.train.config import Optim, from_json
 from graftax.train.experiments.base_cache import BaseCache
-from graftax.train.experiments.sweep.command import Sweep, dated, execute, scheduler
+from graftax.train.experiments.sweep import scheduler
+from graftax.train.experiments.sweep.command import Sweep, dated, execute
 from graftax.train.experiments.sweep.groups import groups
 from graftax.train.experiments.sweep.lane_count import balanced
 from graftax.train.experiments.sweep.lanes import Stack
