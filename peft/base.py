@@ -1,8 +1,9 @@
-"""A method: what trains, as a pytree of its own, and how it is put together with the frozen base."""
+"""The interface of a method: what trains, as its own pytree, and how it is combined with the frozen base."""
 
 import dataclasses
 import re
 import zlib
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self, dataclass_transform
 
 import jax
@@ -15,83 +16,110 @@ from ..bounds import check
 from ..model import Config, Context, Transformer, Weight, forward, shapes_of
 from ..model.tree import is_stacked, named, nested, split_layer_index
 from ..model.weight import base_weight
+from .hf_spec import HFSpec
+from .targets import Target, init_matrices, wrap_weights
 
 
 @dataclass_transform(frozen_default=True)
 class Method:
-    """A pair of pure functions, as an Optax optimizer is; the fields of a subclass are its hyperparameters.
+    """Base class of methods: a pair of pure functions, as an Optax optimizer is, and optional hooks.
 
-    trainable = method.init(key, params)                    # {path: arrays}, fp32
-    logits = model.apply({"params": method.bind(params, trainable)}, ids)
+        trainable = method.init(key, params)                    # {path: arrays}, fp32
+        logits = model.apply({"params": method.bind(params, trainable)}, ids)
+
+    A method that adds arrays to matrices defines a field `where`, the rule that picks the matrices, `arrays`, what
+    trains for one of them, and `weight`, what `x @ w` then means. Any other defines `init`, and `bind` or `context`.
+    Every other hook has a neutral default. `peft.targets` has helpers.
+
+    A subclass is a frozen dataclass. Its annotated fields are the hyperparameters and the command-line flags
+    (`--method.rank`); bounds declared on them (bounds.py) are checked when an instance is made. The first line of its
+    docstring, "formula (source)", is what `graftax methods` prints.
     """
 
-    identity: ClassVar[bool] = True  # logits right after init equal the base's
-    lr_multiplier: ClassVar[float] = 5.0  # the learning rate to begin a search at, over full fine-tuning's
-    demo: ClassVar[bool] = True  # whether `graftax demo` shows it
-    decay_rule: ClassVar[str] = ".*"  # rule: the arrays of two or more axes that weight decay shrinks by default
-    replaces_base: ClassVar[bool] = (
-        False  # its arrays stand where the base's were; nothing may have wrapped those before
-    )
+    weight: ClassVar[Any] = None  # weight(w, **arrays): the Weight that replaces a matrix w, given the arrays for it
+
+    identity: ClassVar[bool] = True  # the logits right after `init` equal those of the base
+    lr_multiplier: ClassVar[float] = 5.0  # where a search starts: this times the learning rate of full fine-tuning
+    demo: ClassVar[bool] = True  # `graftax demo` includes the method
+    decay_rule: ClassVar[str] = ".*"  # regex over paths of the trainable tree that weight decay applies to
+    replaces_base: ClassVar[bool] = False  # its arrays stand in for those of the base, which must not be wrapped before
+    axes: ClassVar[Mapping[str, str]] = {}  # array name -> its axes, a letter each, for sharding: see peft/sharding.py
+    axes_of: ClassVar[Mapping[str, str]] = {}  # key that is no path of the base -> the parameter whose axes are meant
+
+    hf: ClassVar[HFSpec] = HFSpec()  # how Hugging Face PEFT stores the method: see peft/hf_spec
 
     def __init_subclass__(cls) -> None:
         dataclasses.dataclass(frozen=True)(cls)
 
     def __post_init__(self) -> None:
-        """InputError for a number out of its bounds; an array (one of a sweep's lanes) is not looked at."""
-        check(self, f"{type(self).__name__.lower()}: --method.")
+        """Check the fields. Raises InputError for a number out of bounds; arrays (lanes of a sweep) are not checked."""
+        check(self, f"{self.name}: --method.")
+
+    @property
+    def name(self) -> str:
+        """The method's name on the command line."""
+        return type(self).__name__.lower()
+
+    def arrays(self, key: Array, target: Target) -> dict[str, Array]:
+        """Return what trains for one matrix of `target.shape` (D, F): fp32 arrays, named as the fields of `weight`."""
+        raise TypeError(f"{type(self).__name__} defines neither init nor arrays")
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
-        """The trainable pytree, `{path: arrays}`, for a base (or its shapes, under `jax.eval_shape`)."""
-        raise TypeError(f"{type(self).__name__} defines no init")
+        """Return the trainable pytree `{path: arrays}` for a base, or for its shapes under `jax.eval_shape`.
+
+        A path is that of the parameter it acts on, with a layer range if it acts on some layers of a stacked one:
+        `layers/mlp/up[4:8]`. Arrays of stacked layers have the layer axis first.
+        """
+        return init_matrices(key, params, getattr(self, "where", "linear"), self.arrays, self.name)
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
-        """The base with weights where the method acts; params may be all of it or what `freeze` left."""
-        return params
+        """Return the base with weights where the method acts. `params`: the whole base, or its `frozen_params`."""
+        return params if self.weight is None else wrap_weights(params, trainable, self.weight)
 
     def context(self, trainable: Any) -> Context:
-        """What is put before the text: virtual tokens or a key/value past."""
+        """Return what precedes the text: virtual tokens, or past keys and values."""
         return Context()
 
     def frozen_params(self, params: Any) -> Any:
-        """The base without what `trainable` now holds: one copy of each parameter.
+        """Return the base without what `trainable` now holds, so that each parameter exists once.
 
-        A method with frozen constants puts them here, in a Weight that its `bind` knows again (PiSSA's residual), or
-        makes them anew in `bind` from a seed that is one of its fields (VeRA's projections).
+        Frozen constants of a method go here, in a Weight that `bind` recognises (PiSSA's residual), or are drawn again
+        in `bind` from a seed that is a field (VeRA's projections).
         """
         return params
 
     def bind_train(self, params: Any, trainable: Any, key: Array) -> dict[str, Any]:
-        """`bind` as it is in training, where it may draw (dropout)."""
+        """Return `bind` as training uses it, with random draws (dropout)."""
         return self.bind(params, trainable)
 
     def decays(self, path: str) -> bool:
-        """Whether weight decay shrinks an array of two or more axes in a layer, if `Optim.decay_where` does not say.
+        """Return whether weight decay applies by default to the array of two or more axes at a path of the tree.
 
-        It does where 0 leaves the base as it is (an update, as LoRA's) or is where such arrays are drawn around (a
-        matrix). It does not where the size is a coordinate, of a hidden state or an angle.
+        It should where 0 means no change of the base (a LoRA update), or where a matrix is drawn around 0. It should
+        not where the array holds coordinates: a hidden state or an angle. `Optim.decay_where` overrides this.
         """
         return bool(re.fullmatch(self.decay_rule, path))
 
     def aux_loss(self, trainable: Any) -> Any:
-        """What training adds to the mean loss."""
+        """Return a term that training adds to the mean loss."""
         return 0.0
 
     def update_transform(self, steps: int) -> optax.GradientTransformation:
-        """What is done to the optimizer's updates: other rates for some leaves, ranks that end. `grads=` is given."""
+        """Return a transformation of the optimizer's updates (other rates, pruned ranks); it is passed `grads=`."""
         return optax.identity()
 
     def pad_to_rank(self, largest: Self) -> "Method | None":
-        """The method that computes with arrays as large as `largest` has them, zeros where its own end, what this one
-        computes with its own, also in training; `largest` but for its factors. None: there is none.
+        """Return a method with the shapes of `largest`, padded with zeros, that computes and trains as this one does.
 
-        `largest` is this method with one field larger. Runs of both are then one program of a sweep.
+        `largest` is this method with one field larger; the result may differ from it in scalar factors only, so that a
+        sweep runs both in one program. None: there is no such method.
         """
         return None
 
 
 def partition(method: Method, params: Any, key: Array) -> tuple[Any, dict[str, Any]]:
-    """(frozen, trainable): each parameter is in one of the two. Differentiate the second alone."""
-    trainable = method.init(key, params)  # first, as it says what is wrong
+    """Return (frozen, trainable); each parameter is in exactly one. Differentiate with respect to the second alone."""
+    trainable = method.init(key, params)  # before frozen_params: its errors are the clearer ones
     return method.frozen_params(params), trainable
 
 
@@ -99,108 +127,107 @@ def apply(
     model: Transformer, params: Any, method: Method, trainable: Any, ids_BT: Array,
     positions_BT: Array | None = None, segments_BT: Array | None = None, **kw: Any,
 ) -> Array:  # fmt: skip
-    """logits_BTV of the real positions, with the method's context before the text."""
+    """Return logits_BTV of the real positions, with the method's context before the text."""
     bound, context = method.bind(params, trainable), method.context(trainable)
     return forward(model, bound, ids_BT, positions_BT, segments_BT, context=context, **kw)[0]
 
 
 def count(method: Method, base: Config | Any) -> int:
-    """How many numbers a method trains on a config or a params tree, without memory."""
+    """Return the number of trainable parameters of a method on a config or a params tree; allocates no memory."""
     params = shapes_of(base) if isinstance(base, Config) else base
     shapes = jax.eval_shape(method.init, jax.random.key(0), params)
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
 def fold(bound: Any, dtype: Any = None) -> dict[str, Any]:
-    """The bound tree as plain matrices, each weight replaced by `I @ w` in `dtype`, or in that of its base.
+    """Return the bound tree with each weight replaced by its matrix `I @ w`, in `dtype` or in that of the base.
 
-    Raises InputError for a weight that is not linear in x. A context (prompt, prefix) is not part of it: see `merge`.
+    Raises InputError for a weight that is not linear in x. A context (prompt, prefix) is not included: see `merge`.
     """
+    untied = any(path.startswith("head/") for path in named(bound))
 
-    def dense(path: str, w: Any) -> Any:
-        """What stands at a path, as an array."""
+    def matrix(path: str, w: Any) -> Any:
         if not isinstance(w, Weight):
             return w
         if not w.linear:
             raise InputError(f"{path}: {type(w).__name__} is not linear in x, so it cannot be folded into a matrix")
         base = base_weight(w)
         if path == "embed/table":
-            if not any(p.startswith("head/") for p in named(bound)) and not getattr(w, "tied", False):
+            if not untied and not getattr(w, "tied", False):
                 raise InputError(f"{path}: the output projection is tied to the base's rows, so no one table does both")
-            matrix = w[jnp.arange(jax.tree.leaves(base)[0].shape[0])]
+            dense = w[jnp.arange(jax.tree.leaves(base)[0].shape[0])]
         else:
-            matrix = jax.lax.map(lambda one: one.dense(), w) if is_stacked(path) else w.dense()
-        kind = dtype or getattr(base, "dtype", None)
-        return matrix if kind is None else matrix.astype(kind)
+            dense = jax.lax.map(lambda layer: layer.dense(), w) if is_stacked(path) else w.dense()
+        dense_dtype = dtype or getattr(base, "dtype", None)
+        return dense if dense_dtype is None else dense.astype(dense_dtype)
 
     with jax.default_matmul_precision("highest"):  # a TPU would multiply in bfloat16
-        return nested({path: dense(path, w) for path, w in named(bound).items()})
+        return nested({path: matrix(path, w) for path, w in named(bound).items()})
 
 
 def merge(method: Method, params: Any, trainable: Any, dtype: Any = None) -> dict[str, Any]:
-    """A base that computes by itself what base + trainable compute; InputError where no such base exists."""
+    """Return a base that alone computes what base and trainable compute. Raises InputError if none exists."""
     if method.context(trainable).length:
         raise InputError(f"{type(method).__name__} puts positions before the text; a base alone cannot hold them")
     return fold(method.bind(params, trainable), dtype)
 
 
 class Chain(Method):
-    """Several methods at once, bound in order, each with its branch of the trainable tree; make it with `chain`."""
+    """Several methods at once, bound in order, each with its own branch of the trainable tree; made by `chain`."""
 
     methods: tuple[tuple[str, Method], ...]
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
-        return {n: m.init(jax.random.fold_in(key, zlib.crc32(n.encode())), params) for n, m in self.methods}
+        keys = {name: jax.random.fold_in(key, zlib.crc32(name.encode())) for name, _ in self.methods}
+        return {name: method.init(keys[name], params) for name, method in self.methods}
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
-        before = named(params)
-        for name, method in self.methods:
-            self.check(method, trainable[name], before, named(params))
-            params = method.bind(params, trainable[name])
+        return self.bind_train(params, trainable, None)
+
+    def bind_train(self, params: Any, trainable: Any, key: Array | None) -> dict[str, Any]:
+        """Bind each link in order; without a key none draws."""
+        base = named(params)
+        for i, (name, method) in enumerate(self.methods):
+            branch, current = trainable[name], named(params)
+            for path in {split_layer_index(k)[0] for k in branch} if method.replaces_base else ():
+                if current.get(path) is not base.get(path):  # the earlier method would train in vain
+                    raise InputError(f"chain: {type(method).__name__} trains {path}, which an earlier method has "
+                                     "taken; put it first, or let only one of them have it")  # fmt: skip
+            if key is None:
+                params = method.bind(params, branch)
+            else:
+                params = method.bind_train(params, branch, jax.random.fold_in(key, i))
         return params
 
-    def check(self, method: Method, trainable: Any, before: dict[str, Any], now: dict[str, Any]) -> None:
-        """InputError if a method would replace what an earlier one has changed, which then would train in vain."""
-        for path in {split_layer_index(key)[0] for key in trainable} if method.replaces_base else ():
-            if now.get(path) is not before.get(path):
-                raise InputError(f"chain: {type(method).__name__} trains {path}, which an earlier method has taken; "
-                                 "put it first, or let only one of them have it")  # fmt: skip
-
     def context(self, trainable: Any) -> Context:
-        found = [c for name, m in self.methods if (c := m.context(trainable[name])).length]
-        if len(found) > 1:
+        contexts = [c for name, method in self.methods if (c := method.context(trainable[name])).length]
+        if len(contexts) > 1:
             raise InputError("chain: two methods put positions before the text; keep one of them")
-        return found[0] if found else Context()
+        return contexts[0] if contexts else Context()
 
     def frozen_params(self, params: Any) -> Any:
         for _, method in self.methods:
             params = method.frozen_params(params)
         return params
 
-    def bind_train(self, params: Any, trainable: Any, key: Array) -> dict[str, Any]:
-        before = named(params)
-        for i, (name, method) in enumerate(self.methods):
-            self.check(method, trainable[name], before, named(params))
-            params = method.bind_train(params, trainable[name], jax.random.fold_in(key, i))
-        return params
-
     def decays(self, path: str) -> bool:
-        branch, _, rest = path.partition("/")
-        return dict(self.methods)[branch].decays(rest)
+        name, _, rest = path.partition("/")
+        return dict(self.methods)[name].decays(rest)
 
     def aux_loss(self, trainable: Any) -> Any:
         return sum(method.aux_loss(trainable[name]) for name, method in self.methods)
 
     def update_transform(self, steps: int) -> optax.GradientTransformation:
-        parts = {n: optax.with_extra_args_support(m.update_transform(steps)) for n, m in self.methods}
+        links = {name: optax.with_extra_args_support(m.update_transform(steps)) for name, m in self.methods}
 
-        def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-            grads = extra["grads"]
-            done = {n: part.update(updates[n], state[n], params[n], grads=grads[n]) for n, part in parts.items()}
-            return {n: d[0] for n, d in done.items()}, {n: d[1] for n, d in done.items()}
+        def init(trainable: Any) -> Any:
+            return {name: link.init(trainable[name]) for name, link in links.items()}
 
-        init: Any = lambda trainable: {n: part.init(trainable[n]) for n, part in parts.items()}  # noqa: E731
-        return optax.GradientTransformationExtraArgs(init, update)
+        def update(updates: Any, state: Any, params: Any = None, *, grads: Any, **_: Any) -> tuple[Any, Any]:
+            pairs = {n: link.update(updates[n], state[n], params[n], grads=grads[n]) for n, link in links.items()}
+            return {n: new for n, (new, _) in pairs.items()}, {n: new_state for n, (_, new_state) in pairs.items()}
+
+        return optax.GradientTransformationExtraArgs(init, update)  # type: ignore[arg-type]
 
     @property
     def identity(self) -> bool:  # type: ignore[override]
@@ -208,10 +235,9 @@ class Chain(Method):
 
 
 def chain(*methods: Method) -> Chain:
-    """All the methods at once: `chain(LoRA(), Subset("norms"))`, one branch `lora`, `subset`, `lora_2` each."""
+    """Combine methods: `chain(LoRA(), Subset("norms"), LoRA(rank=2))` has the branches `lora`, `subset`, `lora_2`."""
     names: list[str] = []
     for method in methods:
-        name = type(method).__name__.lower()
-        seen = sum(n.split("_")[0] == name for n in names)
-        names.append(f"{name}_{seen + 1}" if seen else name)
+        seen = sum(name.split("_")[0] == method.name for name in names)
+        names.append(f"{method.name}_{seen + 1}" if seen else method.name)
     return Chain(tuple(zip(names, methods, strict=True)))

@@ -1,4 +1,4 @@
-"""Named masks, and masks from rules: which parameters, and which layers of a stacked one."""
+"""Masks by name and by rule: which parameters, and which layers of a stacked one."""
 
 import re
 from typing import Any
@@ -11,7 +11,7 @@ from ..model.tree import Rules
 
 Where = str | Rules
 
-# name -> rules. A new mask is one line here. `last_K` for any K is understood besides.
+# name -> rules. A new mask is one line here. `last_K`, for any K, is understood too.
 named: dict[str, Rules] = {
     "all": [(".*", True)],
     "norms": [(".*norm/(scale|bias)", True)],
@@ -26,7 +26,7 @@ named: dict[str, Rules] = {
 }
 
 
-# Names of modules in Hugging Face models -> ours, for the error about a rule that matches nothing.
+# Module names of Hugging Face models -> ours, suggested in the error about a rule that matches nothing.
 hugging_face = {
     **{f"{name}_proj": f"layers/attn/{name}" for name in "qkvo"},
     **{f"{name}_proj": f"layers/mlp/{name}" for name in ("gate", "up", "down")},
@@ -38,7 +38,7 @@ hugging_face = {
 
 
 def rules(where: Where) -> Rules:
-    """The rules of a mask's name, of one rule, of several with commas between, or the rules themselves."""
+    """Return the rules of a mask's name, of one rule, or of several separated by commas; rules are left as given."""
     if not isinstance(where, str):
         return where
     if len(parts := re.split(r",\s*(?![^{]*})", where)) > 1:
@@ -49,32 +49,32 @@ def rules(where: Where) -> Rules:
 
 
 def select(where: Where, params: Any) -> dict[str, list[tuple[int, int]]]:
-    """{path: the [start, stop) layer ranges picked} of every parameter that the mask picks.
+    """Return {path: the [start, stop) layer ranges picked} of every parameter that the mask picks.
 
     A parameter outside a stack has the range (0, 1). Raises InputError for a rule that matches nothing, with the names
     of masks if it looks like a name.
     """
     try:
-        values = tree.match(rules(where), params, default=False)
+        values = tree.match_rules(rules(where), params, default=False)
     except tree.InputError as error:
         if isinstance(error, BadPattern) or not isinstance(where, str) or where in named:
             raise
-        what = str(error).partition(";")[0]
+        problem = str(error).partition(";")[0]
         parts = [part.rpartition(".")[2] for part in re.findall(r"[\w./-]+", where)]
         if ours := [hugging_face[part] for part in parts if part in hugging_face]:
-            raise tree.InputError(f"{what}; did you mean {','.join(dict.fromkeys(ours))}?") from None
+            raise tree.InputError(f"{problem}; did you mean {','.join(dict.fromkeys(ours))}?") from None
         if "/" in where:
             raise
         close = tree.did_you_mean(where, named)
-        raise tree.InputError(f"{what}{close} (masks by name: {', '.join(named)}, last_K)") from None
-    return {path: runs for path, row in values.items() if (runs := tree.runs([bool(v) for v in row]))}
+        raise tree.InputError(f"{problem}{close} (masks by name: {', '.join(named)}, last_K)") from None
+    return {path: runs for path, row in values.items() if (runs := tree.true_ranges([bool(v) for v in row]))}
 
 
 def mask(where: Where, params: Any) -> Any:
-    """The pytree of bool of a mask, for Optax; a stacked array picked in part has a bool array [L, 1, ...]."""
+    """Return the mask as a pytree of bool, for Optax; a stacked array picked in part has a bool array [L, 1, ...]."""
     flat: dict[str, Any] = {}
-    for path, row in tree.match(rules(where), params, default=False).items():
+    for path, row in tree.match_rules(rules(where), params, default=False).items():
         leaf = tree.named(params)[path]
-        same = len(set(map(bool, row))) == 1
-        flat[path] = bool(row[0]) if same else np.array(row, bool).reshape(-1, *[1] * (leaf.ndim - 1))
+        uniform = len(set(map(bool, row))) == 1
+        flat[path] = bool(row[0]) if uniform else np.array(row, bool).reshape(-1, *[1] * (leaf.ndim - 1))
     return tree.nested(flat)

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from graftax.data.tokenizers.tokenizer import train_tokenizer
+from graftax.data.tokenizers import train_tokenizer
 from graftax.model.sharding import make_mesh
 from graftax.peft import LoRA, Prompt, Subset
 from graftax.train.config import Data, Optim, Run, to_json

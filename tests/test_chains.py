@@ -78,13 +78,13 @@ def test_positions_split_and_state_on_the_host_change_nothing(base, pretraining,
 
 def written(below, method, out):
     """A run of a method over the run `below`, as training would leave it, without the training."""
-    got = load_run(below)
-    run = Run(phase="finetune", base=str(below), method=method, out=str(out), data=got.run.data)
-    trainable = jax.jit(lambda params: shaken(method.init(jax.random.key(1), params), 0.02))(got.base)
-    got.tokenizer.save(out)
+    loaded = load_run(below)
+    run = Run(phase="finetune", base=str(below), method=method, out=str(out), data=loaded.run.data)
+    trainable = jax.jit(lambda params: shaken(method.init(jax.random.key(1), params), 0.02))(loaded.base)
+    loaded.tokenizer.save(out)
     (out / "config.json").write_text(to_json(run))
-    meta = {"phase": "finetune", "config": json.loads(to_json(run)), "base": got.fingerprint, "lineage": got.lineage,
-            "tokenizer": got.tokenizer.digest}  # fmt: skip
+    meta = {"phase": "finetune", "config": json.loads(to_json(run)), "base": loaded.fingerprint,
+            "lineage": loaded.lineage, "tokenizer": loaded.tokenizer.digest}  # fmt: skip
     with CheckpointWriter(out / "checkpoints") as checkpoints:
         checkpoints.save(1, {"trainable": trainable}, meta)
     return out
@@ -100,21 +100,21 @@ PAIRS = {
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_a_run_on_a_run_that_must_be_computed(pair, base, tmp_path):  # noqa: F811
-    """Whatever a run trained, another run stands on it: it loads, on any mesh, computes and merges."""
+    """A run can use any other run as its base: it loads, on any mesh, computes and merges."""
     lower, upper = PAIRS[pair]
     below = written(base, lower, tmp_path / "below")
-    got, first = load_run(written(below, upper, tmp_path / "above")), load_run(below)
-    ids = np.arange(12)[None] % got.config.V
+    top, bottom = load_run(written(below, upper, tmp_path / "above")), load_run(below)
+    ids = np.arange(12)[None] % top.config.V
 
     @jax.jit
     def expected(params, below, above):
         folded = peft.merge(lower, params, below)
-        return peft.apply(got.model, folded, upper, above, ids)
+        return peft.apply(top.model, folded, upper, above, ids)
 
-    logits = run_logits(got, ids)
-    np.testing.assert_allclose(logits, expected(first.params, first.trainable, got.trainable), rtol=1e-4, atol=1e-4)
+    logits = run_logits(top, ids)
+    np.testing.assert_allclose(logits, expected(bottom.params, bottom.trainable, top.trainable), rtol=1e-4, atol=1e-4)
     if pair == "lora-lora":
-        mark, mesh = got.fingerprint, make_mesh((2, 2, 2))
+        mark, mesh = top.fingerprint, make_mesh((2, 2, 2))
         with jax.set_mesh(mesh):  # other devices round the base otherwise
             assert load_run(tmp_path / "above", mesh, layers="unrolled").fingerprint == mark
         main(["merge", str(tmp_path / "above"), "--out", str(tmp_path / "merged")])

@@ -13,8 +13,7 @@ from graftax.data.columns import Columns, chat_of
 from graftax.data.errors import RowErrors
 from graftax.data.sft import encode_example, encode_examples, render_prompt, render_prompts, sft_rows
 from graftax.data.tasks.file_task import row_of
-from graftax.data.tokenizers import chat, chat_worker
-from graftax.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
+from graftax.data.tokenizers import chat, chat_worker, load_tokenizer, train_tokenizer
 from graftax.train.choices import answer_continuations
 from graftax.train.evaluate import longest_reply, with_rendered_replies
 

@@ -22,9 +22,9 @@ from graftax.data.pack import tokenize
 from graftax.data.sft import sft_rows
 from graftax.data.sources import documents, rows
 from graftax.data.tasks.file_task import file_task
-from graftax.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
+from graftax.data.tokenizers import load_tokenizer, train_tokenizer
 from graftax.model import Rope
-from graftax.model.hf.files import nearest_folder
+from graftax.model.hf.files import did_you_mean_folder
 from graftax.peft.methods.oft import nearest_divisor
 from graftax.train import harness
 from graftax.train.cli import main
@@ -212,7 +212,7 @@ def test_a_row_of_the_rest_is_refused_for_the_longest_answer(tok, tmp_path):
     assert answerable_rows(rows, tok, CONFIG, bad=RowErrors("skip")) == rows[:1]
     assert answerable_rows(rows[1:], tok, CONFIG) == rows[1:]
     learned = dataclasses.replace(CONFIG, rope=None, learned_positions=True)
-    said(lambda: answerable_rows(rows[1:], tok, learned, 9), "context of 55 (9 virtual tokens taken off)")
+    said(lambda: answerable_rows(rows[1:], tok, learned, 9), "context of 55 (less 9 virtual tokens)")
 
 
 @pytest.mark.parametrize("part", ["task", "valid", "test"])
@@ -459,7 +459,7 @@ def test_a_truncated_tokenizer(kind, tok, tmp_path):
     golden = Path(__file__).parent / "golden" / "tokenizers" / "llama3" / "tokenizer.json"
     data = tok.data if kind == "model" else golden.read_bytes()
     path = tmp_path / f"tokenizer.{kind}"
-    what = "not a whole SentencePiece model" if kind == "model" else "not a Hugging Face tokenizer.json"
+    what = "not a whole SentencePiece model" if kind == "model" else "not valid JSON"
     for part in (0, 1, len(data) // 3, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:part])
         said(lambda: load_tokenizer(tmp_path), f"{path}: {what}")
@@ -635,7 +635,7 @@ def test_a_misspelt_folder_is_not_looked_for_on_the_hub(args, base, tmp_path, mo
     with pytest.raises(SystemExit):
         main([*args.split(), base])
     assert "; did you mean runs/embedded?" in capsys.readouterr().err.splitlines()[-1]
-    assert not nearest_folder("runs/embedded-2")  # names of models differ by numbers
+    assert not did_you_mean_folder("runs/embedded-2")  # names of models differ by numbers
 
 
 def test_what_does_not_fit_the_steps(base):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from graftax import InputError
 from graftax.data.sft import encode_example
-from graftax.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
+from graftax.data.tokenizers import load_tokenizer, train_tokenizer
 from graftax.model import Config, init
 from graftax.model.hf import load, save
 from graftax.model.sharding import make_mesh

@@ -98,7 +98,10 @@ def trains(base, method):
     assert same(after_nan.trainable, state.trainable)
     assert same(after_nan.opt_state, state.opt_state)
     assert same(frozen, before)
-    is_adam = lambda x: isinstance(x, optax.ScaleByAdamState)  # noqa: E731
+
+    def is_adam(x):
+        return isinstance(x, optax.ScaleByAdamState)
+
     (adam,) = filter(is_adam, jax.tree.leaves(state.opt_state, is_leaf=is_adam))
     for (path, first), last, mean in zip(paths(start), *map(jax.tree.leaves, (state.trainable, adam.mu)), strict=True):
         assert (np.asarray(first) != np.asarray(last)).any(), f"{path} did not move"
@@ -116,7 +119,7 @@ def branches(trainable):
 
 @every_method
 def test_2_training_computes_what_evaluation_does(base, method):
-    """As long as nothing is drawn, and no default of a method draws: `noisy` is `bind`."""
+    """As long as nothing is drawn, and no default of a method draws: `bind_train` is `bind`."""
     frozen, state, step = stepper(base, method)
     trainable, weights = moved(base, method), BATCH["weights"]
     expected = (outputs(base, method, trainable)[1] * weights).sum() / weights.sum() + method.aux_loss(trainable)

@@ -100,8 +100,8 @@ def test_chain_is_one_after_the_other(base):
     by_hand = base.params
     for name, m in method.methods:
         by_hand = peft.merge(m, by_hand, trainable[name])
-    got = peft.apply(base.model, base.params, method, trainable, batch["ids"])
-    close(got, base.model.apply({"params": by_hand}, batch["ids"]))
+    logits = peft.apply(base.model, base.params, method, trainable, batch["ids"])
+    close(logits, base.model.apply({"params": by_hand}, batch["ids"]))
 
 
 def test_chain_refuses_what_has_no_order(base):
@@ -171,8 +171,8 @@ def test_every_draw_of_a_run_follows_its_seed(base):
     for name, drawn in drawing.items():
         assert drawn.seed is None, f"{name}: its draws would be the same in runs of different seeds"
         assert resolve_method(chain(drawn), None, 7).methods[0][1].seed == 7
-        own = dataclasses.replace(drawn, seed=3)
-        assert resolve_method(own, None, 7) == own
+        seeded = dataclasses.replace(drawn, seed=3)
+        assert resolve_method(seeded, None, 7) == seeded
 
 
 def test_dropout_draws_in_training_alone(base):
@@ -184,7 +184,7 @@ def test_dropout_draws_in_training_alone(base):
     drawn = [jax.jit(loss)(trainable, base.params, batch, jax.random.key(i))[0] for i in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert drawn[0] != plain
-    # On average x is what it was: of one weight, over many draws.
+    # Dropout keeps the mean: one weight, many draws.
     w = LoRAWeight(jnp.zeros((32, 8)), jnp.ones((32, 2)), jnp.ones((2, 8)), dropout=0.25)
     x, seeds = jnp.linspace(1, 2, 32)[None], jax.random.key_data(jax.random.split(jax.random.key(0), 4000))
     mean = jax.vmap(lambda seed: x @ dataclasses.replace(w, seed=seed))(seeds).mean(0)
@@ -320,7 +320,7 @@ def reflections(t):
     return H
 
 
-# What each linear method makes of one matrix w [D, F], from its arrays t: the formula, with everything written out.
+# Formulas of the linear methods: W' of one matrix w [D, F], given its arrays t and the method m.
 AT = {"where": "layers/mlp/(up|down)"}
 FORMULAS = {
     LoHa(rank=3, alpha=6.0, **AT): lambda w, t, m: w + 2 * (t["a1"] @ t["b1"]) * (t["a2"] @ t["b2"]),

@@ -1,4 +1,4 @@
-"""How much each method trains on published models: what HF PEFT trains (tests/golden/peft/counts.json)."""
+"""Trainable parameters of each method on published models equal HF PEFT's (tests/golden/peft/counts.json)."""
 
 import json
 import sys
@@ -29,17 +29,18 @@ def spelled(model, name):
     from peft_cases import COUNTS as settings
 
     cls, kwargs = settings[name]
-    own = lambda v: v["gpt2" if model.startswith("gpt2") else "other"] if isinstance(v, dict) else v  # noqa: E731
-    return {"peft_type": TYPES[cls], **{k: own(v) for k, v in kwargs.items()}}
+    family = "gpt2" if model.startswith("gpt2") else "other"
+    settings_of = {k: v[family] if isinstance(v, dict) else v for k, v in kwargs.items()}
+    return {"peft_type": TYPES[cls], **settings_of}
 
 
 @pytest.mark.parametrize("model", COUNTS)
 def test_counts_are_those_of_hf_peft(model):
     names = [n for n in COUNTS[model] if model in KINDS or n in FEW]
-    wanted = {n: COUNTS[model][n] for n in names if not n.endswith("lstm")}  # that encoder is not here
-    methods = {n: peft.hf.method_from_config(spelled(model, n), presets[model]) for n in wanted}
-    assert {n: peft.count(method, presets[model]) for n, method in methods.items()} == wanted
-    assert len(wanted) >= 4
+    expected = {n: COUNTS[model][n] for n in names if not n.endswith("lstm")}  # that encoder is not here
+    methods = {n: peft.hf.method_from_config(spelled(model, n), presets[model]) for n in expected}
+    assert {n: peft.count(method, presets[model]) for n, method in methods.items()} == expected
+    assert len(expected) >= 4
 
 
 def test_seventy_billion_are_counted_without_memory():

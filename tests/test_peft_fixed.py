@@ -95,11 +95,11 @@ def test_golden_adapters_of_hf(kind, case):
     trainable = {path: {ours: jnp.array(np.stack([t[name] for t in ts]), jnp.float32)
                         for name, ours in LEAVES.items() if name in ts[0]} for path, ts in files.items()}  # fmt: skip
     A, B = (np.float64(tensors.get(f"base_model.vera_{n}", 0)) for n in "AB")
-    one = next(iter(files.values()))[0]
+    first = next(iter(files.values()))[0]
     method = {
         "vera": lambda: VeRA(rank=c["r"], given=FixedArrays(a=A, b=B)),
         "randlora": lambda: RandLoRA(rank=c["r"], alpha=c["randlora_alpha"],
-                                     given=FixedArrays(a=one["randlora_A"], b=one["randlora_B"])),
+                                     given=FixedArrays(a=first["randlora_A"], b=first["randlora_B"])),
         "fourierft": lambda: FourierFT(scale=c["scaling"], seed=c["random_loc_seed"]),
         "shira": lambda: SHiRA(given=FixedArrays(**{path: np.stack([t["shira_indices"].T for t in ts])
                                               for path, ts in files.items()})),
@@ -137,8 +137,8 @@ def test_vera_makes_its_projections_from_the_seed(base):
     trainable = shaken(method.init(jax.random.key(0), base.params), 0.3)
     A, B = (np.float64(p) for p in vera.projections(method, 48, 48))
     for path, delta in deltas(base, method, trainable).items():
-        for got, t in zip(delta, layers(trainable[path], {"vera_lambda_b": "b", "vera_lambda_d": "d"}), strict=True):
-            np.testing.assert_allclose(got, hf_vera(got, t, A, B), atol=2e-6)
+        for update, t in zip(delta, layers(trainable[path], {"vera_lambda_b": "b", "vera_lambda_d": "d"}), strict=True):
+            np.testing.assert_allclose(update, hf_vera(update, t, A, B), atol=2e-6)
     for p, fan in ((A, 48), (B, 7)):
         assert abs(p).max() <= (6 / fan) ** 0.5
         assert abs(p.std() / (2 / fan) ** 0.5 - 1) < 0.05
@@ -156,9 +156,11 @@ def test_randlora_makes_its_projections_from_the_seed(base, sparse):
     assert B.shape == (48, 10, 5)
     names = {"randlora_lambda": "lam", "randlora_gamma": "gamma"}
     for path, delta in deltas(base, method, trainable).items():
-        for got, t in zip(delta, layers(trainable[path], names), strict=True):
+        for update, t in zip(delta, layers(trainable[path], names), strict=True):
             t |= {"randlora_A": A, "randlora_B": B}
-            np.testing.assert_allclose(got, hf_randlora(got, t, {"r": 5, "randlora_alpha": 2.0}), rtol=1e-5, atol=2e-5)
+            np.testing.assert_allclose(
+                update, hf_randlora(update, t, {"r": 5, "randlora_alpha": 2.0}), rtol=1e-5, atol=2e-5
+            )
     assert abs(B.std() - 1) < 0.06
     if sparse:
         odds = {"sparse": 3, "very_sparse": 48**0.5}[sparse]
@@ -205,20 +207,20 @@ def test_shira_places(base):
     """Distinct, sorted, other in each layer, the same in both layouts and for layers alone; or those that are given."""
     method, unrolled = SHiRA(rank=3, where=SOME), make_base(scan=False)
     trainable = shaken(method.init(jax.random.key(0), base.params))
-    found = shira.places(method, base.params, trainable)
+    places = shira.places(method, base.params, trainable)
     for path, delta in deltas(base, method, trainable).items():
-        flat = found[path][:, 0] * delta.shape[2] + found[path][:, 1]
+        flat = places[path][:, 0] * delta.shape[2] + places[path][:, 1]
         assert (np.diff(flat) > 0).all()
         assert not same(flat[0], flat[1])
-        for got, values, where in zip(delta, trainable[path]["values"], found[path], strict=True):
+        for update, values, where in zip(delta, trainable[path]["values"], places[path], strict=True):
             t = {"shira_weight": values, "shira_indices": np.asarray(where)}
-            np.testing.assert_allclose(got, hf_shira(got, t), atol=1e-7)
+            np.testing.assert_allclose(update, hf_shira(update, t), atol=1e-7)
     other = shira.places(method, unrolled.params, method.init(jax.random.key(0), unrolled.params))
-    assert same(other["layers/1/mlp/up"], found["layers/mlp/up"][1])
+    assert same(other["layers/1/mlp/up"], places["layers/mlp/up"][1])
     last = dataclasses.replace(method, where="layers/[1:]/mlp/up")
     part = last.init(jax.random.key(0), base.params)
-    assert same(shira.places(last, base.params, part)["layers/mlp/up[1:2]"], found["layers/mlp/up"][1:])
-    given = SHiRA(given=FixedArrays(**{k: np.swapaxes(p, 1, 2) for k, p in found.items()}))
+    assert same(shira.places(last, base.params, part)["layers/mlp/up[1:2]"], places["layers/mlp/up"][1:])
+    given = SHiRA(given=FixedArrays(**{k: np.swapaxes(p, 1, 2) for k, p in places.items()}))
     assert same(deltas(base, given, trainable), deltas(base, method, trainable))
     with pytest.raises(InputError, match="the given places have none of layers/mlp/up"):
         last.__class__(given=FixedArrays(x=np.zeros(1))).bind(base.params, part)
@@ -248,7 +250,7 @@ ALL = (SHiRA(rank=1), VeRA(rank=64), RandLoRA(rank=8), FourierFT(n=60), C3A(bloc
 
 
 def test_updates_stack_and_skip_layers(base):
-    """One over the other, in one layer and on a LoRA: the sum of what each does alone, and no update elsewhere."""
+    """Methods stacked in one layer, on a LoRA, act as the sum of each alone; other layers have no update."""
     where, path, x = "layers/[1:]/mlp/up", "layers/mlp/up", jax.random.normal(jax.random.key(1), (4, CONFIG.D))
     w = named(base.params)[path]
     method = chain(LoRA(rank=2, where=where), *(dataclasses.replace(m, where=where) for m in ALL))
@@ -256,7 +258,10 @@ def test_updates_stack_and_skip_layers(base):
     total = w
     for name, m in method.methods:
         total = total + named(peft.merge(m, base.params, trainable[name]))[path] - w
-        out = lambda t, i, m=m: x @ jax.tree.map(lambda a: a[i], named(m.bind(base.params, t))[path])  # noqa: E731
+
+        def out(t, i, m=m):
+            return x @ jax.tree.map(lambda a: a[i], named(m.bind(base.params, t))[path])
+
         assert same(out(trainable[name], 0), x @ w[0])
         slopes = jax.grad(lambda t, out=out: (out(t, 0) + out(t, 1)).sum())(trainable[name])
         assert all(jnp.isfinite(g).all() and g.any() for g in jax.tree.leaves(slopes))

@@ -1,4 +1,4 @@
-"""Turns, reflections, shares, and kinds of LoRA against the NumPy of HF PEFT's card, HF's own numbers, and by hand."""
+"""Rotations, reflections and variants of LoRA against NumPy formulas of HF PEFT's card, HF's numbers, and by hand."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from tiny import Base, close, make_base, make_batch, same, shaken, stepper
 
 GOLDEN = Path(__file__).parent / "golden" / "peft"
-CARD: dict = {}  # the card's functions: (W [out, in], bias, tensors, config, module) -> what W and bias become
+CARD: dict = {}  # the card's functions: (W [out, in], bias, tensors, config, module) -> (W', bias')
 exec(re.search(r"```python\n(.*?)```", (GOLDEN / "README.md").read_text("utf-8"), re.S)[1], CARD)
 
 PATHS = {
@@ -98,8 +98,8 @@ def test_a_file_of_hf_peft_means_what_it_means_there(case):
     for (module, t), key in zip(modules.items(), trainable, strict=True):
         path, layer = key.split("[")[0], int(key[-4])
         w = np.asarray(flat[path][layer], np.float64).T
-        wanted, _ = CARD[kind](w, None, {k: np.float64(x) for k, x in t.items()}, config, module)
-        np.testing.assert_allclose(merged[path][layer], wanted.T, rtol=1e-4, atol=3e-6)
+        expected, _ = CARD[kind](w, None, {k: np.float64(x) for k, x in t.items()}, config, module)
+        np.testing.assert_allclose(merged[path][layer], expected.T, rtol=1e-4, atol=3e-6)
 
 
 VARIANTS = {
@@ -114,7 +114,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("method", VARIANTS.values(), ids=VARIANTS.keys())
 def test_layers_apart(base, method):
-    """What trains in one layer leaves the others exactly as they are, with no NaN; in every layout and dtype alike."""
+    """Training one layer leaves the others bit for bit as they are, without NaN, in every layout and dtype."""
     base = base._replace(params=shaken(base.params))
     method = dataclasses.replace(method, where="layers/[1:]/(attn/[qk]|mlp/up)")
     trainable = method.init(jax.random.key(3), base.params)
@@ -152,9 +152,9 @@ def test_counts_are_those_of_hf_peft(model):
 
 
 def test_blocks():
-    """As HF PEFT adjusts them: the divisor nearest to what was wanted, the lower of two."""
-    wanted = {(32, 8): 8, (32, 5): 4, (48, 5): 4, (48, 7): 6, (16, 32): 16, (37, 20): 37, (37, 19): 1, (1, 4): 1}
-    assert {at: nearest_divisor(*at) for at in wanted} == wanted
+    """Block sizes as HF PEFT adjusts them: the nearest divisor, the lower of two."""
+    expected = {(32, 8): 8, (32, 5): 4, (48, 5): 4, (48, 7): 6, (16, 32): 16, (37, 20): 37, (37, 19): 1, (1, 4): 1}
+    assert {at: nearest_divisor(*at) for at in expected} == expected
     q = shaken(jnp.zeros((3, 6, 6)), 1.0)
     r = cayley(q - q.mT)
     close(r @ r.mT, jnp.broadcast_to(jnp.eye(6), r.shape))
@@ -184,7 +184,7 @@ def test_road_turns_biases_too(base):
 
 @pytest.mark.parametrize("kind", [PiSSA, OLoRA])
 def test_what_begins_as_a_part_of_the_base(base, kind):
-    """The same from the whole base and from what `freeze` left, which is not taken apart again; some ranks by rules."""
+    """The same from the whole base and from `frozen_params`, which is not decomposed again; some ranks by rules."""
     rules = {"ranks": (("layers/[1:]/attn/q", 2), ("layers/attn/k", 40)), "alphas": (("layers/[1:]/.*", 3.0),)}
     method = kind(rank=4, alpha=6.0, where="layers/attn/[qkv]", **rules)
     frozen, trainable = peft.partition(method, base.params, jax.random.key(0))
@@ -205,8 +205,8 @@ def test_what_begins_as_a_part_of_the_base(base, kind):
         close(merged[path][layer], jnp.asarray(w.T))
     program = str(jax.make_jaxpr(method.bind)(frozen, trainable))
     assert not re.search("svd|qr", program), "the frozen base is not taken apart in a step"
-    total = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
-    assert total(frozen) == total(base.params)
+    sizes = [sum(x.size for x in jax.tree.leaves(tree)) for tree in (frozen, base.params)]
+    assert sizes[0] == sizes[1]
     both = chain(LoRA(rank=2, where="layers/attn/q"), method)
     frozen, trainable = peft.partition(both, base.params, jax.random.key(0))
     close(*(named(peft.fold(both.bind(p, shaken(trainable)))) for p in (frozen, base.params)))
@@ -266,13 +266,16 @@ def test_ranks_end_as_in_the_card(base, times):
     steps, rng = 12, np.random.default_rng(0)
     method = AdaLoRA(rank=2, init_rank=5, b1=0.7, b2=0.9, where="layers/(attn/q|mlp/.*)", **times)
     trainable = shaken(method.init(jax.random.key(0), base.params))
-    fake = lambda: jax.tree.map(lambda x: np.float32(rng.normal(size=x.shape) * rng.random()), trainable)  # noqa: E731
+
+    def fake():
+        return jax.tree.map(lambda x: np.float32(rng.normal(size=x.shape) * rng.random()), trainable)
+
     moves, grads = [fake() for _ in range(steps)], [fake() for _ in range(steps)]
     plain = dataclasses.replace(method, tfinal=3 if method.tfinal else 0)
-    wanted = simulated(plain, steps, trainable, moves, grads)
+    expected = simulated(plain, steps, trainable, moves, grads)
     tx, p, gone = method.update_transform(steps), trainable, []
     state, update = tx.init(p), jax.jit(tx.update)
-    for move, grad, masks in zip(moves, grads, wanted, strict=True):
+    for move, grad, masks in zip(moves, grads, expected, strict=True):
         updates, state = update(move, state, p, grads=grad)
         p = jax.tree.map(jnp.add, p, updates)
         assert same({k: t["e"] == 0 for k, t in p.items()}, masks)
@@ -286,7 +289,10 @@ def test_ranks_end_as_in_the_card(base, times):
 def test_adalora_ends_with_its_budget(base):
     method, steps = AdaLoRA(rank=3, init_rank=6, tinit=2, tfinal=4), 20
     frozen, state, step = stepper(base, method, Optim(lr=1e-2, warmup=2))
-    left = lambda: sum(int((t["e"] != 0).sum()) for t in state.trainable.values())  # noqa: E731
+
+    def left():
+        return sum(int((t["e"] != 0).sum()) for t in state.trainable.values())
+
     assert left() == 0
     for i in range(steps):
         state, _ = step(state, frozen, make_batch(i % 4))
@@ -311,8 +317,8 @@ def test_the_penalty_of_adalora(base):
     method = AdaLoRA(init_rank=3, orthogonality=0.4, ranks=(("layers/[1:]/mlp/up", 0),), where="layers/mlp/(up|down)")
     trainable = shaken(method.init(jax.random.key(0), base.params), 0.3)
     trainable["layers/mlp/down"]["a"] = jnp.broadcast_to(jnp.eye(48, 3), (2, 48, 3))
-    found = [x for t in trainable.values() for x in (*t["a"], *(b.T for b in t["b"]))]
-    lengths = [np.linalg.norm(x.T @ x - np.eye(x.shape[1])) for x in found]
+    factors = [x for t in trainable.values() for x in (*t["a"], *(b.T for b in t["b"]))]
+    lengths = [np.linalg.norm(x.T @ x - np.eye(x.shape[1])) for x in factors]
     assert len(lengths) == 8
     np.testing.assert_allclose(method.aux_loss(trainable), 0.4 * np.mean(lengths), rtol=1e-5)
     gradients = jax.grad(method.aux_loss)(trainable)

@@ -12,9 +12,10 @@ import test_laws as laws
 from graftax import InputError, peft
 from graftax.model import presets, shapes_of
 from graftax.model.quantize import LEVELS, Int8, Quantized, quantize
-from graftax.model.sharding import infer_adapter_shardings, make_mesh, put_batch, shardings
-from graftax.model.tree import canonical, named, nested
+from graftax.model.sharding import make_mesh, put_batch, shardings
+from graftax.model.tree import name_and_layers, named, nested
 from graftax.model.weight import matmul
+from graftax.peft.sharding import adapter_shardings, frozen_shardings
 from graftax.train.optim import make_optimizer
 from graftax.train.step import init_state, make_loss, make_train_step
 from tiny import CASES, OPTIM, Base, close, evaluator, make_base, make_batch, same, shaken, stepper
@@ -130,7 +131,7 @@ def test_layouts_are_the_same_bits():
     for kind in KINDS:
         stacked, unrolled = (named(quantize(make_base(scan=scan).params, kind)) for scan in (True, False))
         for path, w in unrolled.items():
-            name, layers = canonical(path)
+            name, layers = name_and_layers(path)
             whole = stacked[name] if layers is None else jax.tree.map(lambda x, i=layers[0]: x[i], stacked[name])
             assert same(w, whole), path
         changed = [p for p, w in stacked.items() if isinstance(w, Quantized)]
@@ -140,7 +141,7 @@ def test_layouts_are_the_same_bits():
 
 def test_mistakes_are_named():
     odd = {"layers": {"mlp": {"up": jnp.ones((2, 33, 8)), "down": jnp.ones(3)}}}
-    with pytest.raises(InputError, match=r"layers/mlp/up \[2, 33, 8\]: nf4 packs rows in twos, and 33 is odd"):
+    with pytest.raises(InputError, match=r"layers/mlp/up \[2, 33, 8\]: nf4 packs rows in pairs, and 33 is odd"):
         quantize(odd, "nf4")
     with pytest.raises(InputError, match="layers/mlp/down: only a plain matrix can be int8"):
         quantize(odd, "int8")
@@ -273,12 +274,15 @@ def test_6_one_device_and_eight_give_the_same_losses(base):
             frozen, trainable = peft.partition(LORA, params, jax.random.key(1))
             return frozen, init_state(trainable, tx)
 
-        where = infer_adapter_shardings(mesh, begin, jax.eval_shape(lambda: params), split)
+        def layout(base, base_shardings):
+            frozen, state = jax.eval_shape(begin, base)
+            return (frozen_shardings(mesh, frozen, base, base_shardings),
+                    adapter_shardings(mesh, LORA, state, base, base_shardings))  # fmt: skip
+
+        where = layout(jax.eval_shape(lambda: params), split)
         held = [[w for w in named(t).values() if isinstance(w, Quantized)] for t in (where[0], split)]
         assert jax.tree.leaves(held[0]) == jax.tree.leaves(held[1])
-        assert where[1] == infer_adapter_shardings(mesh, begin, before, shardings(mesh, before))[1], (
-            "adapters lie as over a plain base"
-        )
+        assert where[1] == layout(before, shardings(mesh, before))[1], "adapters lie as over a plain base"
         first = jax.tree.leaves(where[0]["layers"]["mlp"]["up"])[0]
         assert tuple(first.spec) == (None, "fsdp", "tensor")
         frozen, state = jax.jit(begin, out_shardings=where)(params)

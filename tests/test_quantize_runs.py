@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from graftax import InputError
-from graftax.data.tokenizers.tokenizer import train_tokenizer
+from graftax.data.tokenizers import train_tokenizer
 from graftax.model import Config, hf, init
 from graftax.model.quantize import NF4, Quantized, quantize
 from graftax.model.sharding import make_mesh

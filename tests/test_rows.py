@@ -29,18 +29,18 @@ def base():
 
 def eight(base, method):
     """Eight adapters, each away from its beginning in another direction."""
-    made = [method.init(jax.random.key(i), base.params) for i in range(8)]
-    return [jax.tree.map(lambda x, i=i: x * (1 + i / 8), shaken(tree, 0.2)) for i, tree in enumerate(made)]
+    trees = [method.init(jax.random.key(i), base.params) for i in range(8)]
+    return [jax.tree.map(lambda x, i=i: x * (1 + i / 8), shaken(tree, 0.2)) for i, tree in enumerate(trees)]
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 def test_eight_rows_with_eight_adapters(base, method):
     trainables, batch = eight(base, method), make_batch(B=8)
     mixed = jax.jit(lambda t: rows.apply(base.model, base.params, method, t, WHICH, batch["ids"]))(trainables)
-    one = jax.jit(lambda t, ids: peft.apply(base.model, base.params, method, t, ids))
-    alone = [one(trainables[k], batch["ids"][i : i + 1])[0] for i, k in enumerate(WHICH)]
+    single = jax.jit(lambda t, ids: peft.apply(base.model, base.params, method, t, ids))
+    alone = [single(trainables[k], batch["ids"][i : i + 1])[0] for i, k in enumerate(WHICH)]
     np.testing.assert_allclose(mixed, alone, rtol=1e-5, atol=3e-5)  # rounding: up to 1.3e-5, by the processor
-    assert float(jnp.abs(mixed[0] - one(trainables[0], batch["ids"][:1])[0]).max()) > 1e-3, "the adapters differ"
+    assert float(jnp.abs(mixed[0] - single(trainables[0], batch["ids"][:1])[0]).max()) > 1e-3, "the adapters differ"
 
 
 def test_losses_of_packed_rows(base):

@@ -1,17 +1,15 @@
 """Law 6: one device and 2 x 2 x 2 give the same losses; meshes that do not fit are refused by name."""
 
 import dataclasses
-import warnings
-from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from graftax import InputError, peft
 from graftax.model import init, shapes_of
-from graftax.model.sharding import infer_adapter_shardings, make_mesh, put_batch, shardings
-from graftax.model.tree import named
+from graftax.model.sharding import make_mesh, put_batch, shardings
+from graftax.model.tree import is_stacked, named
+from graftax.peft.sharding import adapter_shardings, base_axes, iter_axes
 from tiny import CASES, CONFIG, STEADY, make_base, make_batch, on_mesh, stepper
 
 STEPS = 6
@@ -57,35 +55,48 @@ def test_sharded_init_equals_plain_init():
         np.testing.assert_allclose(leaf, named(BASE.params)[path], rtol=1e-6, atol=1e-7)
 
 
+def split_of(method, base=BASE):
+    """The shardings of a method's trainable tree on a mesh of 2 x 2 x 2."""
+    mesh, shapes = make_mesh((2, 2, 2)), shapes_of(base.config)
+    trainable = jax.eval_shape(method.init, jax.random.key(0), shapes)
+    return adapter_shardings(mesh, method, trainable, shapes, shardings(mesh, shapes))
+
+
 def test_a_lora_follows_its_matrix():
-    mesh = make_mesh((2, 2, 2))
-    shapes = shapes_of(BASE.config)
-    make = lambda params: peft.LoRA(rank=32).init(jax.random.key(0), params)  # noqa: E731  # rank = D: lengths mislead
-    split = infer_adapter_shardings(mesh, make, shapes, shardings(mesh, shapes))["layers/mlp/up"]
+    split = split_of(peft.LoRA(rank=32))["layers/mlp/up"]  # rank = D: lengths mislead
     assert tuple(split["a"].spec) == (None, "fsdp", None)
     assert tuple(split["b"].spec) == (None, None, "tensor")
 
 
 @pytest.mark.parametrize("other", ["missbat", "boft", "road"])
 def test_a_lora_follows_its_matrix_beside_a_method_of_lengths_that_divide(other):
-    mesh, shapes = make_mesh((2, 2, 2)), shapes_of(BASE.config)
-    method = peft.chain(peft.LoRA(), peft.methods[other](where="layers/attn/[qkvo]"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        split = infer_adapter_shardings(mesh, partial(method.init, jax.random.key(0)), shapes, shardings(mesh, shapes))
+    split = split_of(peft.chain(peft.LoRA(), peft.methods[other](where="layers/attn/[qkvo]")))
     assert tuple(split["lora"]["layers/mlp/up"]["a"].spec) == (None, "fsdp", None)
     assert tuple(split["lora"]["layers/mlp/up"]["b"].spec) == (None, None, "tensor")
 
 
-def test_what_cannot_be_split_is_said():
-    def make(params):
-        if params["layers"]["mlp"]["up"].shape[-1] != 48:
-            raise InputError("wanted 48")
-        return {"new": {"a": jnp.zeros((2, 32, 48))}}
+def test_an_undeclared_array_is_whole_on_every_device():
+    class Undeclared(peft.LoRA):
+        axes = {"b": "RF"}  # noqa: RUF012
 
-    mesh, shapes = make_mesh((2, 2, 2)), shapes_of(BASE.config)
-    with pytest.warns(UserWarning, match="whole on every device, not split: wanted 48"):
-        assert not any(infer_adapter_shardings(mesh, make, shapes, shardings(mesh, shapes))["new"]["a"].spec)
+    split = split_of(Undeclared())["layers/mlp/up"]
+    assert not any(split["a"].spec)
+    assert tuple(split["b"].spec) == (None, None, "tensor")
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("method", CASES.values(), ids=CASES.keys())
+def test_declared_axes_are_those_of_the_arrays(method, scan):
+    """An axis D, F or M of an array has the length of the parameter's axis, and every axis of the array is declared."""
+    params = make_base(scan=scan).params
+    flat, trainable = named(params), jax.eval_shape(method.init, jax.random.key(0), params)
+    for path, origin, axes, array in iter_axes(method, trainable):
+        origin = origin if origin in flat else origin.replace("layers/", "layers/0/")
+        if flat[origin].ndim - is_stacked(origin) < 2:
+            continue  # a bias or a scale that a Subset trains
+        lengths = array.shape[is_stacked(path) :]
+        for axis, n in zip(base_axes(axes, flat[origin].shape), lengths, strict=True):
+            assert axis is None or flat[origin].shape[axis] == n, path
 
 
 def test_mesh_errors():

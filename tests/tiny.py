@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from graftax import peft
 from graftax.model import Config, Transformer, init, token_losses
-from graftax.model.sharding import infer_adapter_shardings, make_mesh, shardings
+from graftax.model.sharding import make_mesh, shardings
 from graftax.peft import Method, Subset, chain
+from graftax.peft.sharding import adapter_shardings, frozen_shardings
 from graftax.train.config import Optim
 from graftax.train.optim import make_optimizer
 from graftax.train.step import init_state, make_train_step
@@ -105,7 +106,9 @@ def on_mesh(base: Base, method: Method, shape: tuple[int, ...], **kwargs: Any) -
         return frozen, init_state(trainable, tx)
 
     split = shardings(mesh, base.params)
-    where = infer_adapter_shardings(mesh, begin, base.params, split)
+    frozen, state = jax.eval_shape(begin, base.params)
+    where = (frozen_shardings(mesh, frozen, base.params, split),
+             adapter_shardings(mesh, method, state, base.params, split))  # fmt: skip
     step = jax.jit(make_train_step(base.model, method, tx, **kwargs), out_shardings=(where[1], None))
     return mesh, lambda: jax.jit(begin, out_shardings=where)(jax.device_put(base.params, split)), step
 

@@ -17,9 +17,9 @@ from ..data.columns import chat_of
 from ..data.loader import batches
 from ..data.pack import empty_row
 from ..data.sft import encode_examples, render_prompts
-from ..model import Context, Transformer, check_room, token_scores
+from ..model import Context, Transformer, check_prompt_lengths, token_scores
 from ..model.attention import VIRTUAL
-from ..model.sharding import fetch
+from ..model.sharding import to_host
 from .setup import BATCH_DTYPES
 
 WIDTH = 1024  # positions of a row, unless one continuation needs more
@@ -54,7 +54,7 @@ def continuation_losses(
     if not all(prompts) or not all(continuations):
         raise InputError("a prompt or a continuation is empty: each needs one token or more")
     longest = max(map(len, continuations))
-    check_room(model.config, prompts, longest - 1, context.length, where)  # the last token is not read
+    check_prompt_lengths(model.config, prompts, longest - 1, context.length, where)  # the last token is not read
     groups, room = _plan(model, prompts, continuations)
     n, prefix = max(map(len, groups)), max(map(len, prompts)) - 1
     T = -(-(prefix + room) // 32) * 32
@@ -71,7 +71,7 @@ def pair_scores(
     T: positions of a row; 0: as many as the longest pair needs. Raises InputError for a pair that exceeds the context.
     """
     for i, (prompt, continuation) in enumerate(pairs, 1):
-        check_room(model.config, [prompt], len(continuation) - 1, context.length, [f"pair {i}"])
+        check_prompt_lengths(model.config, [prompt], len(continuation) - 1, context.length, [f"pair {i}"])
     T = T or -(-max(len(prompt) - 1 + len(continuation) for prompt, continuation in pairs) // 32) * 32
     rows = [_row(prompt, [continuation], T) for prompt, continuation in pairs]
     losses, greedy = _segment_scores(model, bound, context, rows, 1, batch)
@@ -106,7 +106,7 @@ def _segment_scores(model: Any, bound: Any, context: Context, rows: Sequence[Any
     scores = []
     for arrays in batches(rows, batch):
         arrays = {name: arrays[name] for name in BATCH_DTYPES}
-        scores.append(jax.tree.map(fetch, _scores(model, bound, context.past, arrays, context.tokens, n)))
+        scores.append(jax.tree.map(to_host, _scores(model, bound, context.past, arrays, context.tokens, n)))
     return [np.concatenate(parts)[: len(rows)] for parts in zip(*scores, strict=True)]
 
 

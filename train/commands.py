@@ -19,9 +19,9 @@ from ..data.sources import documents
 from ..data.tasks import tasks
 from ..data.tasks.base import Task
 from ..data.tasks.file_task import same_prompts, whole_task
-from ..data.tokenizers.tokenizer import train_tokenizer
+from ..data.tokenizers import train_tokenizer
 from ..model import Sampling, generate, presets, shapes_of
-from ..model.hf.files import nearest_folder
+from ..model.hf.hub import did_you_mean_folder
 from ..peft import Subset, masks
 from .config import Optim, check_date, did_you_mean
 from .evaluate import choose_answers, generate_answers, held_out_losses, longest_reply, scored_rows
@@ -132,7 +132,7 @@ class Generate(Checked):
         model, bound, context = got.bound
         tokens, key = got.tokenizer, jax.random.key(self.seed)
         out = generate(
-            model, bound, [ids], self.new, stop=tokens.stops, how=how, key=key,
+            model, bound, [ids], self.new, stop=tokens.stops, sampling=how, key=key,
             allowed_V=tokens.has_token(model.config.V), context=context,
         )  # fmt: skip
         text = got.tokenizer.decode(out[0])
@@ -145,7 +145,7 @@ def shapes_and_config(base: str) -> Any:
     if base in presets:
         return shapes_of(presets[base])
     if not Path(base).exists():
-        near = did_you_mean(base, presets) or nearest_folder(base)
+        near = did_you_mean(base, presets) or did_you_mean_folder(base)
         raise InputError(f"{base!r} is no preset and no run directory{near}; presets: {', '.join(presets)}")
     return load_run(base).merged
 

@@ -13,8 +13,8 @@ from ..data.columns import chat_of
 from ..data.errors import RAISE, RowErrors
 from ..data.loader import batches
 from ..data.sft import encode_examples, render_prompts
-from ..model import Config, Context, Sampling, Transformer, check_room, generate, token_losses
-from ..model.sharding import fetch, put_batch
+from ..model import Config, Context, Sampling, Transformer, check_prompt_lengths, generate, token_losses
+from ..model.sharding import put_batch, to_host
 from .choices import answer_continuations, continuation_losses
 from .config import Run
 from .setup import BATCH_DTYPES, TrainSetup
@@ -69,7 +69,7 @@ def row_losses(
     for arrays in batches(rows, batch):
         arrays = {name: arrays[name] for name in BATCH_DTYPES}
         arrays = put(arrays) if put else arrays
-        losses.append(fetch(_row_losses(model, bound, context.past, arrays, context.tokens)))
+        losses.append(to_host(_row_losses(model, bound, context.past, arrays, context.tokens)))
     return np.concatenate(losses)[: len(rows)]
 
 
@@ -128,7 +128,7 @@ def generate_answers(
     """Return the model's answer to the prompt of each row, of at most `new` tokens."""
     dialogues = row_chats(rows)
     prompts = render_prompts(dialogues, tokenizer)
-    check_room(model.config, prompts, new, context.length, [where for where, _ in dialogues])
+    check_prompt_lengths(model.config, prompts, new, context.length, [where for where, _ in dialogues])
     return generate_texts(model, bound, context, tokenizer, prompts, new, batch)
 
 
@@ -142,7 +142,7 @@ def generate_texts(
     batch: int = 32,
 ) -> list[str]:
     """Return the continuation of each prompt of token ids. All prompts are padded to one length."""
-    check_room(model.config, prompts, new, context.length)
+    check_prompt_lengths(model.config, prompts, new, context.length)
     texts = [""] * len(prompts)
     longest = -(-max(map(len, prompts)) // 32) * 32
     for first in range(0, len(prompts), batch):
@@ -155,7 +155,7 @@ def generate_texts(
             new,
             stop=tokenizer.stops,
             allowed_V=tokenizer.has_token(model.config.V),
-            how=Sampling(),
+            sampling=Sampling(),
             context=context,
             key=jax.random.key(first),
             pad_to=longest,
@@ -225,7 +225,7 @@ def answerable_rows(
         for candidate, new in candidates:
             _, where, ids = candidate
             with bad:
-                check_room(config, [ids], new, virtual, [where])
+                check_prompt_lengths(config, [ids], new, virtual, [where])
                 yield candidate
 
     own_reply = [

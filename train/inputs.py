@@ -25,7 +25,7 @@ from ..data.sources import documents
 from ..data.tasks import tasks
 from ..data.tasks.base import Task
 from ..data.tasks.file_task import file_task
-from ..data.tokenizers.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from ..data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 from ..model import Config
 from .caches import cache_folder
 from .config import Data

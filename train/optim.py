@@ -10,7 +10,7 @@ import optax
 from jax import Array
 
 from .. import InputError
-from ..model.tree import Rules, is_stacked, match, paths, uniform
+from ..model.tree import Rules, is_stacked, match_rules, one_value_per_array, paths
 from ..peft import Method
 from ..peft.targets import is_on
 from .config import Optim
@@ -76,7 +76,7 @@ def decay_mask(optim: Optim, trainable: Any, method: Method | None = None) -> An
     The arrays are those of `optim.decay_where`; without it, those of two or more axes per layer that the method decays.
     """
     if optim.decay_where:
-        return _by_layer(match([(optim.decay_where, 1.0)], trainable, default=0.0, what="decay rule"), trainable)
+        return _by_layer(match_rules([(optim.decay_where, 1.0)], trainable, default=0.0, what="decay rule"), trainable)
     decays = method.decays if method else lambda path: True
     return _map_paths(trainable, lambda path, leaf: float(leaf.ndim - is_stacked(path) >= 2 and decays(path)))
 
@@ -87,7 +87,7 @@ def labels(rules: Rules, trainable: Any) -> Any:
     `optax.partition({label: tx}, labels(rules, trainable))` gives each group an optimizer, where `Optim.groups` gives
     each group a learning rate.
     """
-    by_path = uniform(match(rules, trainable, what="label"), "label")
+    by_path = one_value_per_array(match_rules(rules, trainable, what="label"), "label")
     return _map_paths(trainable, lambda path, leaf: by_path[path])
 
 
@@ -124,7 +124,7 @@ def _decay_weights(rate: float, mask: Any) -> optax.GradientTransformation:
 
 
 def _scale_groups(groups: Rules, trainable: Any) -> optax.GradientTransformation:
-    factors = _by_layer(match(groups, trainable, default=1.0, what="rate group"), trainable)
+    factors = _by_layer(match_rules(groups, trainable, default=1.0, what="rate group"), trainable)
     return optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, factors))
 
 

@@ -17,8 +17,9 @@ from .. import InputError
 from ..model import Config, Transformer, shapes_of
 from ..model.backend import backend, target_backend
 from ..model.quantize import quantize
-from ..model.sharding import batch_sharding, infer_adapter_shardings, shardings
+from ..model.sharding import batch_sharding, shardings
 from ..peft import Chain, Method, partition
+from ..peft.sharding import adapter_shardings, frozen_shardings
 from .config import Run
 from .optim import make_optimizer
 from .step import State, init_state, make_train_step
@@ -95,7 +96,9 @@ def layout(run: Run, mesh: Any, shapes: Any) -> Layout:
     """Return the layout of a run on a mesh, from the shapes of its base. Raises InputError for an axis that does not
     divide over the mesh."""
     local = initial_layout(run, shapes)
-    frozen, state = infer_adapter_shardings(mesh, local.begin, shapes, shardings(mesh, shapes))
+    base = shardings(mesh, shapes)
+    frozen = frozen_shardings(mesh, local.shapes[0], shapes, base)
+    state = adapter_shardings(mesh, run.method, local.shapes[1], shapes, base)
     if run.offload:
         state = state._replace(opt_state=offloaded(local.shapes[1].opt_state, state.opt_state, mesh))
     return local._replace(shardings=(frozen, state))

@@ -1,8 +1,9 @@
-"""Bottleneck adapters behind attention and MLP (arXiv:1902.00751)."""
+"""Bottleneck adapters: after both sublayers (arXiv:1902.00751), after the MLP, or in parallel to a sublayer."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from ... import InputError
@@ -10,7 +11,7 @@ from ...bounds import Real, Size
 from ...model import Weight, static
 from ...model.tree import named, nested
 from ..base import Method
-from ..targets import each_matrix, init_bottleneck, iter_full_arrays, wrap_weights
+from ..targets import Target, init_matrices, iter_full_arrays
 
 
 class AdapterWeight(Weight):
@@ -30,21 +31,31 @@ class AdapterWeight(Weight):
 
 
 class Houlsby(Method):
-    """y + gelu(y W_down + b_down) W_up + b_up behind both sublayers, W_up = 0 at init (arXiv:1902.00751)."""
+    """y + gelu(y W_down + b_down) W_up + b_up behind both sublayers, W_up = 0 at init (arXiv:1902.00751).
+
+    y [F], W_down [F, R] ~ N(0, 1/F), W_up [R, F]. HF PEFT: none.
+    """
+
+    weight = AdapterWeight
+    axes: ClassVar = {"down": "FR", "down_bias": "R", "up": "RF", "up_bias": "F"}
 
     rank: Size = 16
     where: str = "layers/(attn/o|mlp/down)"
 
-    def init(self, key: Array, params: Any) -> dict[str, Any]:
-        one = lambda key, _, F: init_bottleneck(key, F, self.rank)  # noqa: E731
-        return each_matrix(key, params, self.where, one, "houlsby", "down")
+    def arrays(self, key: Array, target: Target) -> dict[str, Array]:
+        F, R = target.shape[1], self.rank
+        down = F**-0.5 * jax.random.normal(key, (F, R))
+        return {"down": down, "down_bias": jnp.zeros(R), "up": jnp.zeros((R, F)), "up_bias": jnp.zeros(F)}
 
-    def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
-        return wrap_weights(params, trainable, AdapterWeight)
+    def init(self, key: Array, params: Any) -> dict[str, Any]:
+        return init_matrices(key, params, self.where, self.arrays, self.name, "down")
 
 
 class Pfeiffer(Houlsby):
-    """y + gelu(y W_down + b_down) W_up + b_up behind the MLP alone, W_up = 0 at init (arXiv:2005.00247)."""
+    """y + gelu(y W_down + b_down) W_up + b_up behind the MLP alone, W_up = 0 at init (arXiv:2005.00247).
+
+    Shapes and init as Houlsby. HF PEFT: none.
+    """
 
     demo = False
 
@@ -60,7 +71,7 @@ class ParallelAdapterWeight(Weight):
     down_bias: Array  # [R]
     up: Array  # [R, D]
     up_bias: Array  # [D]
-    w: Any = None  # what stood there before
+    w: Any = None  # the parallel adapter of an earlier method
     scale: float = static(default=1.0)
 
     def __rmatmul__(self, x: Array) -> Array:
@@ -68,28 +79,26 @@ class ParallelAdapterWeight(Weight):
         return y if self.w is None else x @ self.w + y
 
 
-class Parallel(Method):
+class Parallel(Houlsby):
     """f(x) + scale (relu(x W_down + b_down) W_up + b_up) of a sublayer f, W_up = 0 at init (arXiv:2110.04366).
 
-    `where` picks sublayers by the matrix they end with; x is what the sublayer reads, behind its norm.
+    `where` picks sublayers by their last matrix; x is the normalised input of the sublayer. Shapes and init as Houlsby.
+    HF PEFT: none.
     """
 
     demo = False
 
-    rank: Size = 16
     scale: Real = 4.0
     where: str = "layers/mlp/down"  # or layers/attn/o, or both
 
-    def init(self, key: Array, params: Any) -> dict[str, Any]:
-        one = lambda key, _, D: init_bottleneck(key, D, self.rank)  # noqa: E731
-        made = each_matrix(key, params, self.where, one, "parallel", "down")
-        if wrong := [key for key in made if not key.split("[")[0].endswith(("attn/o", "mlp/down"))]:
-            raise InputError(f"parallel: {wrong[0]} ends no sublayer; where= picks layers/attn/o and layers/mlp/down")
-        return made
+    def arrays(self, key: Array, target: Target) -> dict[str, Array]:
+        if not target.path.endswith(("attn/o", "mlp/down")):
+            raise InputError(f"parallel: {target.key} ends no sublayer; where= picks layers/attn/o and layers/mlp/down")
+        return super().arrays(key, target)
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
         flat = dict(named(params))
         for path, _, arrays in iter_full_arrays(params, trainable):
-            beside = f"{path.rpartition('/')[0]}/beside"
-            flat[beside] = ParallelAdapterWeight(**arrays, w=flat.get(beside), scale=self.scale)
+            parallel = f"{path.rpartition('/')[0]}/parallel_adapter"
+            flat[parallel] = ParallelAdapterWeight(**arrays, w=flat.get(parallel), scale=self.scale)
         return nested(flat)

@@ -1,7 +1,6 @@
-"""LoRA: low-rank updates of matrices and tables (arXiv:2106.09685)."""
+"""LoRA, low-rank updates of matrices and tables (arXiv:2106.09685), and its direct variants."""
 
 import dataclasses
-from functools import partial
 from typing import Annotated, Any, ClassVar, Self
 
 import jax
@@ -12,18 +11,17 @@ from jax import Array
 from ... import InputError
 from ...bounds import FINITE, Bounds, Decay, Drawn, Positive, Real, Size
 from ...model import Weight
-from ...model.tree import canonical, named, replace, split_layer_index
+from ...model.tree import named, replace, split_layer_index
 from ..base import Method
-from ..random_projections import sides
+from ..hf_spec import BOOL_OR_NAME, IDENTITY, TRANSPOSED, HFSpec, Key, ValueKind, is_ids, no_fields
+from ..random_projections import draw_layers
 from ..targets import (
     Target,
     dropout,
-    each_layer,
-    group_by_value,
-    layer_keys,
-    layer_values,
+    init_targets,
     replace_biases,
-    targets,
+    rule_values,
+    targets_by_rule,
     uniform_fan_in,
     with_dropout_seeds,
     wrap_weights,
@@ -31,7 +29,7 @@ from ..targets import (
 
 
 class LoRAWeight(Weight):
-    """x @ w + (x @ a) @ b: b has the scale in it, and w + a b never exists. A table's projection keeps its own rows."""
+    """x @ w + (x @ a) @ b, with the scale in b; w + a b is never formed. A table's transpose stays the base's."""
 
     w: Any  # [D, F] frozen
     a: Array  # [D, R]
@@ -43,6 +41,7 @@ class LoRAWeight(Weight):
         return x @ self.w + (self.dropped(x) @ self.a) @ self.b
 
     def dropped(self, x: Array) -> Array:
+        """Return x with dropout, in training."""
         return x if self.seed is None else dropout(x, self.seed, self.dropout)
 
     def __getitem__(self, ids: Array) -> Array:
@@ -53,10 +52,38 @@ class LoRAWeight(Weight):
         return self.w.T
 
 
+LORA_NEUTRAL = (
+    *("lora_dropout", "megatron_core", "qalora_group_size", "eva_config", "loftq_config", "corda_config"),
+    *("lora_ga_config", "ephemeral_gpu_offload"),
+)
+
+
+def _known_start(start: bool | str) -> bool | str:
+    """Return init_lora_weights; of two values HF PEFT takes any case. Raises InputError for one that is not known."""
+    start = start.lower() if str(start).lower() in ("olora", "gaussian") else start  # type: ignore[union-attr]
+    if not isinstance(start, bool) and start not in ("gaussian", "orthogonal", "eva", "mica", "pissa", "olora"):
+        raise InputError(f"init_lora_weights {start!r} changes the base in a way that the file does not hold; save it "
+                         "with path_initial_model_for_weight_conversion, which makes it a plain LoRA")  # fmt: skip
+    return start
+
+
+def _is_tokens(x: Any) -> bool:
+    return is_ids(x) or (isinstance(x, dict) and all(map(is_ids, x.values())))
+
+
+_START = BOOL_OR_NAME._replace(normalize=_known_start)
+_TOKENS = ValueKind("a list of ids, or an object with one", _is_tokens)
+
+
 class LoRA(Method):
-    """W + (alpha / rank) A B, with A [D, R] uniform in +-D^-1/2 and B [R, F] = 0 (arXiv:2106.09685)."""
+    """W + (alpha / rank) A B, with A [D, R] uniform in +-D^-1/2 and B [R, F] = 0 (arXiv:2106.09685).
+
+    A table [V, D] is adapted in its lookup only, with A [V, R] = 0 and B [R, D] ~ N(0, 1), as torch initialises an
+    Embedding. HF PEFT: LORA.
+    """
 
     weight: ClassVar[type[LoRAWeight]] = LoRAWeight
+    axes: ClassVar = {"a": "DR", "b": "RF"}
 
     rank: Size = 8  # above min(D, F) of a matrix it costs more and expresses no more
     alpha: Real = 16.0
@@ -65,51 +92,85 @@ class LoRA(Method):
     ranks: Annotated[tuple[tuple[str, int], ...], Bounds(0, 65_536)] = ()  # rules -> rank, for some matrices or layers
     alphas: Annotated[tuple[tuple[str, float], ...], FINITE] = ()  # rules -> alpha
 
-    def init(self, key: Array, params: Any) -> dict[str, Any]:
-        """A and B of every target; layers of one stack are apart where their ranks differ."""
+    hf = HFSpec(
+        "LORA",
+        keys={
+            "r": Key(8, "rank", exceptions="rank_pattern", rules="ranks"),
+            "lora_alpha": Key(8.0, "alpha", exceptions="alpha_pattern", rules="alphas"),
+            "lora_dropout": Key(0.0, "dropout"),
+            "init_lora_weights": Key(True, kind=_START),
+            "trainable_token_indices": Key(None, kind=_TOKENS),
+            **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), False),
+        },
+        neutral=LORA_NEUTRAL,
+        tensors=TRANSPOSED.tensors(a="lora_A.weight", b="lora_B.weight")
+        | IDENTITY.tensors(c="lora_B.bias", m="lora_magnitude_vector"),
+        table_tensors=TRANSPOSED.tensors(a="lora_embedding_A", b="lora_embedding_B")
+        | IDENTITY.tensors(m="lora_magnitude_vector"),
+        other_flags=("use_rslora",),
+        kinds=("matrix", "table"),
+        own_bias="lora_only",
+        read=lambda c, x, *_: {"alpha": x["alpha"] * x["rank"] ** 0.5} if c["use_rslora"] else {},
+    )
 
-        def one(key: Array, t: Target, rank: int) -> dict[str, Array]:
-            D, F = t.shape
-            if t.path == "embed/table":  # as torch's Embedding: the update begins at 0 by A
+    def init(self, key: Array, params: Any) -> dict[str, Any]:
+        """Return A and B of every target; the layers of one stack are apart where their ranks differ."""
+
+        def factors(key: Array, target: Target, rank: int) -> dict[str, Array]:
+            D, F = target.shape
+            if target.path == "embed/table":
                 return {"a": jnp.zeros((D, rank)), "b": jax.random.normal(key, (rank, F))}
             return {"a": uniform_fan_in(key, (D, rank), D), "b": jnp.zeros((rank, F))}
 
-        found = group_by_value(self.ranks, self.rank, targets(self.where, params, 2, "lora"), params, "rank rule")
-        return {t.key: each_layer(t, partial(one, t=t, rank=r), layer_keys(key, t, "a")) for t, r in found}
+        picked = targets_by_rule(self.where, params, self.name, self.ranks, self.rank, "rank rule")
+        return init_targets(key, picked, factors, "a")
 
     def scale(self, rank: int, alpha: Any) -> Any:
+        """Return the factor of A B."""
         return alpha / rank
 
     def factor(self, params: Any, key: str, arrays: dict[str, Array]) -> Any:
-        """What B of one key is multiplied by: a number, or [L, 1, 1] where its layers differ."""
-        return self.scale(arrays["b"].shape[-2], layer_values(self.alphas, self.alpha, params, key, "alpha rule"))
+        """Return the factor of B of one key: a number, or [L, 1, 1] if its layers differ."""
+        return self.scale(arrays["b"].shape[-2], rule_values(self.alphas, self.alpha, params, key, "alpha rule"))
+
+    def scaled(self, params: Any, trainable: Any) -> dict[str, Any]:
+        """Return the trainable tree with each B multiplied by its factor."""
+        return {
+            key: arrays | {"b": self.factor(params, key, arrays) * arrays["b"]} for key, arrays in trainable.items()
+        }
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
-        scaled = {key: t | {"b": self.factor(params, key, t) * t["b"]} for key, t in trainable.items()}
-        return wrap_weights(params, scaled, self.weight, m=jnp.nan)
+        return wrap_weights(params, self.scaled(params, trainable), self.weight, m=jnp.nan)  # NaN: DoRA's mark
 
     def bind_train(self, params: Any, trainable: Any, key: Array) -> dict[str, Any]:
         return with_dropout_seeds(self.bind(params, trainable), trainable, key, self.dropout)
 
-    def pad_to_rank(self, largest: Self) -> Method | None:  # zeros of A against zeros of B: neither has a gradient
+    def pad_to_rank(self, largest: Self) -> Method | None:  # zeros of A meet zeros of B: neither has a gradient
         if self.ranks or self.alphas or largest != dataclasses.replace(self, rank=largest.rank):
             return None
-        return dataclasses.replace(
-            largest, alpha=self.alpha * self.scale(self.rank, 1.0) / self.scale(largest.rank, 1.0)
-        )
+        ratio = self.scale(self.rank, 1.0) / self.scale(largest.rank, 1.0)
+        return dataclasses.replace(largest, alpha=self.alpha * ratio)
 
 
 class RsLoRA(LoRA):
-    """W + (alpha / sqrt(rank)) A B: the size of the update does not shrink as the rank grows (arXiv:2312.03732)."""
+    """W + (alpha / sqrt(rank)) A B: the size of the update does not shrink as the rank grows (arXiv:2312.03732).
+
+    Shapes and init as LoRA. HF PEFT: LORA with use_rslora.
+    """
 
     demo = False
+
+    hf = LoRA.hf.variant(flags={"use_rslora": True}, read=no_fields)
 
     def scale(self, rank: int, alpha: Any) -> Any:
         return alpha / rank**0.5
 
 
 class LoRAPlus(LoRA):
-    """LoRA whose B learns `ratio` times as fast as its A (arXiv:2402.12354)."""
+    """LoRA whose B has `ratio` times the learning rate of its A (arXiv:2402.12354).
+
+    HF PEFT: LORA; the ratio is not part of its config.
+    """
 
     demo = False
 
@@ -123,7 +184,7 @@ class LoRAPlus(LoRA):
 
 
 class BiasedWeight(LoRAWeight):
-    """x @ w + (x @ a) @ b + c, where the base has no bias that c could be added to; then no matrix does the same."""
+    """x @ w + (x @ a) @ b + c. `c` is given only if the base has no bias to add it to; no matrix does the same."""
 
     c: Any = None  # [F], scaled
 
@@ -137,46 +198,61 @@ class BiasedWeight(LoRAWeight):
 
 
 class LoRABias(LoRA):
-    """x (W + s A B) + b + s c with s = alpha / rank, B = 0 and c [F] = 0 (HF PEFT's lora_bias; arXiv:2106.09685)."""
+    """x (W + s A B) + b + s c with s = alpha / rank, B = 0 and c [F] = 0 (HF PEFT's lora_bias; arXiv:2106.09685).
+
+    A as in LoRA. HF PEFT: LORA with lora_bias.
+    """
 
     weight: ClassVar[type[LoRAWeight]] = BiasedWeight
     demo = False
 
+    hf = LoRA.hf.variant(flags={"lora_bias": True})
+
     def init(self, key: Array, params: Any) -> dict[str, Any]:
-        found = super().init(key, params)
-        return {key: t | {"c": jnp.zeros_like(t["b"][..., 0, :])} for key, t in found.items()}
+        return {
+            k: arrays | {"c": jnp.zeros_like(arrays["b"][..., 0, :])} for k, arrays in super().init(key, params).items()
+        }
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
-        s, flat = {key: self.factor(params, key, t) for key, t in trainable.items()}, named(params)
-        c = {key: {"c": (s[key] * t["c"][..., None, :])[..., 0, :]} for key, t in trainable.items()}
-        scaled = {key: {"a": t["a"], "b": s[key] * t["b"]} for key, t in trainable.items()}
-        alone = {key: t | c[key] for key, t in scaled.items() if f"{split_layer_index(key)[0]}_bias" not in flat}
-        return wrap_weights(replace_biases(params, c, lambda bias, c: bias + c), scaled | alone, self.weight)
+        scaled, biases, flat = self.scaled(params, trainable), {}, named(params)
+        for key, arrays in scaled.items():
+            c = self.factor(params, key, arrays) * arrays.pop("c")[..., None, :]
+            biases[key] = {"c": c[..., 0, :]}
+            if f"{split_layer_index(key)[0]}_bias" not in flat:
+                arrays |= biases[key]
+        return wrap_weights(replace_biases(params, biases, lambda bias, c: bias + c), scaled, self.weight)
+
+
+def _with_drawn(method: Any, trainable: Any, shapes: Any) -> tuple[LoRA, Any]:
+    """Return a LoRA with the A of LoRA-FA in its tree."""
+    fields = {field.name: getattr(method, field.name) for field in dataclasses.fields(LoRA)}  # type: ignore[arg-type]
+    return LoRA(**fields), method.drawn(shapes, trainable)
 
 
 class LoRAFA(LoRA):
-    """W + (alpha / rank) A B: B = 0 at first and trains, A [D, R] in +-D^-1/2 does not (arXiv:2308.03303)."""
+    """W + (alpha / rank) A B: B = 0 at first and trains, A [D, R] in +-D^-1/2 does not (arXiv:2308.03303).
+
+    A is drawn from the seed in every `bind`, and not stored. HF PEFT: LORA, exported with its A.
+    """
 
     demo = False
     pad_to_rank = Method.pad_to_rank  # another rank draws another A
 
-    seed: Drawn = None  # of A, which is drawn where it is needed; None: the run's seed, or 0 outside a run
+    seed: Drawn = None  # of A; None: the run's seed, or 0 outside a run
+
+    hf = LoRA.hf.variant(to_exportable=_with_drawn)
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
-        return {name: {"b": jnp.zeros_like(t["b"])} for name, t in super().init(key, params).items()}
+        return {k: {"b": jnp.zeros_like(arrays["b"])} for k, arrays in super().init(key, params).items()}
 
     def drawn(self, params: Any, trainable: Any) -> dict[str, Any]:
-        """The tree of a LoRA, with the A of every target in it."""
-
-        def one(key: str, b: Array) -> Array:
-            (path, cut), (name, layers), stacked = split_layer_index(key), canonical(key), b.ndim == 3
-            (R, F), (D, _) = b.shape[-2:], sides(params, key)
-            t = Target(key, path, name, range(len(b)) if stacked and not cut else layers, stacked, (D, F))
-            return each_layer(
-                t, lambda k: uniform_fan_in(k, (D, R), D), layer_keys(jax.random.key(self.seed or 0), t, "a")
-            )
-
-        return {key: t | {"a": one(key, t["b"])} for key, t in trainable.items()}
+        """Return the trainable tree of a LoRA, with the A of every target."""
+        seed, tree = jax.random.key(self.seed or 0), {}
+        for key, arrays in trainable.items():
+            b, R = arrays["b"], arrays["b"].shape[-2]
+            a = draw_layers(seed, params, key, b, "a", lambda k, D, F, R=R: uniform_fan_in(k, (D, R), D))
+            tree[key] = arrays | {"a": a}
+        return tree
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
         return super().bind(params, self.drawn(params, trainable))
@@ -205,16 +281,26 @@ class LoRAHeadTable(Weight):
 class LoRAHead(Method):
     """logits = x (table.T + (alpha / rank) A B), lookups unchanged: of a tied base (HF PEFT's LoRA of lm_head).
 
-    A [D, R] is uniform in +-D^-1/2 and B [R, V] = 0 at first, as LoRA's (arXiv:2106.09685). Raises InputError for a
-    base with a head of its own, whose matrix `lora` adapts.
+    A [D, R] is uniform in +-D^-1/2 and B [R, V] = 0, as in LoRA (arXiv:2106.09685). `init` raises InputError for a base
+    with a head of its own, whose matrix `lora` adapts. HF PEFT: LORA with target module lm_head.
     """
 
     demo = False
+    axes: ClassVar = {"a": "FR", "b": "RD"}
+    axes_of: ClassVar = {"head/matrix": "embed/table"}
 
     rank: Size = 8
     alpha: Real = 16.0
     dropout: Decay = 0.0  # of x before A, in training
     rslora: bool = False  # alpha / rank^1/2 in place of alpha / rank
+
+    hf = LoRA.hf.variant(
+        table_tensors={},
+        kinds=("tied head",),
+        read=lambda c, *_: {"rslora": c["use_rslora"]},
+        write=lambda m: {"use_rslora": m.rslora},
+        where=no_fields,
+    )
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         flat = named(params)

@@ -1,4 +1,8 @@
-"""PiSSA: LoRA that begins as the principal part of each matrix, which the base then lacks (arXiv:2404.02948)."""
+"""LoRA initialised from W: the initial A B is subtracted from the frozen weight, so that step 0 computes the base.
+
+PiSSA takes A and B from the singular value decomposition of W (arXiv:2404.02948), OLoRA from its QR decomposition
+(arXiv:2406.01775).
+"""
 
 import dataclasses
 from functools import partial
@@ -13,53 +17,25 @@ from ...bounds import Real
 from ...model import Weight
 from ...model.tree import named, replace, split_layer_index
 from ..base import Method
-from ..targets import group_by_path, layer_values
+from ..targets import group_by_path, rule_values
 from .lora import LoRA
 
 
 def principal(w: Array, scale: Any, rank: int) -> tuple[Array, Array]:
-    """(U, V) (S / scale)^1/2 of the `rank` largest singular values; A has U itself where S is 0, so that it trains."""
+    """Return (U, V) (S / scale)^1/2 of the `rank` largest singular values; A is U where S is 0, so that it trains."""
     u, s, v = jnp.linalg.svd(w, full_matrices=False)
     root = jnp.sqrt(s[:rank] / scale)
     return u[:, :rank] * jnp.where(root > 0, root, 1), root[:, None] * v[:rank]
 
 
-class PiSSA(LoRA):
-    """W - U S V + s A B with s A B = U S V, the `rank` largest singular values of W, at first (arXiv:2404.02948)."""
-
-    demo = False
-    split: ClassVar[Any] = staticmethod(principal)  # (w, scale, rank) -> (a, b) that the base then lacks
-
-    alpha: Real = 8.0
-    pad_to_rank = Method.pad_to_rank  # another rank leaves another base
-
-    def factor(self, params: Any, key: str, arrays: dict[str, Array]) -> Any:
-        return asked(self, params, key)
-
-    def init(self, key: Array, params: Any) -> dict[str, Any]:
-        return init_factors(self, self.split, key, params)
-
-    def frozen_params(self, params: Any) -> Any:
-        return subtract_init(self, self.split, params, jax.eval_shape(self.init, jax.random.key(0), params))
-
-    def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
-        return super().bind(subtract_init(self, self.split, params, trainable), trainable)
-
-
 def orthonormal(w: Array, scale: Any, rank: int) -> tuple[Array, Array]:
-    """(R^T, Q^T) of the first `rank` columns of Q, where W^T = Q R."""
+    """Return (R^T, Q^T) of the first `rank` columns of Q, where W^T = Q R."""
     q, r = jnp.linalg.qr(w.T)
     return r[:rank].T, q[:, :rank].T
 
 
-class OLoRA(PiSSA):
-    """W - s (Q R)^T + s A B, A B = (Q R)^T the first `rank` columns of Q in W^T = Q R, at first (arXiv:2406.01775)."""
-
-    split: ClassVar[Any] = staticmethod(orthonormal)
-
-
 class Residual(Weight):
-    """x @ w of what is left of a matrix. `freeze` puts it in the base, so that `bind` need not take it apart again."""
+    """x @ w of what is left of a matrix. `frozen_params` puts it into the base; `bind` then subtracts nothing."""
 
     w: Any  # [D, F] frozen
 
@@ -67,52 +43,87 @@ class Residual(Weight):
         return x @ self.w
 
 
-@partial(jax.jit, static_argnames=("split", "rank", "rest"))
-def split_targets(w: Array, scale: Any, split: Any, rank: int, rest: bool) -> Any:
-    """(a, b) of each matrix of w by split(w, scale, rank), or w - scale a b; in fp32, one layer in memory at a time."""
+class PiSSA(LoRA):
+    """W - U S V + s A B with s A B = U S V, the `rank` largest singular values of W, at first (arXiv:2404.02948).
 
-    def one(w: Array, scale: Array) -> Any:
+    A [D, R], B [R, F], s = alpha / rank. HF PEFT: LORA with init_lora_weights="pissa".
+    """
+
+    demo = False
+    split: ClassVar[Any] = staticmethod(principal)  # (w, scale, rank) -> (a, b)
+
+    alpha: Real = 8.0
+    pad_to_rank = Method.pad_to_rank  # another rank leaves another base
+
+    hf = LoRA.hf.variant(flags={"init_lora_weights": "pissa"}, base_tables="residual")
+
+    def factor(self, params: Any, key: str, arrays: dict[str, Array]) -> Any:
+        """Return alpha / rank with the rank of the config, also for a matrix that is narrower and has less."""
+        alpha = rule_values(self.alphas, self.alpha, params, key, "alpha rule")
+        return alpha / rule_values(self.ranks, self.rank, params, key, "rank rule")
+
+    def init(self, key: Array, params: Any) -> dict[str, Any]:
+        """Return the A and B that `subtract_init` removes. Raises InputError for a table or a quantised matrix."""
+        trainable, flat = super().init(key, params), named(params)
+        if "embed/table" in trainable:
+            raise InputError(f"{self.name}: embed/table is no matrix but a table; narrow where")
+        for target, arrays in trainable.items():
+            path, layers = split_layer_index(target)
+            if isinstance(flat[path], Weight):
+                raise InputError(f"{self.name}: {path} is {type(flat[path]).__name__}, of which no part can be taken "
+                                 "out; take lora, or a base that is not quantised")  # fmt: skip
+            w = flat[path][slice(*layers)] if layers else flat[path]
+            rank = min(arrays["b"].shape[-2], *w.shape[-2:])
+            a, b = split_layers(w, self.factor(params, target, arrays), self.split, rank, False)
+            trainable[target] = {"a": a, "b": b}
+        return trainable
+
+    def frozen_params(self, params: Any) -> Any:
+        return self.subtract_init(params, jax.eval_shape(self.init, jax.random.key(0), params))
+
+    def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
+        return super().bind(self.subtract_init(params, trainable), trainable)
+
+    def subtract_init(self, params: Any, trainable: Any) -> dict[str, Any]:
+        """Return the base with a Residual in place of each matrix; a Residual stays as it is."""
+
+        def residual(w: Any, path: str, parts: dict[Any, Any]) -> Any:
+            if isinstance(w, Residual):
+                return w
+            if isinstance(w, Weight):  # of an earlier method in a chain
+                return dataclasses.replace(w, w=residual(w.w, path, parts))  # type: ignore
+            for layers, arrays in parts.items():
+                key, at = (f"{path}[{layers[0]}:{layers[1]}]", slice(*layers)) if layers else (path, ...)
+                rank = arrays["b"].shape[-2]
+                w = w.at[at].set(split_layers(w[at], self.factor(params, key, arrays), self.split, rank, True))
+            return Residual(w)
+
+        flat, by_path = named(params), group_by_path(trainable)
+        return replace(params, {path: residual(flat[path], path, by_path[path]) for path in by_path if path in flat})
+
+
+class OLoRA(PiSSA):
+    """W - s (Q R)^T + s A B, A B = (Q R)^T the first `rank` columns of Q in W^T = Q R, at first (arXiv:2406.01775).
+
+    A [D, R], B [R, F], s = alpha / rank. HF PEFT: LORA with init_lora_weights="olora".
+    """
+
+    split: ClassVar[Any] = staticmethod(orthonormal)
+
+    hf = PiSSA.hf.variant(flags={"init_lora_weights": "olora"}, conv1d=False)
+
+
+@partial(jax.jit, static_argnames=("split", "rank", "rest"))
+def split_layers(w: Array, scale: Any, split: Any, rank: int, rest: bool) -> Any:
+    """Return (a, b) of each matrix of w by split(w, scale, rank), or with `rest` w - scale a b.
+
+    In fp32, with one layer in memory at a time.
+    """
+
+    def of_layer(w: Array, scale: Array) -> Any:
         a, b = split(jax.lax.stop_gradient(w).astype(jnp.float32), scale, rank)
         return (w - scale * (a @ b)).astype(w.dtype) if rest else (a, b)
 
     scale = jnp.broadcast_to(jnp.ravel(scale), w.shape[0] if w.ndim == 3 else 1)
     with jax.default_matmul_precision("highest"):
-        return jax.lax.map(lambda at: one(*at), (w, scale)) if w.ndim == 3 else one(w, scale[0])
-
-
-def asked(method: LoRA, params: Any, key: str) -> Any:
-    """alpha / rank with the rank that was asked for, also where a matrix is narrower and has less."""
-    alpha = layer_values(method.alphas, method.alpha, params, key, "alpha rule")
-    return alpha / layer_values(method.ranks, method.rank, params, key, "rank rule")
-
-
-def init_factors(method: LoRA, split: Any, key: Array, params: Any) -> dict[str, Any]:
-    """A and B of LoRA by split(w, scale, rank): what `lessen` takes out of the base."""
-    found, flat = LoRA.init(method, key, params), named(params)
-    if "embed/table" in found:
-        raise InputError(f"{type(method).__name__.lower()}: embed/table is no matrix but a table; narrow where")
-    for name, t in found.items():
-        path, layers = split_layer_index(name)
-        if isinstance(flat[path], Weight):
-            raise InputError(f"{type(method).__name__.lower()}: {path} is {type(flat[path]).__name__}, of which no "
-                             "part can be taken out; take lora, or a base that is not quantised")  # fmt: skip
-        w = flat[path][slice(*layers)] if layers else flat[path]
-        rank = min(t["b"].shape[-2], *w.shape[-2:])
-        a, b = split_targets(w, method.factor(params, name, {"b": t["b"][..., :rank, :]}), split, rank, False)
-        found[name] = {"a": a, "b": b}
-    return found
-
-
-def subtract_init(method: LoRA, split: Any, params: Any, trainable: Any) -> dict[str, Any]:
-    """The base without what `begin` makes of it; where that is done it stays."""
-
-    def left(w: Any, path: str, of: dict[Any, Any]) -> Any:
-        if isinstance(w, Weight):
-            return w if isinstance(w, Residual) else dataclasses.replace(w, w=left(w.w, path, of))  # type: ignore
-        for layers, t in of.items():
-            name, at = (f"{path}[{layers[0]}:{layers[1]}]", slice(*layers)) if layers else (path, ...)
-            w = w.at[at].set(split_targets(w[at], method.factor(params, name, t), split, t["b"].shape[-2], True))
-        return Residual(w)
-
-    flat, found = named(params), group_by_path(trainable).items()
-    return replace(params, {path: left(flat[path], path, of) for path, of in found if path in flat})
+        return jax.lax.map(lambda pair: of_layer(*pair), (w, scale)) if w.ndim == 3 else of_layer(w, scale[0])

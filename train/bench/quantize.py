@@ -13,7 +13,7 @@ import numpy as np
 
 from ...model import forward, presets, shapes_of
 from ...model.quantize import MATRICES, kinds, quantize
-from ...model.tree import canonical, named
+from ...model.tree import name_and_layers, named
 from ...peft.methods.lora import LoRA
 from ..config import Data, Optim, Run
 from ..evaluate import held_out_losses, mean_loss
@@ -29,7 +29,7 @@ def sizes(shapes: Any) -> list[str]:
     lines, first = [], (0, 0)
     for kind in ("", *kinds):
         made = named(jax.eval_shape(partial(quantize, kind=kind), half) if kind else half)
-        matrices = nbytes([w for path, w in made.items() if re.fullmatch(MATRICES, canonical(path)[0])])
+        matrices = nbytes([w for path, w in made.items() if re.fullmatch(MATRICES, name_and_layers(path)[0])])
         first = first if kind else (matrices, nbytes(made))
         mb = [f"{n / 1e6:,.2f} MB ({n / of:.4f})" for n, of in zip((matrices, nbytes(made)), first, strict=True)]
         lines.append(f"| {kind or 'bfloat16'} | {' | '.join(mb)} |")

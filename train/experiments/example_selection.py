@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...model import Transformer, forward
-from ...model.sharding import fetch
+from ...model.sharding import to_host
 from .prompts import question_text
 
 Row = dict[str, Any]
@@ -119,7 +119,7 @@ class EmbeddingExamples(RandomExamples):
             ids = np.zeros((BATCH, -(-int(lengths.max()) // 32) * 32), np.int32)
             for j, i in enumerate(indices):
                 ids[j, : len(texts[i])] = texts[i]
-            states[indices] = fetch(_mean_states(self.model, self.params, ids, lengths))[: len(indices)]
+            states[indices] = to_host(_mean_states(self.model, self.params, ids, lengths))[: len(indices)]
         return states, sum(map(len, texts))
 
 

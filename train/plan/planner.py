@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from ... import InputError
-from ...data.tokenizers.tokenizer import load_tokenizer
+from ...data.tokenizers import load_tokenizer
 from ...model import Config, Transformer, hf, presets, shapes_of
 from ...model.backend import target_backend
-from ...model.hf.files import nearest_folder, read_json
+from ...model.hf.hub import did_you_mean_folder
 from ...model.layout import set_layout as stacked_or_not
+from ...strict_json import read_json
 from ..config import Run, did_you_mean, from_json
 from ..inputs import check_row_length
 from ..progress import step_flops
@@ -73,7 +74,7 @@ def config_of(base: str) -> Config:
     if base in presets:
         return presets[base]
     if not Path(base).exists():
-        near = did_you_mean(base, presets) or nearest_folder(base)
+        near = did_you_mean(base, presets) or did_you_mean_folder(base)
         raise InputError(f"--base {base!r} is no preset and no folder here{near}; a plan downloads nothing; presets: "
                          f"{', '.join(presets)}")  # fmt: skip
     if is_hugging_face(base):

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 
 from ... import InputError, peft
 from ...atomic import atomic_folder
+from ...data.tokenizers import load_tokenizer
 from ...data.tokenizers.hf_files import MAIN
-from ...data.tokenizers.tokenizer import load_tokenizer
-from ...model.hf.files import is_hub_id, read_json
+from ...model.hf.hub import is_hub_id
 from ...model.tree import split_layer_index
 from ...peft import Method
 from ...peft.hf.names import family_of
 from ...peft.methods.lora import LoRA
+from ...strict_json import read_json
 from ..config import Run
 from ..inputs import check_vocab
 from ..progress import console
@@ -62,7 +63,7 @@ def with_uniform_rank(method: Method, config: Any, params: Any, trainable: Any) 
 
     Smaller ranks are padded with zeros. Raises InputError, with the reason, for what vLLM does not load.
     """
-    method, trainable = peft.hf.plain(method, trainable, config)
+    method, trainable = peft.hf.to_exportable(method, trainable, config)
     name = type(method).__name__
     reasons = {
         "DoRA": "vLLM loads no DoRA",

@@ -10,16 +10,17 @@ from typing import Any
 import jax
 
 from ... import InputError
-from ...data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from ...data.tokenizers import Tokenizer, load_tokenizer
 from ...model import Config, hf, shapes_of
 from ...model.backend import backend
-from ...model.hf.files import fetch
+from ...model.hf.hub import fetch_checkpoint
 from ...model.layout import convert_layout, set_layout, with_shardings
 from ...model.pattern import pattern_source
-from ...model.quantize import quantized
-from ...model.sharding import infer_adapter_shardings, shardings
-from ...model.tree import canonical, named, nested
+from ...model.quantize import quantize_parameter
+from ...model.sharding import shardings
+from ...model.tree import name_and_layers, named, nested
 from ...peft import Subset
+from ...peft.sharding import adapter_shardings
 from ..config import Data, Run, check_config_unchanged, from_json
 from ..inputs import check_tokenizer, check_vocab, load_held_out
 from ..progress import console
@@ -87,9 +88,9 @@ def _load_pretrained(
     """Load the checkpoint of a base."""
     assert run.model is not None
     config = set_layout(run.model, layers)
-    dtypes = {canonical(path)[0]: leaf["dtype"] for path, leaf in manifest["leaves"].get("trainable", {}).items()}
+    dtypes = {name_and_layers(path)[0]: leaf["dtype"] for path, leaf in manifest["leaves"].get("trainable", {}).items()}
     target = {
-        path: jax.ShapeDtypeStruct(x.shape, dtypes.get(canonical(path)[0], x.dtype))
+        path: jax.ShapeDtypeStruct(x.shape, dtypes.get(name_and_layers(path)[0], x.dtype))
         for path, x in named(shapes_of(config)).items()
     }
     if mesh is not None:
@@ -122,12 +123,12 @@ def _load_finetuned(
     folder: Path, run: Run, manifest: dict[str, Any], restore: Restore, mesh: Any, base: LoadedRun
 ) -> LoadedRun:
     """Load the checkpoint of a fine-tune of a loaded base."""
-    params, init = base.base, partial(run.method.init, jax.random.key(0))
+    params = base.base
     shapes = jax.eval_shape(lambda params: params, params)  # an argument: traced, the base would cache tracers
     with pattern_source(folder / CONFIG):
-        target = jax.eval_shape(init, shapes)
+        target = jax.eval_shape(run.method.init, jax.random.key(0), shapes)
     if mesh is not None:
-        target = with_shardings(target, infer_adapter_shardings(mesh, init, shapes, shardings(mesh, shapes)))
+        target = with_shardings(target, adapter_shardings(mesh, run.method, target, shapes, shardings(mesh, shapes)))
     trainable, config = restore(target), with_compute_dtype(base.config, run.dtype, run.remat)
     tokenizer = _load_tokenizer(folder, run, config, manifest)
     manifest = manifest | {key: base.manifest[key] for key in ("imported",) if key in base.manifest}
@@ -149,7 +150,7 @@ def load_hugging_face(
 
     The parameters are laid out on the mesh, in `dtype` or the dtype on disk. check: whether the tokenizer must fit.
     """
-    start, folder = time.perf_counter(), fetch(str(name))
+    start, folder = time.perf_counter(), fetch_checkpoint(str(name))
     tokenizer = load_tokenizer(folder)
     each, rows = quantize_on_load(quantize, mesh) if quantize else (None, [])
     config, params = convert_layout(*hf.load(folder, dtype, mesh, each), layers, mesh, quantize)
@@ -184,7 +185,7 @@ def quantize_on_load(kind: str, mesh: Any) -> tuple[Callable[[str, Any], Any], l
 
     def each(path: str, leaf: Any) -> Any:
         rows.extend(leaf_digests(path, leaf))
-        return jax.block_until_ready(quantized(path, leaf, kind, mesh=mesh))
+        return jax.block_until_ready(quantize_parameter(path, leaf, kind, mesh=mesh))
 
     return each, rows
 

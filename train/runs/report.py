@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...model.quantize import Quantized
-from ...model.tree import canonical, match, named, paths
+from ...model.tree import match_rules, name_and_layers, named, paths
 from ...peft import Chain, Method, masks
 
 
@@ -39,13 +39,13 @@ def parameter_rows(method: Method, params: Any, trainable: Any, tx: Any) -> list
     selected it. Trainable arrays that belong to no parameter (one MLP that makes the prefix of all layers) follow."""
     rows: dict[str, dict[str, Any]] = {}
     for path, leaf in named(params).items():
-        name = canonical(path)[0]
+        name = name_and_layers(path)[0]
         row = rows.setdefault(name, {"name": name, "base": 0, "trains": 0, "optimizer": 0, "rule": ""})
         row["base"] += leaf.size
     base, rules = list(rows), _rules(method, params)
 
     def row_of(path: str) -> dict[str, Any]:
-        name = canonical(path)[0]
+        name = name_and_layers(path)[0]
         owner = next((b for b in base if f"/{b}/" in f"/{name}/"), name)
         return rows.setdefault(owner, {"name": owner, "base": 0, "trains": 0, "optimizer": 0, "rule": ""})
 
@@ -53,7 +53,7 @@ def parameter_rows(method: Method, params: Any, trainable: Any, tx: Any) -> list
         row = row_of(path)
         row["trains"] += leaf.size
         row["rule"] = rules.get(row["name"], "")
-    states = [(canonical(path)[0], leaf) for path, leaf in paths(jax.eval_shape(tx.init, trainable))]
+    states = [(name_and_layers(path)[0], leaf) for path, leaf in paths(jax.eval_shape(tx.init, trainable))]
     for name, row in rows.items():
         row["optimizer"] = sum(nbytes(leaf) for path, leaf in states if f"/{name}/" in f"/{path}/")
     return list(rows.values())
@@ -66,8 +66,8 @@ def _rules(method: Method, params: Any) -> dict[str, str]:
     where = getattr(method, "where", "")
     if not where:
         return {}
-    matches = match([(rule, rule) for rule, value in masks.rules(where) if value], params, default="")
-    return {canonical(path)[0]: next(filter(None, values)) for path, values in matches.items() if any(values)}
+    matches = match_rules([(rule, rule) for rule, value in masks.rules(where) if value], params, default="")
+    return {name_and_layers(path)[0]: next(filter(None, values)) for path, values in matches.items() if any(values)}
 
 
 def print_parameters(

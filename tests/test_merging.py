@@ -1,4 +1,4 @@
-"""Arithmetic of adapters: updates, merges of several, LoRA out of them; and what changes over the steps or by group."""
+"""Merging: deltas, merges of several, LoRA from them. Also schedules and groups of the optimizer."""
 
 import dataclasses
 from pathlib import Path
@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from graftax import InputError, peft
-from graftax.model.init import restack
+from graftax.model.layout import restack
 from graftax.model.tree import named
 from graftax.peft import IA3, DoRA, LoRA, LoRAHead, Prompt, RsLoRA, Subset, chain, merging
 from graftax.peft.methods.subset import Gradual
@@ -57,14 +57,14 @@ def test_a_delta_is_what_merging_changes(method, param_dtype):
 
 
 def test_sums_and_means_of_trees(base):
-    one, two = (shaken(Subset("norms").init(None, base.params), size) for size in (0.1, 0.2))
-    by_hand = {k: (1 * one[k] + 3 * two[k]) / 4 for k in one}
-    close(merging.average([one, two], [1, 3]), by_hand)
-    close(merging.average([one, two]), jax.tree.map(lambda a, b: (a + b) / 2, one, two))
-    close(merging.add(one, two, one), jax.tree.map(lambda a, b: 2 * a + b, one, two))
-    close(merging.scale(one, -0.5), jax.tree.map(lambda a: -a / 2, one))
+    first, second = (shaken(Subset("norms").init(None, base.params), size) for size in (0.1, 0.2))
+    by_hand = {k: (1 * first[k] + 3 * second[k]) / 4 for k in first}
+    close(merging.average([first, second], [1, 3]), by_hand)
+    close(merging.average([first, second]), jax.tree.map(lambda a, b: (a + b) / 2, first, second))
+    close(merging.add(first, second, first), jax.tree.map(lambda a, b: 2 * a + b, first, second))
+    close(merging.scale(first, -0.5), jax.tree.map(lambda a: -a / 2, first))
     with pytest.raises(InputError, match="tree 1 has other paths"):
-        merging.add(one, {k: v for k, v in two.items() if k != "final_norm/scale"})
+        merging.add(first, {k: v for k, v in second.items() if k != "final_norm/scale"})
 
 
 def test_task_vectors_add_and_take_away(base):
@@ -72,7 +72,7 @@ def test_task_vectors_add_and_take_away(base):
     a, b = (merging.task_vector(t, base.params) for t in (first, second))
     both = merging.apply_delta(base.params, merging.task_arithmetic([a, b], [0.5, 2.0]))
     close(both, jax.tree.map(lambda w, x, y: w + 0.5 * (x - w) + 2 * (y - w), base.params, first, second))
-    close(merging.apply_delta(first, a, by=-1.0), base.params, 1e-6)
+    close(merging.apply_delta(first, a, factor=-1.0), base.params, 1e-6)
     some = {k: v for k, v in b.items() if "attn" in k}
     mixed = merging.task_arithmetic([a, some])
     close(mixed["layers/mlp/up"], a["layers/mlp/up"])
@@ -83,8 +83,8 @@ def test_task_vectors_add_and_take_away(base):
         merging.task_vector({"embed": base.params["embed"]}, base.params)
 
 
-def golden(what):
-    return [{name: jnp.asarray(MERGE[f"{name}/{what}"][i]) for name in NAMES} for i in range(3)]
+def golden(kind):
+    return [{name: jnp.asarray(MERGE[f"{name}/{kind}"][i]) for name in NAMES} for i in range(3)]
 
 
 @pytest.mark.parametrize("how", ["task_arithmetic", "magnitude_prune", "ties", "dare_linear", "dare_ties"])
@@ -159,11 +159,11 @@ def test_any_update_of_low_rank_becomes_lora(scan, where):
     trainable = tuned(method, base)
     delta = merging.delta(method, base.params, trainable)
     rank = 32 if where == "linear" else 5
-    lora, found = merging.to_lora(delta, rank, where)
-    close(merging.delta(lora, base.params, found), delta, 2e-6)
+    lora, lora_tree = merging.to_lora(delta, rank, where)
+    close(merging.delta(lora, base.params, lora_tree), delta, 2e-6)
     shapes = jax.eval_shape(lora.init, jax.random.key(0), base.params)
-    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, found)
-    assert learns(found)
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, lora_tree)
+    assert learns(lora_tree)
     with pytest.raises(InputError, match="wanted a matrix"):
         merging.to_lora(merging.task_vector(base.params, base.params), 2, "norms")
 
@@ -180,10 +180,10 @@ def test_another_rank(method, rank):
     """The same update where the rank suffices, the nearest where not, by NumPy's SVD of the whole product."""
     base = make_base(tied=False)
     trainable = tuned(method, base)
-    new, found = merging.rerank(method, trainable, rank, base.params)
+    new, lora_tree = merging.rerank(method, trainable, rank, base.params)
     assert new == dataclasses.replace(method, rank=rank, ranks=(), alphas=())
     again = jax.jit(lambda t: merging.rerank(method, t, rank, base.params)[1])(trainable)
-    before, after = (product(m, base.params, t) for m, t in ((method, trainable), (new, found)))
+    before, after = (product(m, base.params, t) for m, t in ((method, trainable), (new, lora_tree)))
     close(product(new, base.params, again), after, 1e-4)
     for path, d in before.items():
         u, s, v = np.linalg.svd(np.asarray(d, np.float64), full_matrices=False)
@@ -191,15 +191,15 @@ def test_another_rank(method, rank):
         np.testing.assert_allclose(after[path], nearest, atol=2e-5 * s.max())
     if not method.ranks:
         shapes = jax.eval_shape(new.init, jax.random.key(0), base.params)
-        assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, found)
-    assert learns(found)
+        assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, lora_tree)
+    assert learns(lora_tree)
 
 
 def test_a_new_lora_of_another_rank_is_a_new_lora(base):
     method = LoRA(rank=4)
-    found = merging.rerank(method, method.init(jax.random.key(0), base.params), 6)[1]
-    assert all((t["b"] == 0).all() for t in found.values())
-    assert learns(found)
+    lora_tree = merging.rerank(method, method.init(jax.random.key(0), base.params), 6)[1]
+    assert all((t["b"] == 0).all() for t in lora_tree.values())
+    assert learns(lora_tree)
 
 
 def test_concatenated_adapters_act_as_their_sum(base):
@@ -207,14 +207,14 @@ def test_concatenated_adapters_act_as_their_sum(base):
                 LoRA(rank=3, where="layers/[1:]/mlp/up", alphas=(("layers/[-1:]/.*", 7.0),)),
                 LoRA(rank=1, where="layers/[:1]/mlp/up")]  # fmt: skip
     pairs = [(m, shaken(m.init(jax.random.key(i), base.params), 0.1 * (i + 1))) for i, m in enumerate(adapters)]
-    lora, found = merging.concatenate(*pairs, params=jax.eval_shape(lambda: base.params))
+    lora, lora_tree = merging.concatenate(*pairs, params=jax.eval_shape(lambda: base.params))
     total = merging.task_arithmetic([product(m, base.params, t) for m, t in pairs])
-    close(dict(sorted(product(lora, base.params, found).items())), dict(sorted(total.items())), 1e-6)
-    ranks = {key: t["a"].shape[-1] for key, t in found.items()}
+    close(dict(sorted(product(lora, base.params, lora_tree).items())), dict(sorted(total.items())), 1e-6)
+    ranks = {key: t["a"].shape[-1] for key, t in lora_tree.items()}
     assert ranks == {"layers/attn/q": 7, "layers/attn/v": 2, "layers/attn/o": 5,
                      "layers/mlp/up[1:2]": 3, "layers/mlp/up[0:1]": 1}  # fmt: skip
     shapes = jax.eval_shape(lora.init, jax.random.key(0), base.params)
-    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, found)
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, lora_tree)
 
 
 def test_what_is_not_one_product_is_refused(base):
@@ -290,11 +290,11 @@ def test_rates_by_group_are_optimizers_with_those_rates(base):
     rates = {"norm": 3.0, "table": 0.1, "rest": 1.0}
     group = labels([(".*norm.*", "norm"), ("embed/.*", "table"), (".*", "rest")], state.trainable)
 
-    def one(name, factor):
-        held = {k: v if group[k] == name else optax.MaskedNode() for k, v in state.trainable.items()}
-        return make_optimizer(dataclasses.replace(optim, lr=optim.lr * factor), held, 20)
+    def optimizer(name, factor):
+        group_tree = {k: v if group[k] == name else optax.MaskedNode() for k, v in state.trainable.items()}
+        return make_optimizer(dataclasses.replace(optim, lr=optim.lr * factor), group_tree, 20)
 
-    tx = optax.partition({name: one(name, factor) for name, factor in rates.items()}, group)
+    tx = optax.partition({name: optimizer(name, factor) for name, factor in rates.items()}, group)
     other, other_step = init_state(state.trainable, tx), jax.jit(make_train_step(base.model, method, tx))
     for i in range(3):
         state, _ = step(state, frozen, make_batch(i))
