@@ -46,9 +46,10 @@ class Method:
     axes: ClassVar[Mapping[str, str]] = {}  # array name -> its axes, a letter each, for sharding: see peft/sharding.py
     axes_of: ClassVar[Mapping[str, str]] = {}  # key that is no path of the base -> the parameter whose axes are meant
 
-    hf: ClassVar[HFSpec] = HFSpec()  # how Hugging Face PEFT stores the method: see peft/hf_spec
+    hf: ClassVar[HFSpec] = HFSpec()  # how Hugging Face PEFT stores the method; not inherited: see peft/hf_spec
 
     def __init_subclass__(cls) -> None:
+        cls.hf = vars(cls).get("hf", HFSpec())  # a subclass may compute something else
         dataclasses.dataclass(frozen=True)(cls)
 
     def __post_init__(self) -> None:

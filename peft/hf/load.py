@@ -26,13 +26,12 @@ FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Keys of all types that change nothing that is computed here.
 NEUTRAL = {"peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type",
            "inference_mode", "fan_in_fan_out", "init_weights", "runtime_config"}  # fmt: skip
-_KINDS = {"tied head": "which is the token table of this base"}
 
-_declared = [cls for cls in by_name.values() if "hf" in vars(cls)]  # a class that inherits its spec is written only
-TYPES: dict[str, list[type[Method]]] = {cls.hf.type: [] for cls in _declared if cls.hf.type}
-for _cls in _declared:
+TYPES: dict[str, list[type[Method]]] = {}  # peft_type -> its classes, the plain one before others without flags
+for _cls in by_name.values():
     if _cls.hf.type:
-        TYPES[_cls.hf.type].append(_cls)
+        TYPES.setdefault(_cls.hf.type, []).append(_cls)
+COMPANIONS = dict.fromkeys(cls.hf.companion for cls in by_name.values() if cls.hf.companion)
 
 
 def method_from_config(adapter_config: Mapping[str, Any], config: Config) -> Method:
@@ -142,8 +141,8 @@ def _class_for(cls: type[Method], module: Module) -> type[Method]:
         if module.kind in other.hf.kinds and _includes(other, cls):
             return other
     name = cls.__name__ if cls.hf.flags else cls.hf.type
-    raise InputError(f"{name} of {module.name}, {_KINDS.get(module.kind, f'a {module.kind}')}, is not known here; "
-                     f"leave {module.name} out")  # fmt: skip
+    phrase = "which is the token table of this base" if module.kind == "tied head" else f"a {module.kind}"
+    raise InputError(f"{name} of {module.name}, {phrase}, is not known here; leave {module.name} out")
 
 
 def _build(c: AdapterConfig, model: HFModel) -> Method:
@@ -155,8 +154,8 @@ def _build(c: AdapterConfig, model: HFModel) -> Method:
     biased = [] if bias == "none" else list(model.modules.values()) if bias == "all" else targets
     picked = Picked(targets, saved_modules(c, model), biased)
     methods: dict[bool, list[Method]] = {False: [], True: []}  # whether it is bound after the main one
-    for other in _declared:
-        if (companion := other.hf.companion) and (method := companion.read(c, picked, model)) is not None:
+    for companion in COMPANIONS:
+        if (method := companion.read(c, picked, model)) is not None:
             methods[companion.last].append(method)
     every = [*methods[False], *_main_methods(cls, c, targets, model), *methods[True]]
     return every[0] if len(every) == 1 else chain(*every)

@@ -85,8 +85,7 @@ def _located(method: Method, key: str, arrays: Any, place: Place, file: AdapterF
 
 
 def to_hf(entry: Entry, trainable: Any, gradient: bool = False) -> Any:
-    """Return an array as the file has it; of a tree of gradients, the gradient of the file's array; of shapes, its
-    shape."""  # fmt: skip
+    """Return an array as the file has it; its shape for a tree of shapes, its gradient for a tree of gradients."""
     x = trainable[entry.branch] if entry.branch else trainable
     x = x[entry.key][entry.leaf] if entry.leaf else x[entry.key]
     convert = entry.layout.grad_to_hf if gradient and entry.layout.grad_to_hf else entry.layout.to_hf

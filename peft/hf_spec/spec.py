@@ -159,9 +159,7 @@ class HFSpec:
     kinds: tuple[str, ...] = ("matrix",)  # of modules that it acts on; none: it acts before the text
     default_targets: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # by model_type
     conv1d: bool = True  # HF PEFT takes Conv1D matrices (GPT-2)
-    own_bias: str | None = (
-        None  # value of `bias` for those of the targets, if not `<type>_only`; "": it has no such key
-    )
+    own_bias: str | None = None  # `bias` that means the targets' biases, if not `<type>_only`; "": it has no `bias`
     base_tables: Literal["copied", "residual", "omitted"] = "copied"  # what a file holds of an adapted embed_tokens
     shared: SharedProjections | None = None
     fixed: FixedTensors | None = None

@@ -53,16 +53,11 @@ class AdaLoRA(LoRA):
     hf = HFSpec(
         "ADALORA",
         keys={
-            "init_r": Key(
-                12, "init_rank", exceptions="rank_pattern", rules="ranks", find=_kept_ranks, fixed_default=True
-            ),
-            **{
-                "target_r": Key(8, "rank"),
-                "lora_alpha": Key(8.0, "alpha"),
-                "orth_reg_weight": Key(0.5, "orthogonality"),
-            },
-            **{"tinit": Key(0, "tinit"), "tfinal": Key(0, "tfinal"), "deltaT": Key(1, "every")},
-            **{"beta1": Key(0.85, "b1"), "beta2": Key(0.85, "b2"), "r": 8, "total_step": Key(None, kind=WHOLE)},
+            "init_r": Key(12, "init_rank", exceptions="rank_pattern", rules="ranks", find=_kept_ranks,
+                          fixed_default=True),
+            "target_r": Key(8, "rank"), "lora_alpha": Key(8.0, "alpha"), "tinit": Key(0, "tinit"),
+            "tfinal": Key(0, "tfinal"), "deltaT": Key(1, "every"), "beta1": Key(0.85, "b1"), "beta2": Key(0.85, "b2"),
+            "orth_reg_weight": Key(0.5, "orthogonality"), "r": 8, "total_step": Key(None, kind=WHOLE),
             "init_lora_weights": Key(True, kind=BOOL_OR_NAME),
         },
         neutral=LORA_NEUTRAL,
@@ -70,7 +65,7 @@ class AdaLoRA(LoRA):
         own_bias="lora_only",
         read=lambda c, *_: {"alpha": c["lora_alpha"] if c["lora_alpha"] > 0 else c["init_r"]},
         write_modules=_rank_pattern,
-    )
+    )  # fmt: skip
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         def factors(key: Array, target: Target, R: int) -> dict[str, Array]:

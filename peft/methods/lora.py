@@ -52,10 +52,8 @@ class LoRAWeight(Weight):
         return self.w.T
 
 
-LORA_NEUTRAL = (
-    *("lora_dropout", "megatron_core", "qalora_group_size", "eva_config", "loftq_config", "corda_config"),
-    *("lora_ga_config", "ephemeral_gpu_offload"),
-)
+LORA_NEUTRAL = ("lora_dropout", "megatron_core", "qalora_group_size", "eva_config", "loftq_config", "corda_config",
+                "lora_ga_config", "ephemeral_gpu_offload")  # fmt: skip
 
 
 def _known_start(start: bool | str) -> bool | str:
@@ -175,6 +173,8 @@ class LoRAPlus(LoRA):
     demo = False
 
     ratio: Positive = 16.0
+
+    hf = LoRA.hf
 
     def update_transform(self, steps: int) -> optax.GradientTransformation:
         def faster(path: Any, update: Any) -> Any:

@@ -80,16 +80,16 @@ class OFT(Method):
     hf = HFSpec(
         "OFT",
         keys={
-            **{"r": Key(0, "blocks"), "oft_block_size": Key(32, "block", WHOLE), "block_share": Key(False, "share")},
-            **{"coft": Key(False, "coft"), "eps": Key(6e-5, "eps")},
-            **{"use_cayley_neumann": True, "num_cayley_neumann_terms": 5},
+            "r": Key(0, "blocks"), "oft_block_size": Key(32, "block", WHOLE), "block_share": Key(False, "share"),
+            "coft": Key(False, "coft"), "eps": Key(6e-5, "eps"), "use_cayley_neumann": True,
+            "num_cayley_neumann_terms": 5,
         },
         neutral=("module_dropout",),
         tensors=IDENTITY.tensors(r="oft_R.weight"),
         conv1d=False,
         read=lambda c, *_: {"terms": c["num_cayley_neumann_terms"] if c["use_cayley_neumann"] else 0},
         write=lambda m: {"use_cayley_neumann": m.terms > 0, "num_cayley_neumann_terms": m.terms or 5},
-    )
+    )  # fmt: skip
 
     def arrays(self, key: Array, target: Target) -> dict[str, Array]:
         if (self.block > 0) == (self.blocks > 0):
@@ -167,18 +167,15 @@ class BOFT(Method):
 
     hf = HFSpec(
         "BOFT",
-        keys={
-            "boft_block_size": Key(4, "block", WHOLE),
-            "boft_block_num": 0,
-            "boft_n_butterfly_factor": Key(1, "factors"),
-        },
+        keys={"boft_block_size": Key(4, "block", WHOLE), "boft_block_num": 0,
+              "boft_n_butterfly_factor": Key(1, "factors")},
         neutral=("boft_dropout",),
         tensors=IDENTITY.tensors(r="boft_R") | COLUMN.tensors(s="boft_s"),
         conv1d=False,
         read=_boft_block,
         write_modules=_boft_blocks,
         stored_config=_boft_factors,
-    )
+    )  # fmt: skip
 
     def arrays(self, key: Array, target: Target) -> dict[str, Array]:
         (D, F), m, b = target.shape, self.factors, self.block

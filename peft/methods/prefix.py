@@ -176,11 +176,8 @@ class LLaMAAdapter(Method):
 
     hf = HFSpec(
         "ADAPTION_PROMPT",
-        keys={
-            "target_modules": Key(None, kind=NAMES),
-            "adapter_len": Key(10, "tokens"),
-            "adapter_layers": Key(30, "layers"),
-        },
+        keys={"target_modules": Key(None, kind=NAMES), "adapter_len": Key(10, "tokens"),
+              "adapter_layers": Key(30, "layers")},
         tensors=ROW.tensors(prompt="adaption_prompt") | IDENTITY.tensors(gate="adaption_gate"),
         kinds=(),
         owner=lambda module: f"{PREFIX}{module.rpartition('.')[0]}.",
@@ -189,7 +186,7 @@ class LLaMAAdapter(Method):
             "target_modules": "attn" if model.family == "gpt2" else "self_attn",
             "adapter_layers": min(method.layers, model.config.L),
         },
-    )
+    )  # fmt: skip
 
     def arrays(self, key: Array, target: Target) -> dict[str, Array]:
         width, D = target.shape

@@ -89,7 +89,7 @@ def check_ids(owner: str, ids: tuple[int, ...], V: int) -> tuple[int, ...]:
     return ids
 
 
-_MLP = ValueKind("MLP, as the LSTM encoder is not here,", lambda x: x == "MLP")
+_MLP = ValueKind("MLP (the LSTM encoder of P-tuning is not here)", lambda x: x == "MLP")
 
 
 def _with_rows(method: Any, trainable: Any, _: Any) -> tuple[Prompt, Any]:
@@ -115,20 +115,14 @@ class PTuning(Method):
 
     hf = HFSpec(
         "P_TUNING",
-        keys={
-            **{
-                "num_virtual_tokens": Key(20, "tokens"),
-                "encoder_hidden_size": Key(0, "hidden"),
-                "encoder_num_layers": 2,
-            },
-            "encoder_reparameterization_type": Key("MLP", kind=_MLP),
-        },
+        keys={"num_virtual_tokens": Key(20, "tokens"), "encoder_hidden_size": Key(0, "hidden"), "encoder_num_layers": 2,
+              "encoder_reparameterization_type": Key("MLP", kind=_MLP)},
         neutral=(*PROMPT_NEUTRAL, "encoder_dropout"),
         kinds=(),
         write_modules=lambda m, _, model: model.prompt_sizes | {"encoder_hidden_size": m.hidden or model.config.D},
         stored_config=lambda c, _: {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": c["num_virtual_tokens"]},
         to_exportable=_with_rows,
-    )
+    )  # fmt: skip
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         D = named(params)["embed/table"].shape[1]

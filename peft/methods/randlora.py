@@ -83,22 +83,17 @@ class RandLoRA(Method):
 
     hf = HFSpec(
         "RANDLORA",
-        keys={
-            **{"r": Key(32, "rank"), "randlora_alpha": Key(640.0, "alpha"), "projection_prng_key": Key(0, "seed")},
-            **{"save_projection": True, "sparse": False, "very_sparse": False},
-        },
+        keys={"r": Key(32, "rank"), "randlora_alpha": Key(640.0, "alpha"), "projection_prng_key": Key(0, "seed"),
+              "save_projection": True, "sparse": False, "very_sparse": False},
         neutral=("randlora_dropout",),
         tensors=IDENTITY.tensors(lam="randlora_lambda", gamma="randlora_gamma"),
         shared=SharedProjections(
             ("randlora_A", "randlora_B"), lambda m, D, F: projections(m, D, F), _draw_as_hf, copied=True
         ),
         read=lambda c, *_: {"sparse": next((key for key in ("very_sparse", "sparse") if c[key]), "")},
-        write=lambda m: {
-            "sparse": m.sparse == "sparse",
-            "very_sparse": m.sparse == "very_sparse",
-            "save_projection": SharedProjections.stored(m),
-        },
-    )
+        write=lambda m: {"sparse": m.sparse == "sparse", "very_sparse": m.sparse == "very_sparse",
+                         "save_projection": SharedProjections.stored(m)},
+    )  # fmt: skip
 
     def arrays(self, key: Array, target: Target) -> dict[str, Array]:
         D, F = target.shape

@@ -143,6 +143,8 @@ class BitFit(Subset):
 
     where: str = "biases"
 
+    hf = Subset.hf
+
 
 _NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
 
@@ -189,6 +191,8 @@ class Gradual(Subset):
 
     stages: Count = 4
     until: Share = 0.15  # fraction of the steps after which all train
+
+    hf = Subset.hf
 
     def starts(self, trainable: Any, steps: int) -> dict[str, list[int]]:
         """Return {key: the first step of each of its layers}, one number outside of layers."""

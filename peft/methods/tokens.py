@@ -95,7 +95,7 @@ class Tokens(Method):
         locate=_locate_rows,
         companion=Companion(
             read=_read_beside,
-            write=lambda method, places, targets, spec, model: {"trainable_token_indices": list(method.ids)},
+            write=lambda method, *_: {"trainable_token_indices": list(method.ids)},
             alone=lambda places, model: Tokens.hf,
             last=True,
         ),
@@ -141,10 +141,10 @@ class Head(Method):
     axes: ClassVar = {"head": "FD"}
 
     hf = HFSpec(
-        locate=lambda path, layer, file: [("head", HFTensor(f"{PREFIX}lm_head.weight", TRANSPOSED))],
+        locate=lambda *_: [("head", HFTensor(f"{PREFIX}lm_head.weight", TRANSPOSED))],
         companion=Companion(
             read=lambda c, picked, model: Head() if any(m.kind == "tied head" for m in picked.saved) else None,
-            write=lambda method, places, targets, spec, model: {"modules_to_save": ["lm_head"]},
+            write=lambda *_: {"modules_to_save": ["lm_head"]},
         ),
     )
 

@@ -56,15 +56,13 @@ class VeRA(Method):
 
     hf = HFSpec(
         "VERA",
-        keys={
-            **{"r": Key(256, "rank"), "d_initial": Key(0.1, "d_initial"), "projection_prng_key": Key(0, "seed")},
-            "save_projection": True,
-        },
+        keys={"r": Key(256, "rank"), "d_initial": Key(0.1, "d_initial"), "projection_prng_key": Key(0, "seed"),
+              "save_projection": True},
         neutral=("vera_dropout",),
         tensors=IDENTITY.tensors(b="vera_lambda_b", d="vera_lambda_d"),
         shared=SharedProjections(("vera_A", "vera_B"), lambda m, D, F: projections(m, D, F), _draw_as_hf),
         write=lambda m: {"save_projection": SharedProjections.stored(m)},
-    )
+    )  # fmt: skip
 
     def arrays(self, key: Array, target: Target) -> dict[str, Array]:
         return {"d": jnp.full(self.rank, self.d_initial), "b": jnp.zeros(target.shape[1])}
