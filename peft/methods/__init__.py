@@ -1,4 +1,4 @@
-"""The methods: one file for each family. `by_name` maps a method's command-line name to its class.
+"""The methods, one file a family. `by_name` maps a method's command-line name to its class.
 
 A new method is one file here and its class in the list below; the laws in tests/ then hold it without an edit.
 """
