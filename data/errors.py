@@ -49,7 +49,7 @@ class RowErrors:
     def check_cap(self) -> None:
         """Raises InputError if more rows than the cap allows were left out or repaired."""
         if (changed := self.left_out + self.repaired) > self.cap * max(self.rows, changed):
-            hint = f"more than --data.bad-cap {self.cap:g} of them; correct the file or raise the cap"
+            hint = f"more than --data.max-bad-rows {self.cap:g} of them; correct the file or raise the cap"
             raise InputError(f"{self._counts()}, {hint}. The first, {self.messages[0]}")
 
     def summary(self) -> list[str]:
@@ -62,7 +62,7 @@ class RowErrors:
 
     def _counts(self) -> str:
         rows = max(self.rows, self.left_out + self.repaired)
-        return f"--data.bad {self.policy}: {self.left_out} of {rows} rows left out, {self.repaired} repaired"
+        return f"--data.bad-rows {self.policy}: {self.left_out} of {rows} rows left out, {self.repaired} repaired"
 
 
 RAISE = RowErrors()  # the default: the first row that cannot be used raises, so nothing is ever counted

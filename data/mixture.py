@@ -15,7 +15,7 @@ from .. import InputError
 from .documents import Document, is_held_out
 from .fields import did_you_mean
 from .pack import Row, Windows, tokenize
-from .tokenizers.tokenizer import Tokenizer
+from .tokenizers import Tokenizer
 
 DOMAIN_STRIDE = 1 << 40  # `row` = index of the domain * DOMAIN_STRIDE + index of the row in the domain
 _HELD_OUT_OFFSET = 1 << 39  # added to the index of a held-out row

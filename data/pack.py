@@ -21,7 +21,7 @@ import numpy as np
 from .. import InputError
 from ..atomic import atomic_folder
 from .documents import Document
-from .tokenizers.tokenizer import Tokenizer
+from .tokenizers import Tokenizer
 
 Row = dict[str, Any]
 _DTYPES = {"ids": np.int32, "targets": np.int32, "weights": np.float32, "segments": np.int32, "positions": np.int32}

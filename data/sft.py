@@ -18,8 +18,8 @@ from .columns import chat_of
 from .dialogue import Chat, Message, as_chat
 from .errors import RAISE, RowErrors
 from .pack import Row, empty_row
+from .tokenizers import Tokenizer
 from .tokenizers.chat import encode_chats, encode_prompts
-from .tokenizers.tokenizer import Tokenizer
 
 _OPEN_ROWS = 256  # rows that are filled at the same time while packing
 NamedChats = Sequence[tuple[str, Chat | list[Message]]]  # (where it comes from, dialogue)

@@ -49,5 +49,7 @@ def methods() -> str:
     parts = ["# Methods\n", "`graftax methods --preset NAME` counts what each trains.\n"]
     for name, cls in sorted(peft.methods.items()):
         fields = [f"`{f.name}` = `{f.default!r}`" for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-        parts.append(f"## {name}\n\n`peft.{cls.__name__}`: {(cls.__doc__ or '').strip()}\n\nFields: {', '.join(fields)}\n")
+        parts.append(
+            f"## {name}\n\n`peft.{cls.__name__}`: {(cls.__doc__ or '').strip()}\n\nFields: {', '.join(fields)}\n"
+        )
     return "\n".join(parts)

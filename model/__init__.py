@@ -3,7 +3,7 @@
 from .config import Config
 from .generate import Sampling, generate
 from .init import init, resize, restack, shapes_of
-from .layers import check_room, room
+from .layers import check_prompt_lengths, max_text_length
 from .loss import token_losses, token_scores
 from .presets import presets
 from .rope import Rope

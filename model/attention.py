@@ -52,33 +52,33 @@ def attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array | None, 
         return jax.nn.dot_product_attention(
             q_BTNH, k_BSKH, v_BSKH, mask=mask, scale=scale, is_causal=mask is None, implementation="cudnn"
         )
-    return (reference if kernel == "reference" else blocked)(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale, cap, ahead)
+    return (reference_attention if kernel == "reference" else blocked_attention)(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale, cap, ahead)
 
 
-def causal(T: int, S: int) -> Array:
+def causal_mask(T: int, S: int) -> Array:
     """Mask [1, T, S] of a row that is one document."""
     return (jnp.arange(T)[:, None] + S - T >= jnp.arange(S))[None]
 
 
-def soft_capped(scores: Array, cap: float) -> Array:
+def soft_cap(scores: Array, cap: float) -> Array:
     """cap tanh(scores / cap), or the scores if cap is 0."""
     return cap * jnp.tanh(scores / cap) if cap else scores
 
 
-def reference(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array | None, scale: float, cap: float,
+def reference_attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array | None, scale: float, cap: float,
               ahead: int | None = 0) -> Array:  # fmt: skip
     """The definition, which the other kernels are tested against."""
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    scores = soft_capped(scores * scale, cap)
-    mask_BTS = causal(T, S) if mask_BTS is None else mask_BTS
+    scores = soft_cap(scores * scale, cap)
+    mask_BTS = causal_mask(T, S) if mask_BTS is None else mask_BTS
     weights = jax.nn.softmax(jnp.where(mask_BTS[:, None, None], scores, -1e30), axis=-1).astype(v_BSKH.dtype)
     return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v_BSKH).reshape(B, T, N, H)
 
 
-def blocked(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array | None, scale: float, cap: float,
+def blocked_attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array | None, scale: float, cap: float,
             ahead: int | None = 0) -> Array:  # fmt: skip
     """The same in blocks of queries, each over the keys it can see, divided by the softmax's sum after the product.
 
@@ -90,7 +90,7 @@ def blocked(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array | None,
     q_BKZGTH = (q_BTNH * scale).reshape(B, Z, T // Z, K, N // K, H).transpose(0, 3, 1, 4, 2, 5)
     k_BSKH, v_BSKH = (constrain(x, KEEP, None, KEEP, KEEP) if Z > 1 else x for x in (k_BSKH, v_BSKH))
     k_BKSH, v_BKSH = k_BSKH.transpose(0, 2, 1, 3), v_BSKH.transpose(0, 2, 1, 3)
-    mask_BTS = causal(T, S) if mask_BTS is None else mask_BTS
+    mask_BTS = causal_mask(T, S) if mask_BTS is None else mask_BTS
     mask_BZTS = mask_BTS.reshape(-1, Z, T // Z, S)
     C = T // Z if ahead is None or Z > 1 else _block(T)
     product = _by_parts if T * S >= LONG else _product
@@ -122,7 +122,7 @@ def _product(q_BKZGCH: Array, k_BKSH: Array, v_BKSH: Array, seen_BZCS: Array, ca
 
 def _softmax_product(q_BKXH: Array, k_BKSH: Array, v_BKSH: Array, seen_BKXS: Array, cap: float) -> Array:
     scores = jnp.einsum("BKXH,BKSH->BKXS", q_BKXH, k_BKSH, preferred_element_type=jnp.float32)
-    scores = jnp.where(seen_BKXS, soft_capped(scores, cap), -1e30)
+    scores = jnp.where(seen_BKXS, soft_cap(scores, cap), -1e30)
     # The softmax does not change with the shift, so the shift needs no gradient.
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1, keepdims=True)

@@ -71,7 +71,7 @@ class Config(Checked):
         return tuple(self.windows[i % len(self.windows)] if self.windows else 0 for i in range(self.L))
 
 
-def initial(config: Config, name: str, key: Any, shape: tuple[int, ...]) -> jax.Array:
+def init_parameter(config: Config, name: str, key: Any, shape: tuple[int, ...]) -> jax.Array:
     """What the parameter `name` of one layer starts as: norms 1, biases 0, matrices normal with std fan_in^-1/2.
 
     Projections into the residual stream are scaled by (2L)^-1/2 besides (GPT-2); tables have std 0.02.

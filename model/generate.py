@@ -14,8 +14,8 @@ from .. import InputError
 from ..bounds import Bounds, Checked
 from .attention import PAD
 from .config import Config
-from .layers import check_room
-from .sharding import fetch
+from .layers import check_prompt_lengths
+from .sharding import to_host
 from .transformer import Context, Transformer, forward
 
 
@@ -115,7 +115,7 @@ def generate(
     if new < 1:
         raise InputError(f"{new} new tokens: wanted 1 or more")
     key, how, P = jax.random.key(0) if key is None else key, how or Sampling(), context.length
-    check_room(model.config, prompts, new, P)
+    check_prompt_lengths(model.config, prompts, new, P)
 
     def run(prompts: Sequence[Sequence[int]], new: int, key: Array) -> list[list[int]]:
         longest = max(map(len, prompts))
@@ -125,7 +125,7 @@ def generate(
             row[: len(prompt)] = prompt
         lengths = np.array([len(p) for p in prompts], np.int32)
         out = by(model, params, context.past, ids, lengths, key, allowed_V, new, tuple(stop), how, context.tokens)
-        return [_cut(row, stop) for row in fetch(out).tolist()]
+        return [_cut(row, stop) for row in to_host(out).tolist()]
 
     edge = _turning_point(model.config) - P
     if all(len(p) > edge or len(p) + new <= edge for p in prompts):

@@ -11,9 +11,9 @@ import numpy as np
 from jax import Array
 
 from .. import InputError
-from .config import Config, initial
+from .config import Config, init_parameter
 from .transformer import Transformer
-from .tree import canonical, named, nested
+from .tree import name_and_layers, named, nested
 
 
 def init(config: Config, key: Array) -> dict[str, Any]:
@@ -24,15 +24,15 @@ def init(config: Config, key: Array) -> dict[str, Any]:
     shapes = named(shapes_of(config))
     flat = {}
     for path, leaf in shapes.items():
-        name, layers = canonical(path)
+        name, layers = name_and_layers(path)
         leaf_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
         if not name.startswith("layers/"):
-            flat[path] = initial(config, name, leaf_key, leaf.shape)
+            flat[path] = init_parameter(config, name, leaf_key, leaf.shape)
         elif layers is not None:
-            flat[path] = initial(config, name, jax.random.fold_in(leaf_key, layers[0]), leaf.shape)
+            flat[path] = init_parameter(config, name, jax.random.fold_in(leaf_key, layers[0]), leaf.shape)
         else:
             keys = jax.vmap(lambda i, k=leaf_key: jax.random.fold_in(k, i))(jnp.arange(config.L))
-            flat[path] = jax.vmap(lambda k, n=name, s=leaf.shape[1:]: initial(config, n, k, s))(keys)
+            flat[path] = jax.vmap(lambda k, n=name, s=leaf.shape[1:]: init_parameter(config, n, k, s))(keys)
     return nested(flat)
 
 
@@ -45,7 +45,7 @@ def shapes_of(config: Config) -> dict[str, Any]:
 def restack(params: Any, config: Config) -> dict[str, Any]:
     """The parameters in the layout that `config.scan` asks for: stacked `layers/mlp/up` or `layers/0/mlp/up`, ..."""
     flat = named(params)
-    stacked = not any(canonical(path)[1] for path in flat)
+    stacked = not any(name_and_layers(path)[1] for path in flat)
     if stacked == config.scan:
         return params
     if stacked:
@@ -54,7 +54,7 @@ def restack(params: Any, config: Config) -> dict[str, Any]:
             {path: leaf for path, leaf in flat.items() if path not in inner}
             | {f"layers/{i}/{path[7:]}": leaf[i] for path, leaf in inner.items() for i in range(config.L)}
         )
-    names = dict.fromkeys(canonical(path)[0] for path in flat)
+    names = dict.fromkeys(name_and_layers(path)[0] for path in flat)
     return nested(
         {n: jnp.stack([flat[f"layers/{i}/{n[7:]}"] for i in range(config.L)]) if n.startswith("layers/") else flat[n]
          for n in names}

@@ -13,10 +13,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from .. import InputError
 from .attention import attend
-from .config import Config, initial
+from .config import Config, init_parameter
 from .rope import rotate
 from .sharding import constrain
-from .tree import canonical
+from .tree import name_and_layers
 from .weight import matmul
 
 
@@ -28,8 +28,8 @@ class Part(nn.Module):
     def leaf(self, name: str, *shape: int) -> Any:
         """The parameter `name` as it is stored; made when initialising, so no shape check meets a weight node."""
         if self.is_initializing():
-            path, _ = canonical("/".join((*self.scope.path, name)))  # type: ignore[union-attr]
-            return self.param(name, lambda key: initial(self.config, path, key, shape))
+            path, _ = name_and_layers("/".join((*self.scope.path, name)))  # type: ignore[union-attr]
+            return self.param(name, lambda key: init_parameter(self.config, path, key, shape))
         return self.get_variable("params", name)
 
     def bias(self, y: Array, name: str, on: bool) -> Array:
@@ -142,7 +142,7 @@ class MLP(Part):
         return self.beside(self.bias(matmul(y, self.leaf("down", c.F, c.D)), "down_bias", c.mlp_bias), x_BTD)
 
 
-def room(config: Config, virtual: int = 0) -> int:
+def max_text_length(config: Config, virtual: int = 0) -> int:
     """How many positions a text may take: the context, less the virtual tokens before it where positions are learned;
     no limit where RoPE stretches as the text grows (dynamic)."""
     if config.rope is not None and config.rope.kind == "dynamic":
@@ -150,11 +150,11 @@ def room(config: Config, virtual: int = 0) -> int:
     return config.context - (virtual if config.learned_positions else 0)
 
 
-def check_room(
+def check_prompt_lengths(
     config: Config, prompts: Sequence[Sequence[int]], more: int, virtual: int = 0, where: Sequence[str] = ()
 ) -> None:
     """InputError naming the first of the prompts that, with `more` tokens behind it, is longer than `room`."""
-    most = room(config, virtual)
+    most = max_text_length(config, virtual)
     for i, prompt in enumerate(prompts):
         if len(prompt) + more > most:
             name = where[i] if where else f"prompt {i + 1}"

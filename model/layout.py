@@ -19,7 +19,7 @@ from .config import Config
 from .init import shapes_of
 from .quantize import quantize
 from .sharding import shardings
-from .tree import canonical, in_layers, paths
+from .tree import name_and_layers, in_layers, paths
 
 Flat = Mapping[str, Any]
 
@@ -29,7 +29,7 @@ def layer_positions(path: str, shape: tuple[int, ...]) -> list[tuple[tuple[str, 
 
     layer: -1 outside the layers. index: the place on the first axis, or None for an array of a single layer.
     """
-    name, layers = canonical(path)
+    name, layers = name_and_layers(path)
     unrolled = layers is not None and len(layers) == 1 and name != path and "[" not in path
     if not in_layers(path) or unrolled or not shape:
         return [((name, layers[0] if layers else -1), None)]

@@ -14,8 +14,8 @@ import regex
 
 from .. import InputError
 
-SECONDS = 1.0  # of one pattern, over all calls in a process; a call of less than FREE seconds costs nothing
-FREE = 0.01
+TIME_LIMIT = 1.0  # of one pattern, over all calls in a process; a call of less than FREE seconds costs nothing
+FREE_TIME = 0.01
 LENGTH, REPEATS = 10_000, 1_000  # `regex` writes counted repeats out as it compiles, which can fill the memory
 
 
@@ -31,7 +31,7 @@ class Pattern:
     """
 
     def __init__(self, text: str, what: str = "pattern"):
-        self.label, self.left = f"{what} {text[:200]!r}", SECONDS
+        self.label, self.left = f"{what} {text[:200]!r}", TIME_LIMIT
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", FutureWarning)  # of sets in sets, which `regex` reads another way
@@ -56,16 +56,16 @@ class Pattern:
     def _match(self, name: str, how: Any) -> Any:
         began = time.process_time()
         try:
-            return how(name, timeout=max(self.left, FREE))
+            return how(name, timeout=max(self.left, FREE_TIME))
         except TimeoutError:
-            raise BadPattern(f"{self.label} takes more than {SECONDS:g} s to match {name!r}; write it without a repeat "
+            raise BadPattern(f"{self.label} takes more than {TIME_LIMIT:g} s to match {name!r}; write it without a repeat "
                              "inside a repeat") from None  # fmt: skip
         finally:
             taken = time.process_time() - began
-            self.left -= taken if taken > FREE else 0
+            self.left -= taken if taken > FREE_TIME else 0
 
 
-pattern = functools.lru_cache(4096)(Pattern)  # so that all calls of one share its time
+compile_pattern = functools.lru_cache(4096)(Pattern)  # so that all calls of one share its time
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from jax import Array
 
 from .. import InputError
 from .sharding import compute_spec, constrain, shardings
-from .tree import canonical, is_stacked, named, nested
+from .tree import name_and_layers, is_stacked, named, nested
 from .weight import Weight, static
 
 # Quantiles of a normal distribution, of equal weight, with 0 and both ends among them (appendix E of the paper).
@@ -147,14 +147,14 @@ def quantize(params: Any, kind: str, where: str = MATRICES) -> dict[str, Any]:
 
     Raises InputError for a kind that is not known, for an array that is no matrix, and for an odd D of nf4.
     """
-    return nested({path: quantized(path, leaf, kind, where) for path, leaf in named(params).items()})
+    return nested({path: quantize_parameter(path, leaf, kind, where) for path, leaf in named(params).items()})
 
 
-def quantized(path: str, w: Any, kind: str, where: str = MATRICES, mesh: Any = None) -> Any:
+def quantize_parameter(path: str, w: Any, kind: str, where: str = MATRICES, mesh: Any = None) -> Any:
     """One parameter as `kind` if `where` matches its name, laid out on the mesh; one layer is in fp32 at a time."""
     if kind not in kinds:
         raise InputError(f"quantize {kind!r}: wanted {' or '.join(kinds)}")
-    if isinstance(w, Quantized) or not re.fullmatch(where, canonical(path)[0]):
+    if isinstance(w, Quantized) or not re.fullmatch(where, name_and_layers(path)[0]):
         return w
     stacked = is_stacked(path)
     if isinstance(w, Weight) or w.ndim - stacked != 2:

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from .. import InputError
-from .tree import Rules, canonical, is_stacked, match, named, nested, uniform
+from .tree import Rules, name_and_layers, is_stacked, match_rules, named, nested, one_value_per_array
 
 AXES = ("data", "fsdp", "tensor", "context")
 BATCH = ("data", "fsdp")  # the axes the rows of a batch are split over
@@ -64,7 +64,7 @@ def shardings(mesh: Mesh, params: Any, rules: Rules = rules) -> dict[str, Any]:
     The arrays of a quantised matrix that have its two axes are split as it is, where they divide; the others are whole.
     """
     used = [(rule, spec) for rule, spec in rules if _matches(rule, params)]
-    specs = uniform(match(used, params, what="sharding rule"), "sharding")
+    specs = one_value_per_array(match_rules(used, params, what="sharding rule"), "sharding")
     flat = {}
     for path, leaf in named(params).items():
         spec = P(None, *specs[path]) if is_stacked(path) else specs[path]
@@ -80,7 +80,7 @@ def shardings(mesh: Mesh, params: Any, rules: Rules = rules) -> dict[str, Any]:
 
 def compute_spec(path: str, rules: Rules = rules) -> tuple[Any, ...]:
     """The axes of the mesh that a matrix is split over where it multiplies: fsdp gathers it before."""
-    spec = next((spec for rule, spec in rules if re.fullmatch(rule, canonical(path)[0])), P(None, None))
+    spec = next((spec for rule, spec in rules if re.fullmatch(rule, name_and_layers(path)[0])), P(None, None))
     return tuple(None if axis == "fsdp" else axis for axis in spec)
 
 
@@ -147,7 +147,7 @@ def put_batch(mesh: Mesh, B: int = 0) -> Callable[[dict[str, Any]], dict[str, Ar
     return lambda batch: {k: put(np.asarray(v)) for k, v in batch.items()}
 
 
-def fetch(x: Any) -> np.ndarray:
+def to_host(x: Any) -> np.ndarray:
     """An array on the host, whole in every process: all of them must ask for it."""
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
@@ -161,7 +161,7 @@ def _everywhere(mesh: Mesh) -> Callable[[Array], Array]:
 
 def _matches(rule: str, params: Any) -> bool:
     try:
-        match([(rule, None)], params, default=None)
+        match_rules([(rule, None)], params, default=None)
     except InputError:
         return False
     return True

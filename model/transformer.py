@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .attention import PAD, VIRTUAL, attention_mask, causal, soft_capped
+from .attention import PAD, VIRTUAL, attention_mask, causal_mask, soft_cap
 from .config import Config
 from .layers import MLP, Attention, Embed, Head, LayerInputs, Norm, check_positions
 from .rope import rope_table
@@ -56,12 +56,12 @@ class Unrolled(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: Array, views: list[LayerInputs], index: Array | None) -> tuple[Array, None]:
-        for i, kind in enumerate(kinds(self.config)):
+        for i, kind in enumerate(layer_kinds(self.config)):
             x_BTD, _ = self.block(self.config, name=str(i))(x_BTD, None, views[kind], index)
         return x_BTD, None
 
 
-def kinds(config: Config) -> list[int]:
+def layer_kinds(config: Config) -> list[int]:
     """Which of the distinct windows each layer has."""
     distinct = sorted(set(config.layer_windows))
     return [distinct.index(w) for w in config.layer_windows]
@@ -106,14 +106,14 @@ class Transformer(nn.Module):
         seen: Any = (views,)
         if self.config.scan:  # the layers share a program, so a layer picks its view by number
             stacked = jax.tree.map(lambda *v: jnp.stack(v), *views)
-            seen = (None, views[0]) if len(views) == 1 else (jnp.array(kinds(self.config)), stacked)
+            seen = (None, views[0]) if len(views) == 1 else (jnp.array(layer_kinds(self.config)), stacked)
         x_BTD, _ = self.layers(x_BTD, *seen, index)
         return self.final_norm(x_BTD)
 
     def logits(self, x_BTD: Array) -> Array:
         """The output projection [..., D] -> [..., V]."""
         y = self.embed.logits(x_BTD) if self.config.tied else self.head(x_BTD)
-        return soft_capped(y.astype(self.config.logits_dtype), self.config.logit_cap)
+        return soft_cap(y.astype(self.config.logits_dtype), self.config.logit_cap)
 
     def views(self, positions_BT: Array, segments_BT: Array | None, index: Array | None) -> list[LayerInputs]:
         """What each kind of layer sees, computed once for all of them."""
@@ -132,7 +132,7 @@ class Transformer(nn.Module):
 
         masks = [mask(window) for window in windows]
         if any(m is not None for m in masks):
-            masks = [jnp.broadcast_to(causal(T, T), (len(positions_BT), T, T)) if m is None else m for m in masks]
+            masks = [jnp.broadcast_to(causal_mask(T, T), (len(positions_BT), T, T)) if m is None else m for m in masks]
         ropes = [c.rope_local if window and c.rope_local else c.rope for window in windows]
         length_B = positions_BT.max(axis=1) + 1
         turns = [rope_table(positions_BT, r, c.H, length_B) if r else None for r in ropes]

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from .. import InputError
-from .pattern import Pattern, pattern
+from .pattern import Pattern, compile_pattern
 
 Rules = Sequence[tuple[str, Any]]
 _RANGE = re.compile(r"(?<=layers/)\[(?:(-?\d{1,9})?:(-?\d{1,9})?|(-?\d{1,9}))\]/")
@@ -67,7 +67,7 @@ def did_you_mean(text: str, names: Any) -> str:
     return f"; did you mean {', '.join(close)}?" if close else ""
 
 
-def canonical(path: str) -> tuple[str, range | None]:
+def name_and_layers(path: str) -> tuple[str, range | None]:
     """(path without layer indices, the layers it names): `layers/3/mlp/up` and `layers/mlp/up[3:4]` are the same."""
     if cut := _CUT.search(path):
         return path[: cut.start()] + path[cut.end() :], range(int(cut[1]), int(cut[2]))
@@ -95,7 +95,7 @@ def split_layer_index(key: str) -> tuple[str, tuple[int, int] | None]:
 def iter_layers(tree: Any) -> Iterator[tuple[str, str, range | None]]:
     """(path, canonical name, layers) of each leaf; layers is None outside `layers`."""
     for path, leaf in named(tree).items():
-        name, layers = canonical(path)
+        name, layers = name_and_layers(path)
         depth = jax.tree.leaves(leaf)[0].shape[0] if layers is None and in_layers(path) else 0  # of a weight too
         yield path, name, range(depth) if depth else layers
 
@@ -107,10 +107,10 @@ def _compiled(rule: str, depth: int, what: str) -> tuple[Pattern, range | None]:
         start, stop, one = (int(x) if x else None for x in found.groups())
         layers = range(depth)[start:stop] if one is None else range(depth)[one : one + 1 or None]
         rule = rule[: found.start()] + rule[found.end() :]
-    return pattern(rule, what), layers
+    return compile_pattern(rule, what), layers
 
 
-def match(rules: Rules, tree: Any, default: Any = _NONE, what: str = "rule") -> dict[str, list[Any]]:
+def match_rules(rules: Rules, tree: Any, default: Any = _NONE, what: str = "rule") -> dict[str, list[Any]]:
     """{path: [value of each layer]} (one value outside `layers`) by the first rule that matches the whole path.
 
     Raises InputError for a rule that matches nothing and, without a default, for a leaf that no rule covers.
@@ -138,20 +138,20 @@ def match(rules: Rules, tree: Any, default: Any = _NONE, what: str = "rule") -> 
             raise InputError(f"{what} {rule!r} matches no parameter{did_you_mean(rule, names)}")
         if not has_effect:
             raise InputError(f"{what} {rule!r} is never reached: rules before it match all that it does; put it first")
-        for part in alternatives(rule):
+        for part in _alternatives(rule):
             regex, _ = _compiled(part, depth, what)
             if not any(regex.fullmatch(name) for name in names):
                 raise InputError(f"{what} {rule!r}: its part {part!r} matches no parameter{did_you_mean(part, names)}")
     return values
 
 
-def alternatives(rule: str) -> list[str]:
+def _alternatives(rule: str) -> list[str]:
     """The parts of `a|b|c`, for a rule that is that and whose parts can stand alone; else []."""
     parts = rule.split("|")
     return parts if len(parts) > 1 and all(part and not set(part) & set("()[]\\") for part in parts) else []
 
 
-def uniform(values: Mapping[str, list[Any]], what: str) -> dict[str, Any]:
+def one_value_per_array(values: Mapping[str, list[Any]], what: str) -> dict[str, Any]:
     """{path: value} of a match whose rules may not differ between the layers of one stacked array."""
     for path, row in values.items():
         if any(value != row[0] for value in row):
@@ -159,7 +159,7 @@ def uniform(values: Mapping[str, list[Any]], what: str) -> dict[str, Any]:
     return {path: row[0] for path, row in values.items()}
 
 
-def runs(flags: Sequence[bool]) -> list[tuple[int, int]]:
+def true_ranges(flags: Sequence[bool]) -> list[tuple[int, int]]:
     """The [start, stop) ranges of True in a list of flags."""
     edges = [i for i in range(len(flags) + 1) if (i > 0 and flags[i - 1]) != (i < len(flags) and flags[i])]
     return list(zip(edges[::2], edges[1::2], strict=True))

@@ -58,7 +58,7 @@ class Weight:
         return jnp.eye(rows) @ self
 
 
-def stack(w: Any) -> list[Any]:
+def weight_chain(w: Any) -> list[Any]:
     """A weight, the one that it holds as `w`, and so on down to what they stand on: an array, or a quantised matrix."""
     found = [w]
     while isinstance(found[-1], Weight) and getattr(found[-1], "w", None) is not None:
@@ -68,7 +68,7 @@ def stack(w: Any) -> list[Any]:
 
 def base_weight(w: Any) -> Any:
     """The array, or the quantised matrix, that a weight stands on."""
-    return stack(w)[-1]
+    return weight_chain(w)[-1]
 
 
 def matmul(x: Array, w: Any) -> Array:

@@ -16,6 +16,7 @@ from ..bounds import check
 from ..model import Config, Context, Transformer, Weight, forward, shapes_of
 from ..model.tree import is_stacked, named, nested, split_layer_index
 from ..model.weight import base_weight
+from .hf_spec import HFSpec
 from .targets import Target, init_matrices, wrap_weights
 
 
@@ -44,6 +45,8 @@ class Method:
     replaces_base: ClassVar[bool] = False  # its arrays stand in for those of the base, which must not be wrapped before
     axes: ClassVar[Mapping[str, str]] = {}  # array name -> its axes, a letter each, for sharding: see peft/sharding.py
     axes_of: ClassVar[Mapping[str, str]] = {}  # key that is no path of the base -> the parameter whose axes are meant
+
+    hf: ClassVar[HFSpec] = HFSpec()  # how Hugging Face PEFT stores the method: see peft/hf_spec
 
     def __init_subclass__(cls) -> None:
         dataclasses.dataclass(frozen=True)(cls)

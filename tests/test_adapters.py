@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from graftax import InputError, peft
-from graftax.data.tokenizers.added_tokens import add_tokens
+from graftax.data.tokenizers import add_tokens
 from graftax.train.cli import main
 from graftax.train.runs import adapters, commands, export
 from graftax.train.runs.adapters import with_uniform_rank

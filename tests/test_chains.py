@@ -11,14 +11,14 @@ from graftax.model.sharding import make_mesh
 from graftax.peft import DoRA, LoRA, Prompt, Subset
 from graftax.train.cli import main
 from graftax.train.config import Run, to_json
-from graftax.train.loop import train
 from graftax.train.progress import read_metrics
 from graftax.train.runs.checkpoint import CheckpointWriter
 from graftax.train.runs.equivalence import run_logits
 from graftax.train.runs.files import LINEAGE
 from graftax.train.runs.lineage import read_lineage
 from graftax.train.runs.load import load_run
-from graftax.train.setup import prepare
+from graftax.train.runs.prepare import prepare
+from graftax.train.runs.train import train
 from test_train import adapter, base, examples, kill_at, pretraining, texts, tuning  # noqa: F401
 from tiny import CASES, shaken
 

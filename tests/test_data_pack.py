@@ -12,7 +12,7 @@ from graftax.data.documents import Document, is_held_out
 from graftax.data.loader import Loader, batches
 from graftax.data.mixture import domain_seed, pretrain_rows
 from graftax.data.pack import Windows, tokenize
-from graftax.data.tokenizers.tokenizer import train_tokenizer
+from graftax.data.tokenizers import train_tokenizer
 
 T, FRACTION = 16, 0.2
 

@@ -8,7 +8,7 @@ from graftax import InputError
 from graftax.data.columns import Columns, chat_of
 from graftax.data.sft import encode_example, render_prompt, sft_rows
 from graftax.data.sources import rows as read_rows
-from graftax.data.tokenizers.tokenizer import Tokenizer, train_tokenizer
+from graftax.data.tokenizers import Tokenizer, train_tokenizer
 
 TEXTS = [f"question {i} about colours\tand a long answer, number {i}\n" for i in range(200)]
 

@@ -22,18 +22,18 @@ from graftax.data.pack import tokenize
 from graftax.data.sft import sft_rows
 from graftax.data.sources import documents, rows
 from graftax.data.tasks.file_task import file_task
-from graftax.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
+from graftax.data.tokenizers import load_tokenizer, train_tokenizer
 from graftax.model import Rope
-from graftax.model.hf.files import nearest_folder
+from graftax.model.hf.files import did_you_mean_folder
 from graftax.peft.methods.oft import nearest_divisor
 from graftax.train import harness
 from graftax.train.cli import main
 from graftax.train.cluster import processes
 from graftax.train.config import Data, Optim, Run, from_json, method_from_dict, method_to_dict, to_json
-from graftax.train.evaluate import answerable
+from graftax.train.evaluate import answerable_rows
 from graftax.train.experiments.task_evaluator import TaskEvaluator
-from graftax.train.inputs import check_tokenizer, corpus_and_tokenizer, task_of, tuning_rows
-from graftax.train.optim import make_optimizer, schedule
+from graftax.train.inputs import check_tokenizer, corpus_and_tokenizer, load_task, tuning_rows
+from graftax.train.optim import lr_schedule, make_optimizer
 from tiny import CONFIG, OPTIM, make_base, make_batch, same, train_step
 
 pytestmark = pytest.mark.faults
@@ -105,7 +105,7 @@ REPAIRED = {"latin-1", "nul", "lone surrogate", "number", "too long"}  # by `rep
 
 def tuned(path, tok, policy="error", cap=1.0, V=300):
     """What a fine-tuning run reads of a file."""
-    return tuning_rows(Data(task=str(path), T=32, held_out=0.2, bad=policy, bad_cap=cap), 0, tok, V)
+    return tuning_rows(Data(task=str(path), T=32, held_out=0.2, bad_rows=policy, max_bad_rows=cap), 0, tok, V)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -123,10 +123,10 @@ def test_or_left_out_or_repaired_and_counted(name, policy, tok, tmp_path, capsys
     task, sft = tuned(path, tok, policy)
     n = int(policy == "repair" and name in REPAIRED)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == f"--data.bad {policy}: {1 - n} of 41 rows left out, {n} repaired"
+    assert lines[0] == f"--data.bad-rows {policy}: {1 - n} of 41 rows left out, {n} repaired"
     assert lines[1].startswith(f"{'repaired' if n else 'left out'}: {path}:41: ")
-    data = Data(task=str(path), held_out=0.2, bad=policy, bad_cap=1)
-    assert task_of(data).valid == task.valid  # as `graftax eval` reads the same rows
+    data = Data(task=str(path), held_out=0.2, bad_rows=policy, max_bad_rows=1)
+    assert load_task(data).valid == task.valid  # as `graftax eval` reads the same rows
     clean = write(tmp_path / "clean.jsonl", good())
     if not n:  # what is left out leaves no trace
         assert sft.digest == tuned(clean, tok)[1].digest
@@ -139,13 +139,13 @@ def test_more_than_the_cap_is_an_error(tok, tmp_path):
     tuned(path, tok, "skip", 0.07)
     words = (
         "4 of 60 rows left out, 0 repaired",
-        "more than --data.bad-cap 0.05",
+        "more than --data.max-bad-rows 0.05",
         "raise the cap",
         f"{path}:57: not UTF-8",
     )
     said(lambda: tuned(path, tok, "skip", 0.05), *words)
-    said(lambda: tuned(path, tok, "repair", 0.05), "2 of 60 rows left out, 2 repaired", "--data.bad-cap")
-    said(lambda: tuned(write(path, bad), tok, "skip", 0.5), "more than --data.bad-cap 0.5")
+    said(lambda: tuned(path, tok, "repair", 0.05), "2 of 60 rows left out, 2 repaired", "--data.max-bad-rows")
+    said(lambda: tuned(write(path, bad), tok, "skip", 0.5), "more than --data.max-bad-rows 0.5")
 
 
 def test_repairs_are_what_they_say(tok, tmp_path):
@@ -175,16 +175,21 @@ def test_rows_that_judge_are_checked_before_the_first_step(tok, tmp_path, capsys
     other = write(tmp_path / "other.jsonl", LONG[3:])
 
     def tuned(policy, cap, **files):
-        data = Data(task=str(path), T=32, held_out=0, bad=policy, bad_cap=cap, **files)
+        data = Data(task=str(path), T=32, held_out=0, bad_rows=policy, max_bad_rows=cap, **files)
         return tuning_rows(data, 0, tok, 300, CONFIG, 0)
 
     words = (f"{test}:3: a prompt of ", " tokens and ", "exceed the model's context of 64", "shorten it")
     said(lambda: tuned("error", 1.0, test=str(test)), *words)
-    said(lambda: tuned("skip", 0.005, test=str(test)), "1 of 100 rows left out", "more than --data.bad-cap", *words)
+    said(
+        lambda: tuned("skip", 0.005, test=str(test)),
+        "1 of 100 rows left out",
+        "more than --data.max-bad-rows",
+        *words,
+    )
     capsys.readouterr()
     task, _ = tuned("skip", 0.01, test=str(test))
     assert [row["prompt"] for row in task.test] == ["t 1", "t 2", "t 3"]
-    assert capsys.readouterr().err.startswith("--data.bad skip: 1 of 100 rows left out, 0 repaired")
+    assert capsys.readouterr().err.startswith("--data.bad-rows skip: 1 of 100 rows left out, 0 repaired")
     said(lambda: tuned("error", 1.0, valid=str(test)), f"{test}:3: ")
     task, sft = tuned("skip", 0.01, valid=str(test))
     assert len(task.valid) == 3
@@ -195,19 +200,19 @@ def test_rows_that_judge_are_checked_before_the_first_step(tok, tmp_path, capsys
     tuned("skip", 0.01, valid=str(test))
     assert "1 of 100 rows left out, 0 repaired" in capsys.readouterr().err, "once, though it is read for two things"
     write(test, LONG[2:3])
-    said(lambda: tuned("skip", 1.0, test=str(test)), "none of the 1 rows that judge can be used", f"{test}:1")
+    said(lambda: tuned("skip", 1.0, test=str(test)), "none of the 1 rows to score can be used", f"{test}:1")
 
 
 def test_a_row_of_the_rest_is_refused_for_the_longest_answer(tok, tmp_path):
     """One row's long answer fits behind its own prompt; behind another's it does not: that one is named."""
     rows = [{"prompt": "a", "completion": "b " * 10}, {"prompt": "b " * 10, "completion": "c"}]
-    assert answerable(rows, tok, CONFIG) == rows
+    assert answerable_rows(rows, tok, CONFIG) == rows
     rows[1]["prompt"] = "b " * 27
-    said(lambda: answerable(rows, tok, CONFIG), "row 2: a prompt of ", "exceed the model's context of 64")
-    assert answerable(rows, tok, CONFIG, bad=RowErrors("skip")) == rows[:1]
-    assert answerable(rows[1:], tok, CONFIG) == rows[1:]
+    said(lambda: answerable_rows(rows, tok, CONFIG), "row 2: a prompt of ", "exceed the model's context of 64")
+    assert answerable_rows(rows, tok, CONFIG, bad=RowErrors("skip")) == rows[:1]
+    assert answerable_rows(rows[1:], tok, CONFIG) == rows[1:]
     learned = dataclasses.replace(CONFIG, rope=None, learned_positions=True)
-    said(lambda: answerable(rows[1:], tok, learned, 9), "context of 55 (9 virtual tokens taken off)")
+    said(lambda: answerable_rows(rows[1:], tok, learned, 9), "context of 55 (9 virtual tokens taken off)")
 
 
 @pytest.mark.parametrize("part", ["task", "valid", "test"])
@@ -218,13 +223,13 @@ def test_a_row_that_the_template_refuses_is_one_row(part, tmp_path, capsys):
     files = {"task": write(tmp_path / "task.jsonl", good(30))}
     other = [json.dumps({"prompt": f"other {i}", "completion": "a"}).encode() for i in range(30)]
     files[part] = write(tmp_path / "bad.jsonl", [*other, json.dumps({"messages": turns}).encode()])
-    data = Data(T=64, held_out=0, bad_cap=0.1, **{name: str(file) for name, file in files.items()})
+    data = Data(T=64, held_out=0, max_bad_rows=0.1, **{name: str(file) for name, file in files.items()})
     read = lambda **changes: tuning_rows(dataclasses.replace(data, **changes), 0, gemma, 10**6, CONFIG)  # noqa: E731
     line = said(read, "System role not supported")
     assert line.startswith(f"{files[part]}:31: chat template ")
     capsys.readouterr()
-    task, sft = read(bad="skip")
-    assert f"--data.bad skip: 1 of {31 if part == 'task' else 61} rows left out" in capsys.readouterr().err
+    task, sft = read(bad_rows="skip")
+    assert f"--data.bad-rows skip: 1 of {31 if part == 'task' else 61} rows left out" in capsys.readouterr().err
     assert (sft.examples, bool(sft.valid), len(task.test)) == (30, part == "valid", 30 * (part == "test"))
 
 
@@ -332,7 +337,7 @@ def test_tuning_reads_what_pretraining_reads(tok, tmp_path, monkeypatch):
     ],
 )
 def test_a_metric_behind_a_task(text, name, metric):
-    assert TaskEvaluator.parted(text) == (name, metric)
+    assert TaskEvaluator.split_metric(text) == (name, metric)
 
 
 def corpus(folder, work, **changes):
@@ -350,11 +355,11 @@ def test_pretraining_leaves_out_files_and_rows(tmp_path, capsys):
     write(folder / "z.jsonl", [b'{"text": 3}', b"null"])
     said(lambda: corpus(folder, tmp_path), "latin.txt:1: not UTF-8")
     capsys.readouterr()
-    assert corpus(folder, tmp_path, bad="skip", bad_cap=0.1)[0].digest == clean
-    assert "--data.bad skip: 3 of 43 rows left out, 0 repaired" in capsys.readouterr().err
-    assert corpus(folder, tmp_path, bad="repair", bad_cap=0.1)[0].digest != clean
-    assert "--data.bad repair: 1 of 43 rows left out, 2 repaired" in capsys.readouterr().err
-    said(lambda: corpus(folder, tmp_path, bad="skip"), "3 of 43 rows left out", "--data.bad-cap 0.01")
+    assert corpus(folder, tmp_path, bad_rows="skip", max_bad_rows=0.1)[0].digest == clean
+    assert "--data.bad-rows skip: 3 of 43 rows left out, 0 repaired" in capsys.readouterr().err
+    assert corpus(folder, tmp_path, bad_rows="repair", max_bad_rows=0.1)[0].digest != clean
+    assert "--data.bad-rows repair: 1 of 43 rows left out, 2 repaired" in capsys.readouterr().err
+    said(lambda: corpus(folder, tmp_path, bad_rows="skip"), "3 of 43 rows left out", "--data.max-bad-rows 0.01")
 
 
 # --- what is held out is not trained on ---
@@ -445,7 +450,7 @@ def test_another_tokenizer_of_equal_size(tok, tmp_path):
     other = train_tokenizer([text[::-1] for text in TEXTS], tmp_path, 300)
     assert other.vocab_size == tok.vocab_size
     check_tokenizer(tok, tok.digest, tmp_path)
-    words = ("tokenizer.model is not the tokenizer of this run", tok.digest[:12], "put the old file back")
+    words = ("tokenizer.model is not the tokenizer of this run", tok.digest[:12], "restore the old file")
     said(lambda: check_tokenizer(other, tok.digest, tmp_path), str(tmp_path), *words)
 
 
@@ -454,7 +459,7 @@ def test_a_truncated_tokenizer(kind, tok, tmp_path):
     golden = Path(__file__).parent / "golden" / "tokenizers" / "llama3" / "tokenizer.json"
     data = tok.data if kind == "model" else golden.read_bytes()
     path = tmp_path / f"tokenizer.{kind}"
-    what = "not a whole SentencePiece model" if kind == "model" else "not a Hugging Face tokenizer.json"
+    what = "not a whole SentencePiece model" if kind == "model" else "not valid JSON"
     for part in (0, 1, len(data) // 3, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:part])
         said(lambda: load_tokenizer(tmp_path), f"{path}: {what}")
@@ -482,7 +487,7 @@ CONFIGS = {  # what is in the file: words
     '{"data": {"domains": [["../a", "b", 1]]}}': ("the name '../a'", "letters, digits"),
     '{"data": {"T": 1}}': ("--data.T 1", "wanted 2 or more"),
     '{"data": {"batch": 0}}': ("--data.batch 0", "wanted 1 or more"),
-    '{"data": {"bad": "ignore"}}': ("'bad' is 'ignore'", "one of 'error', 'skip', 'repair' is wanted"),
+    '{"data": {"bad_rows": "ignore"}}': ("'bad_rows' is 'ignore'", "one of 'error', 'skip', 'repair' is wanted"),
     '{"optim": {"lr": NaN}}': ("optim: 'lr' is nan", "a finite number is wanted"),
     '{"optim": {"lr": -1}}': ("optim: --optim.lr -1", "wanted 0 or more"),
     '{"optim": {"b2": 1}}': ("optim: --optim.b2 1", "below 1"),
@@ -520,7 +525,7 @@ def test_good_configs_are_read(tmp_path):
 
 def checked():
     """Every class whose fields are checked, methods included."""
-    for name in ("commands", "export", "lineage", "demo", "experiments.compare", "experiments.decide"):
+    for name in ("commands", "runs.commands", "demo", "experiments.compare", "experiments.decide"):
         module = importlib.import_module(f"graftax.train.{name}")
         commands = [c for c in vars(module).values() if isinstance(c, type) and dataclasses.is_dataclass(c)]
         assert [c for c in commands if hasattr(c, "run") and not issubclass(c, Checked)] == []
@@ -630,12 +635,12 @@ def test_a_misspelt_folder_is_not_looked_for_on_the_hub(args, base, tmp_path, mo
     with pytest.raises(SystemExit):
         main([*args.split(), base])
     assert "; did you mean runs/embedded?" in capsys.readouterr().err.splitlines()[-1]
-    assert not nearest_folder("runs/embedded-2")  # names of models differ by numbers
+    assert not did_you_mean_folder("runs/embedded-2")  # names of models differ by numbers
 
 
 def test_what_does_not_fit_the_steps(base):
-    said(lambda: schedule(Optim(warmup=20), 20), "--optim.warmup 20: wanted fewer than the 20 steps")
-    assert schedule(Optim(warmup=19, schedule="wsd", decay=0), 20)(19) == pytest.approx(1e-3)
+    said(lambda: lr_schedule(Optim(warmup=20), 20), "--optim.warmup 20: wanted fewer than the 20 steps")
+    assert lr_schedule(Optim(warmup=19, schedule="wsd", decay=0), 20)(19) == pytest.approx(1e-3)
     method = peft.AdaLoRA(rank=13, init_rank=12)
     begun = jax.eval_shape(lambda: method.init(jax.random.key(0), base.params))
     tx = make_optimizer(Optim(), begun, 20, method)
@@ -663,8 +668,8 @@ def test_numbers_of_the_harness_and_of_a_rope():
 @pytest.mark.parametrize("value", ["", "x", "-1", "0", "nan", "1e9", "99999999", "1.5"])
 def test_seconds_of_the_environment(value, monkeypatch):
     monkeypatch.setenv("GRAFTAX_WAIT", value)
-    said(processes.wait, f"GRAFTAX_WAIT='{value}'", "wanted whole seconds, 1 to 86400")
-    said(lambda: processes.explicit("host:70000,2,0"), "wanted ADDRESS:PORT,N,I")
+    said(processes.startup_timeout, f"GRAFTAX_WAIT='{value}'", "wanted whole seconds, 1 to 86400")
+    said(lambda: processes.parse_processes("host:70000,2,0"), "wanted ADDRESS:PORT,N,I")
 
 
 # --- the command line: exit code 2, one line, nothing written ---
@@ -683,8 +688,8 @@ def test_by_the_command_line(tmp_path, capsys):
         ([*run, str(tmp_path / "none*"), "1"], ("none*: the pattern matches no file",)),
         ([*run, "x.txt", "1", "--optim.lr", "-1"], ("--optim.lr -1",)),
         ([*run, "x.txt", "1", "--optim.lr", "nan"], ("--optim.lr nan",)),
-        ([*run, "x.txt", "1", "--data.bad", "ignore"], ("--data.bad", "error", "skip", "repair")),
-        ([*run, "x.txt", "1", "--data.bad-cap", "2"], ("--data.bad-cap 2", "0 to 1")),
+        ([*run, "x.txt", "1", "--data.bad-rows", "ignore"], ("--data.bad-rows", "error", "skip", "repair")),
+        ([*run, "x.txt", "1", "--data.max-bad-rows", "2"], ("--data.max-bad-rows 2", "0 to 1")),
         (
             ["pretrain", str(tmp_path / "in" / "config.json")],
             ("config.json: 'steps' is '3'", "a whole number is wanted"),

@@ -23,11 +23,11 @@ from graftax.atomic import atomic_folder, atomic_write, is_leftover
 from graftax.peft import LoRA
 from graftax.train.cli import main
 from graftax.train.config import to_json
-from graftax.train.loop import train
 from graftax.train.runs import lock
 from graftax.train.runs.checkpoint import CheckpointWriter
 from graftax.train.runs.load import load_run
 from graftax.train.runs.lock import Lock
+from graftax.train.runs.train import train
 from test_faults_input import said
 
 pytestmark = pytest.mark.faults
@@ -270,7 +270,7 @@ def test_two_writers(tmp_path, monkeypatch, capsys):
             lambda: Lock(tmp_path).__enter__(),
             f"{tmp_path}: {here}",
             "is writing here; wait for it or stop it",
-            "--accept lock",
+            "--force lock",
         )
         mine.check()
         with Lock(tmp_path, take_over=True):

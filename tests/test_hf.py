@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from graftax import InputError
 from graftax.model import Config, Transformer, generate, init, presets, resize
-from graftax.model.hf import config_from_hf, config_to_hf, fetch, load, save
-from graftax.model.hf.files import header, index
+from graftax.model.hf import config_from_hf, config_to_hf, fetch_checkpoint, load, save
+from graftax.model.hf.files import read_header, read_index
 from graftax.model.init import restack
 from graftax.model.layers import Embed, Norm
 from graftax.model.sharding import make_mesh
@@ -69,7 +69,7 @@ def test_what_is_written_is_read_again_bit_for_bit(case, tmp_path):
         again, read = load(tmp_path / name)
         assert again == config
         assert same(read, params)
-        theirs, ours = index(GOLDEN / case), index(tmp_path / name)
+        theirs, ours = read_index(GOLDEN / case), read_index(tmp_path / name)
         assert {k: (t.shape, t.dtype) for k, t in theirs.items()} == {k: (t.shape, t.dtype) for k, t in ours.items()}
     kept = json.loads((tmp_path / "like" / "config.json").read_text())
     first = json.loads((GOLDEN / case / "config.json").read_text())
@@ -187,12 +187,12 @@ def test_a_hub_id_is_read_from_the_cache(tmp_path, monkeypatch):
     (there / "refs" / "main").write_text("abc123")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert fetch("some/model") == there / "snapshots" / "abc123"
+    assert fetch_checkpoint("some/model") == there / "snapshots" / "abc123"
     assert load("some/model")[0] == load(GOLDEN / "qwen2")[0]
     with pytest.raises(InputError, match="some/other: no such folder, and as a hub id: LocalEntryNotFoundError"):
-        fetch("some/other")
+        fetch_checkpoint("some/other")
     with pytest.raises(InputError, match="no such folder, and not a hub id"):
-        fetch("/no/where")
+        fetch_checkpoint("/no/where")
 
 
 # --- what is refused: (what is done to a good folder, what the message says) ---
@@ -230,7 +230,7 @@ def pickled(folder: Path) -> None:
 def shards(**where):
     def do(folder: Path) -> None:
         (folder / "model.safetensors").rename(folder / "model-1.safetensors")  # which would count before an index
-        names = dict.fromkeys(header(folder / "model-1.safetensors"), "model-1.safetensors")
+        names = dict.fromkeys(read_header(folder / "model-1.safetensors"), "model-1.safetensors")
         tree = {"weight_map": names | {k.replace("__", "."): v for k, v in where.items()}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(tree))
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from graftax import InputError
 from graftax.data.sft import encode_example
-from graftax.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
+from graftax.data.tokenizers import load_tokenizer, train_tokenizer
 from graftax.model import Config, init
 from graftax.model.hf import load, save
 from graftax.model.sharding import make_mesh
@@ -26,11 +26,11 @@ from graftax.train.runs.equivalence import compare_logits
 from graftax.train.runs.export import write_base
 from graftax.train.runs.load import load_run
 from graftax.train.runs.loaded import LoadedRun
-from graftax.train.setup import prepare
+from graftax.train.runs.prepare import prepare
 from tiny import same
 
 TOKENIZER = Path(__file__).parent / "golden" / "tokenizers" / "qwen"
-SMALL = ["--mesh", "8", "1", "1", "--data.T", "64", "--data.batch", "8", "--eval-rows", "2", "--no-score-base"]
+SMALL = ["--mesh", "8", "1", "1", "--data.T", "64", "--data.batch", "8", "--eval-rows", "2", "--no-eval-base-first"]
 
 
 def command(capsys, *args):
@@ -122,16 +122,23 @@ def test_a_run_keeps_the_date_of_its_start(adapter, hf_base, monkeypatch):
     assert load_run(adapter).tokenizer.date == run.date
     monkeypatch.setattr(resume, "today", lambda: "2000-01-01")
     later = dataclasses.replace(run, date="", resume="auto")
-    assert resume.dated(later).date == run.date
-    assert resume.dated(dataclasses.replace(later, resume="8")).date == run.date
-    assert resume.dated(dataclasses.replace(later, date="2001-02-03")).date == "2001-02-03"
-    assert resume.dated(dataclasses.replace(later, resume="never")).date == "2000-01-01"  # a run on top decides anew
+    assert resume.with_date(later).date == run.date
+    assert resume.with_date(dataclasses.replace(later, resume="8")).date == run.date
+    assert resume.with_date(dataclasses.replace(later, date="2001-02-03")).date == "2001-02-03"
+    assert (
+        resume.with_date(dataclasses.replace(later, resume="never")).date == "2000-01-01"
+    )  # a run on top decides anew
     assert load_run(hf_base).tokenizer.date == ""
     manifest = load_run(adapter).manifest
-    phase = SimpleNamespace(run=dataclasses.replace(later, date="2001-02-03"), data_digest="other", facts={}, base="",
-                            tokenizer=SimpleNamespace(digest=manifest["tokenizer"]))  # fmt: skip
+    setup = SimpleNamespace(
+        run=dataclasses.replace(later, date="2001-02-03"),
+        data_digest="other",
+        data_sizes={},
+        base_fingerprint="",
+        tokenizer=SimpleNamespace(digest=manifest["tokenizer"]),
+    )
     with pytest.raises(InputError, match=f'the data changed since step 8: date "{run.date}" -> "2001-02-03"'):
-        resume.same_run(phase, manifest)
+        resume.accepted_changes(setup, manifest)
 
 
 def test_merged_and_exported_are_checked(adapter, hf_base, tmp_path, capsys):

@@ -32,8 +32,8 @@ from graftax.peft.methods.lora import LoRAWeight
 from graftax.peft.methods.pissa import principal
 from graftax.train.config import Optim, Run
 from graftax.train.optim import decay_mask, make_optimizer
-from graftax.train.program import start
 from graftax.train.runs.added_tokens import trains_rows
+from graftax.train.setup import initial_layout as start
 from graftax.train.setup import resolve_method
 from graftax.train.step import init_state, make_loss
 from tiny import CONFIG, OPTIM, close, make_base, make_batch, same, shaken, stepper

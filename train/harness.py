@@ -19,7 +19,7 @@ from typing import Any
 from .. import InputError
 from ..bounds import LARGEST
 from ..data.sft import render_prompt
-from ..model import Sampling, generate, room
+from ..model import Sampling, generate, max_text_length
 from .choices import pair_scores
 from .runs.load import load_run
 
@@ -35,7 +35,7 @@ class Harness:
         got = load_run(run, base=base)
         self.bound, self.tokenizer = got.bound, got.tokenizer
         self.batch = 8 if str(batch_size).startswith("auto") else _whole("batch_size", batch_size, 1)
-        most = min(room(got.config, got.bound[2].length), got.config.context)
+        most = min(max_text_length(got.config, got.bound[2].length), got.config.context)
         self.longest = _whole("max_length", max_length or most, 2, most)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ... import InputError
-from ...strict_json import unique_keys
+from ...strict_json import read_json, unique_keys
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
-CARRIED = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+COMPANION_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
            "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
            "generation_config.json")  # fmt: skip
 TEMPLATES = ("additional_chat_templates/*.jinja",)
@@ -51,18 +51,6 @@ class Tensor:
                 yield row, rows
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file. InputError: unreadable, no object, or a key twice."""
-    try:
-        tree = json.loads(path.read_text("utf-8"), object_pairs_hook=unique_keys)
-        json.dumps(tree, ensure_ascii=False).encode()  # "\ud800" is valid JSON, and no text
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(tree, dict):
-        raise InputError(f"{path}: holds {'null' if tree is None else f'a {type(tree).__name__}'}; an object is wanted")
-    return tree
-
-
 def is_hub_id(name: str) -> bool:
     """Whether a name is a hub id, `owner/name` or `owner/name@revision`, and no file or folder here."""
     return bool(re.fullmatch(HUB_ID, name)) and not Path(name).exists()
@@ -74,7 +62,7 @@ def split_revision(name: str) -> tuple[str, str | None]:
     return repo, revision or None
 
 
-def nearest_folder(name: str | Path) -> str:
+def did_you_mean_folder(name: str | Path) -> str:
     """`; did you mean runs/base?`: the folder whose path is spelt like one that does not exist, or nothing. Digits must
     agree, because names of models differ by them."""
     here = Path(Path(name).anchor)
@@ -89,16 +77,16 @@ def nearest_folder(name: str | Path) -> str:
     return f"; did you mean {here}?"
 
 
-def fetch(name: str) -> Path:
+def fetch_checkpoint(name: str) -> Path:
     """The folder of a local checkpoint, or of a hub id `owner/name` or `owner/name@revision`, downloaded if need be.
 
     A token is taken from HF_TOKEN alone and is written nowhere.
     """
     if not is_hub_id(name):
         if not Path(name).is_dir():
-            raise InputError(f"{name}: no such folder, and not a hub id (owner/name){nearest_folder(name)}")
+            raise InputError(f"{name}: no such folder, and not a hub id (owner/name){did_you_mean_folder(name)}")
         return Path(name)
-    if "@" not in name and (near := nearest_folder(name)):  # before any network is tried
+    if "@" not in name and (near := did_you_mean_folder(name)):  # before any network is tried
         raise InputError(f"{name}: no such folder{near} For a model of this name on the hub give {name}@main")
     import huggingface_hub
 
@@ -110,10 +98,10 @@ def fetch(name: str) -> Path:
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=list(files), **args))
 
     try:
-        found = get("config.json", "model.safetensors", "model.safetensors.index.json", *CARRIED, *TEMPLATES)
+        found = get("config.json", "model.safetensors", "model.safetensors.index.json", *COMPANION_FILES, *TEMPLATES)
         listed = found / "model.safetensors.index.json"
         if listed.is_file() and not (found / "model.safetensors").is_file():
-            get(*shards(listed))
+            get(*shard_names(listed))
         if not any(found.glob("*.safetensors")):
             held = huggingface_hub.list_repo_files(repo, revision=revision, token=token)
             raise InputError(_nothing(name, held))
@@ -126,7 +114,7 @@ def fetch(name: str) -> Path:
     return found
 
 
-def shards(listed: Path) -> list[str]:
+def shard_names(listed: Path) -> list[str]:
     """The files that an index names. InputError: no index, or a name that is not plainly a file beside it."""
     where = read_json(listed).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(v, str) for v in where.values()):
@@ -139,7 +127,7 @@ def shards(listed: Path) -> list[str]:
     return names
 
 
-def empty(folder: str | Path) -> Path:
+def output_folder(folder: str | Path) -> Path:
     """A folder that may be made, or is empty; a link is followed. InputError if something is in it."""
     path = Path(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -147,22 +135,22 @@ def empty(folder: str | Path) -> Path:
     return path.resolve() if path.is_symlink() or not path.name else path
 
 
-def index(folder: Path) -> dict[str, Tensor]:
+def read_index(folder: Path) -> dict[str, Tensor]:
     """{name: Tensor} of a folder's safetensors: of the one file, or without it of those of the index, as transformers.
 
     InputError for a pickle, a missing or damaged shard, a bad index.
     """
     listed, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if whole.is_file():
-        return header(whole)
+        return read_header(whole)
     if not listed.is_file():
         raise InputError(_nothing(folder, sorted(p.name for p in folder.iterdir())))
     found: dict[str, Tensor] = {}
-    names, where = shards(listed), read_json(listed)["weight_map"]
+    names, where = shard_names(listed), read_json(listed)["weight_map"]
     for name in names:
         if not (folder / name).is_file():
             raise InputError(f"{listed}: names {name}, which is not there; the download is incomplete")
-        held = header(folder / name)
+        held = read_header(folder / name)
         if astray := [t for t in held if where.get(t) != name]:
             raise InputError(f"{folder / name}: holds {astray[0]}, which the index does not place there")
         found |= held
@@ -179,7 +167,7 @@ def _nothing(folder: Any, names: list[str]) -> str:
     return f"{folder}: has neither model.safetensors nor model.safetensors.index.json"
 
 
-def header(path: Path) -> dict[str, Tensor]:
+def read_header(path: Path) -> dict[str, Tensor]:
     """{name: Tensor} of one file, after the safetensors library has checked it."""
     from safetensors import SafetensorError, safe_open
 
@@ -197,7 +185,7 @@ def header(path: Path) -> dict[str, Tensor]:
     }
 
 
-def write(
+def write_tensors(
     folder: Path,
     tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]],
     make: Callable[[str], np.ndarray],

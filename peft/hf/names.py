@@ -1,153 +1,112 @@
-"""Which matrices an HF PEFT config means: module paths of transformers <-> parameters here, and back to a config."""
+"""Names of modules in transformers: the model of a config, and the modules that an adapter_config.json picks."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 from ... import InputError
 from ...model import Config, shapes_of
 from ...model.hf.config import config_to_hf
 from ...model.hf.families import families
-from ...model.pattern import pattern
-from ...model.tree import did_you_mean, is_stacked, named, runs
+from ...model.pattern import compile_pattern
+from ...model.tree import did_you_mean, is_stacked, named
+from ..hf_spec import AdapterConfig, HFModel, Module, ends_with
 
-PREFIX = "base_model.model."
-_QV, _C = ("q_proj", "v_proj"), ("c_attn",)
-_NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
-_GEMMA_NORMS = (*_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
-# What HF PEFT takes where target_modules is null; IA3, LN_TUNING and a few more have their own.
-_DEFAULTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "": {**dict.fromkeys(("llama", "mistral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), _QV), "gpt2": _C},
-    "IA3": {**dict.fromkeys(("llama", "mistral"), ("k_proj", "v_proj", "down_proj")),
-            **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), ("q_proj", "v_proj", "down_proj")),
-            "gpt2": ("c_attn", "mlp.c_proj")},
-    "LN_TUNING": {**dict.fromkeys(("llama", "mistral", "gemma"), _NORMS),
-                  **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA_NORMS),
-                  **dict.fromkeys(("qwen2", "qwen3"), ("post_attention_layernorm",)), "gpt2": ("ln_1", "ln_2", "ln_f")},
-    "FOURIERFT": {"gpt2": ("mlp.c_proj",)},
-    "C3A": {"gpt2": ("mlp.c_proj",)},
-}  # fmt: skip
-
-
-class Module(NamedTuple):
-    """One module of a transformers model that has a weight."""
-
-    path: str  # ours, without a layer: `layers/attn/q`
-    layer: int | None
-    kind: str  # matrix, table or norm
-    bias: str  # the path of its bias, or empty
+# What HF PEFT targets by default, for types that do not declare their own.
+DEFAULT_TARGETS = {
+    **dict.fromkeys(("llama", "mistral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), ("q_proj", "v_proj")),
+    "gpt2": ("c_attn",),
+}
 
 
 def family_of(config: Config) -> str:
-    """The model_type of a config; of one that names no family, the first that expresses it."""
+    """Return the model_type of a config; without one, that of the first family that expresses it."""
     return config.family or config_to_hf(config)["model_type"]
 
 
-def modules(config: Config) -> dict[str, Module]:
-    """{module path: Module} of the model that transformers makes of a config. InputError: matrices it has as one."""
-    family, shapes = families[family_of(config)], named(shapes_of(dataclasses.replace(config, scan=True)))
-    found: dict[str, Module] = {}
-    for theirs, ours in family.names.items():
-        if " " in ours:
-            raise InputError(
-                f"{family.architecture} makes {ours.replace(' ', ', ')} by one matrix, which is cut here: an adapter "
-                "of it has no counterpart"
-            )
-        if ours not in shapes or not theirs.endswith(".weight"):
+def hf_model(config: Config) -> HFModel:
+    """Return the model that transformers makes of a config.
+
+    Raises InputError for a family with one matrix where graftax has several: no adapter of it has a counterpart.
+    """
+    family, params = families[family_of(config)], shapes_of(dataclasses.replace(config, scan=True))
+    shapes, modules = named(params), {}
+    for tensor, path in family.names.items():
+        if " " in path:
+            raise InputError(f"{family.architecture} computes {path.replace(' ', ', ')} by one matrix, which graftax "
+                             "splits: an adapter of it has no counterpart")  # fmt: skip
+        if path not in shapes or not tensor.endswith(".weight"):
             continue
-        ndim = len(shapes[ours].shape) - is_stacked(ours)
-        kind = "table" if ours.startswith("embed/") else "matrix" if ndim == 2 else "norm"
-        other = ours.removesuffix("scale") + "bias" if kind == "norm" else f"{ours}_bias"
-        for layer in range(config.L) if is_stacked(ours) else [None]:
-            name = theirs.removesuffix(".weight").format(layer)
-            found[name] = Module(ours, layer, kind, other if other in shapes else "")
-    if config.tied:
-        found["lm_head"] = Module("head/matrix", None, "matrix", "")  # the transpose of the table, a module there
-    return found
+        shape = shapes[path].shape[is_stacked(path) :]
+        kind = "matrix" if len(shape) == 2 else "norm"
+        if path.startswith("embed/"):
+            kind = "table" if path == "embed/table" else "position table"
+        bias = path.removesuffix("scale") + "bias" if kind == "norm" else f"{path}_bias"
+        for layer in range(config.L) if is_stacked(path) else [None]:
+            name = tensor.removesuffix(".weight").format(layer)
+            modules[name] = Module(name, path, layer, kind, bias if bias in shapes else "", shape)
+    if config.tied:  # a module there, whose weight is that of the table
+        modules["lm_head"] = Module("lm_head", "head/matrix", None, "tied head", "", shapes["embed/table"].shape[::-1])
+    return HFModel(config, family_of(config), family.conv1d, modules, params)
 
 
-def resolve(c: Mapping[str, Any], config: Config, where: str) -> dict[str, Module]:
-    """The modules that a config's target_modules, exclude_modules and layers_to_transform pick, as HF PEFT picks."""
-    found, wanted, kind = modules(config), c.get("target_modules"), c["peft_type"]
-    if wanted is None:
-        family = family_of(config)
-        wanted = {**_DEFAULTS[""], **_DEFAULTS.get(kind, {})}.get(family)
-        if wanted is None:
-            raise InputError(f"{where}: {kind} has no target_modules, and HF PEFT no default for {family}; name them")
-    if isinstance(wanted, str) and wanted.lower() == "all-linear":
-        picked = [m for m, at in found.items() if at.kind == "matrix" and at.path != "head/matrix"]
+def target_modules(c: AdapterConfig, model: HFModel, defaults: Mapping[str, Any]) -> list[Module]:
+    """Return the modules that a config picks, by HF PEFT's rules; `defaults`: of the type, where it names none.
+
+    Raises InputError if there is none.
+    """
+    targets = c["target_modules"]
+    if targets is None:
+        targets = {**DEFAULT_TARGETS, **defaults}.get(model.family)
+    if targets is None:
+        raise InputError(f"{c['peft_type']} has no target_modules, and HF PEFT no default for {model.family}; name "
+                         "them")  # fmt: skip
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        picked = [m for m in model.modules.values() if m.kind == "matrix" and m.path != "head/matrix"]
     else:
-        picked = [m for m in found if _matches(m, wanted) and _layer(m, wanted, c)]
-    kept, left_out = _listed(c.get("modules_to_save")), _listed(c.get("exclude_modules"))
-    if isinstance(c.get("exclude_modules"), str):
-        picked = [m for m in picked if not pattern(c["exclude_modules"]).fullmatch(m)]
-    picked = [m for m in picked if not _matches(m, left_out)]
-    picked = [m for m in picked if not any(pattern(rf"(^|.*\.){k}($|\..*)").match(m) for k in kept)]
+        picked = [m for m in model.modules.values() if _matches(m.name, targets) and _in_layers(m.name, targets, c)]
+    saved = [compile_pattern(rf"(^|.*\.){name}($|\..*)") for name in c["modules_to_save"] or ()]
+    excluded = c["exclude_modules"] or ()
+    picked = [m for m in picked if not _matches(m.name, excluded) and not any(p.match(m.name) for p in saved)]
     if not picked:
-        names = {m.split(".")[-1] for m in found}
-        wanted = wanted if isinstance(wanted, str) else ", ".join(sorted(wanted))
-        raise InputError(f"{where}: target_modules {wanted} match no module of this base{did_you_mean(wanted, names)}")
-    return {m: found[m] for m in picked}
+        ends = {name.split(".")[-1] for name in model.modules}
+        targets = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+        raise InputError(f"target_modules {targets} match no module of this base{did_you_mean(targets, ends)}")
+    return picked
 
 
-def _listed(value: Any) -> list[str]:
-    return list(value) if isinstance(value, list | tuple | set) else []
+def saved_modules(c: AdapterConfig, model: HFModel) -> list[Module]:
+    """Return the modules, and those inside of them, that modules_to_save names by the ends of their paths.
+
+    Raises InputError for a name that no module has.
+    """
+    saved: dict[Module, None] = {}
+    for name in c.get("modules_to_save") or ():
+        inside = [m for m in model.modules.values() if _is_inside(m.name, name)]
+        if not inside:
+            raise InputError(f"modules_to_save {name!r} is no module of this base{did_you_mean(name, model.modules)}")
+        saved |= dict.fromkeys(inside)
+    return list(saved)
 
 
-def _matches(module: str, wanted: Any) -> bool:
-    """HF PEFT's rule: a string is a pattern of the whole path, a list holds paths or their last parts."""
-    if isinstance(wanted, str):
-        return pattern(wanted).fullmatch(module)
-    return any(module == w or module.endswith(f".{w}") for w in wanted)
+def _is_inside(module: str, name: str) -> bool:
+    """Return whether the path of a module, or of one that holds it, ends with a name, from a dot on or not."""
+    parts = module.split(".")
+    return any(".".join(parts[: i + 1]).endswith(name) for i in range(len(parts)))
 
 
-def _layer(module: str, wanted: Any, c: Mapping[str, Any]) -> bool:
-    """Whether layers_to_transform lets a module through; a target that is a whole path always passes."""
-    only = c.get("layers_to_transform")
-    if only is None or only == [] or isinstance(wanted, str) or module in wanted:
+def _matches(module: str, names: Any) -> bool:
+    """Return whether a pattern matches the whole path of a module, or a list holds the path or its end."""
+    return compile_pattern(names).fullmatch(module) if isinstance(names, str) else ends_with(module, names)
+
+
+def _in_layers(module: str, targets: Any, c: AdapterConfig) -> bool:
+    """Return whether layers_to_transform lets a module through; it does not restrict whole paths or a pattern."""
+    only = c["layers_to_transform"]
+    if only is None or only == [] or isinstance(targets, str) or module in targets:
         return True
-    patterns = c.get("layers_pattern") or []
-    for name in [patterns] if isinstance(patterns, str) else patterns or [r"[^.]*"]:
-        if at := pattern(rf"(?:^|.*?\.){name}\.(\d+)\.").match(module):
-            return int(at[1]) in ([only] if isinstance(only, int) else only)
+    names = c["layers_pattern"] or [r"[^.]*"]
+    for name in [names] if isinstance(names, str) else names:
+        if match := compile_pattern(rf"(?:^|.*?\.){name}\.(\d+)\.").match(module):
+            return int(match[1]) in ([only] if isinstance(only, int) else only)
     return False
-
-
-def by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """rank_pattern, alpha_pattern: the value of the first key that is a pattern of the path's end, from a dot on."""
-    return next((v for k, v in (patterns or {}).items() if pattern(rf"(.*\.)?({k})$").match(module)), default)
-
-
-def by_suffix(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """n_frequency_pattern, block_size_pattern: the same of paths longer than the key, or the path itself."""
-    values = patterns or {}
-    return next((v for k, v in values.items() if pattern(rf".*\.{k}$").match(module)), values.get(module, default))
-
-
-def rules_of(values: Mapping[tuple[str, int | None], Any], L: int) -> list[tuple[str, Any]]:
-    """Rules over paths that give each (path, layer) its value; layers of one value together."""
-    rows: dict[str, dict[int | None, Any]] = {}
-    for (path, layer), value in values.items():
-        rows.setdefault(path, {})[layer] = value
-    found = []
-    for path, row in rows.items():
-        for value in dict.fromkeys(row.values()):
-            for start, stop in [(0, L)] if None in row else runs([row.get(i) == value for i in range(L)]):
-                whole = None in row or (start, stop) == (0, L)
-                found.append((path if whole else path.replace("layers/", f"layers/[{start}:{stop}]/"), value))
-    return found
-
-
-def where_of(places: Iterable[tuple[str, int | None]], L: int) -> str:
-    """`where` for (path, layer) places: rules with commas between."""
-    return ", ".join(rule for rule, _ in rules_of(dict.fromkeys(places, True), L))
-
-
-def spelled(picked: Iterable[str], config: Config, keep: Callable[[Module], bool] = lambda m: True) -> list[str]:
-    """target_modules for modules: the shortest ends of their paths that mean them and no other, or their paths."""
-    picked, others = list(picked), [m for m, at in modules(config).items() if keep(at)]
-    for parts in (1, 2):
-        ends = sorted({".".join(m.split(".")[-parts:]) for m in picked})
-        if [m for m in others if _matches(m, ends)] == [m for m in others if m in picked]:
-            return ends
-    return sorted(picked)

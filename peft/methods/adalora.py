@@ -12,8 +12,22 @@ from jax import Array
 from ... import InputError
 from ...bounds import Count, Decay, Real, Size
 from ..base import Method
+from ..hf_spec import BOOL_OR_NAME, COLUMN, TRANSPOSED, WHOLE, HFSpec, Key
 from ..targets import Target, init_targets, targets_by_rule
-from .lora import LoRA
+from .lora import LORA_NEUTRAL, LoRA
+
+
+def _kept_ranks(patterns: Any, module: str, init_rank: int) -> int:
+    """Return how many of its first ranks a module has kept."""
+    return sum((patterns or {}).get(f"{module}.lora_E", [True] * init_rank))
+
+
+def _rank_pattern(method: Any, arrays: Any, *_: Any) -> dict[str, Any]:
+    """Return which of the first ranks each module has kept, if any has lost one, and the least total_step."""
+    first, kept = method.init_rank, {module.name: t["a"].shape[-1] for module, t in arrays.items()}
+    pattern = {f"{name}.lora_E": [i < n for i in range(first)] for name, n in kept.items()}
+    return {"total_step": int(method.tinit + method.tfinal) + 1,
+            "rank_pattern": None if set(kept.values()) == {first} else pattern}  # fmt: skip
 
 
 class AdaLoRA(LoRA):
@@ -35,6 +49,28 @@ class AdaLoRA(LoRA):
     b1: Decay = 0.85  # of the moving average of |p g|
     b2: Decay = 0.85  # of the moving average of its deviation
     orthogonality: float = 0.5  # weight in the loss of |A^T A - I| and |B B^T - I|, on average over the matrices
+
+    hf = HFSpec(
+        "ADALORA",
+        keys={
+            "init_r": Key(
+                12, "init_rank", exceptions="rank_pattern", rules="ranks", find=_kept_ranks, fixed_default=True
+            ),
+            **{
+                "target_r": Key(8, "rank"),
+                "lora_alpha": Key(8.0, "alpha"),
+                "orth_reg_weight": Key(0.5, "orthogonality"),
+            },
+            **{"tinit": Key(0, "tinit"), "tfinal": Key(0, "tfinal"), "deltaT": Key(1, "every")},
+            **{"beta1": Key(0.85, "b1"), "beta2": Key(0.85, "b2"), "r": 8, "total_step": Key(None, kind=WHOLE)},
+            "init_lora_weights": Key(True, kind=BOOL_OR_NAME),
+        },
+        neutral=LORA_NEUTRAL,
+        tensors=TRANSPOSED.tensors(a="lora_A", b="lora_B") | COLUMN.tensors(e="lora_E"),
+        own_bias="lora_only",
+        read=lambda c, *_: {"alpha": c["lora_alpha"] if c["lora_alpha"] > 0 else c["init_r"]},
+        write_modules=_rank_pattern,
+    )
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         def factors(key: Array, target: Target, R: int) -> dict[str, Array]:

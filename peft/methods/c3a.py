@@ -11,6 +11,7 @@ from jax import Array
 from ...bounds import Bounds, Count
 from ...model import Weight
 from ..base import Method
+from ..hf_spec import IDENTITY, HFSpec, Key, by_suffix
 from ..random_projections import dft_basis, recomputed
 from ..targets import Target, init_targets, targets_by_rule, wrap_weights
 
@@ -38,6 +39,15 @@ class C3A(Method):
     block: Count = 256  # b, or the largest common divisor of D and F below it
     where: str = "linear"
     blocks: Annotated[tuple[tuple[str, int], ...], Bounds(1)] = ()  # rules -> block, for some matrices or layers
+
+    hf = HFSpec(
+        "C3A",
+        keys={"block_size": Key(256, "block", exceptions="block_size_pattern", rules="blocks", find=by_suffix)},
+        neutral=("init_c3a_weights",),
+        tensors=IDENTITY.tensors(kernel="c3a_kernel"),
+        default_targets={"gpt2": ("mlp.c_proj",)},
+        conv1d=False,
+    )
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         def kernel(key: Array, target: Target, block: int) -> dict[str, Array]:

@@ -46,6 +46,8 @@ class DoRA(LoRA):
     weight: ClassVar[type[LoRAWeight]] = DoRAWeight
     demo = False
 
+    hf = LoRA.hf.variant(flags={"use_dora": True})
+
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         def lengths(w: Array) -> Array:
             return jnp.linalg.norm(w.astype(jnp.float32), axis=0)

@@ -10,6 +10,7 @@ from jax import Array
 from ...bounds import Bounds, Count, Drawn, Real
 from ...model import Weight, static
 from ..base import Method
+from ..hf_spec import IDENTITY, WHOLE, HFSpec, Key, by_suffix
 from ..random_projections import dft_basis, recomputed
 from ..targets import Target, init_targets, targets_by_rule, wrap_weights
 
@@ -55,6 +56,18 @@ class FourierFT(Method):
     where: str = "linear"
     seed: Drawn = None  # of the places, which matrices of one shape share; None: the run's seed, or 0 outside a run
     ns: Annotated[tuple[tuple[str, int], ...], Bounds(1)] = ()  # rules -> n, for some matrices or layers
+
+    hf = HFSpec(
+        "FOURIERFT",
+        keys={
+            "n_frequency": Key(1000, "n", exceptions="n_frequency_pattern", rules="ns", find=by_suffix),
+            "scaling": Key(150.0, "scale"),
+            "random_loc_seed": Key(777, "seed", WHOLE),
+        },
+        tensors=IDENTITY.tensors(spectrum="fourierft_spectrum"),
+        default_targets={"gpt2": ("mlp.c_proj",)},
+        own_bias="fourier_only",
+    )
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         def spectrum(key: Array, target: Target, n: int) -> dict[str, Array]:

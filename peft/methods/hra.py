@@ -9,6 +9,7 @@ from jax import Array
 from ...bounds import Size
 from ...model import Weight, static
 from ..base import Method
+from ..hf_spec import IDENTITY, HFSpec, Key
 from ..targets import Target, uniform_fan_in, wrap_weights
 
 
@@ -58,6 +59,14 @@ class HRA(Method):
     rank: Size = 8  # even, or the model does not start as the base
     where: str = "linear"
     gram_schmidt: bool = False  # make the reflections orthogonal to each other; then they cannot undo each other
+
+    hf = HFSpec(
+        "HRA",
+        keys={"r": Key(8, "rank"), "apply_GS": Key(False, "gram_schmidt")},
+        neutral=("hra_init_weights",),
+        tensors=IDENTITY.tensors(u="hra_u"),
+        conv1d=False,
+    )
 
     @property
     def identity(self) -> bool:  # type: ignore[override]

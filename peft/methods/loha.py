@@ -8,6 +8,7 @@ from jax import Array, random
 from ...bounds import Real, Size
 from ...model import Weight
 from ..base import Method
+from ..hf_spec import TRANSPOSED, HFSpec, Key
 from ..random_projections import recomputed
 from ..targets import Target, uniform_fan_in, wrap_weights
 
@@ -38,6 +39,14 @@ class LoHa(Method):
     rank: Size = 8
     alpha: Real = 8.0
     where: str = "linear"
+
+    hf = HFSpec(
+        "LOHA",
+        keys={"r": Key(8, "rank", exceptions="rank_pattern"), "alpha": Key(8.0, "alpha", exceptions="alpha_pattern")},
+        neutral=("rank_dropout", "module_dropout", "use_effective_conv2d"),
+        tensors=TRANSPOSED.tensors(b1="hada_w1_a", a1="hada_w1_b", b2="hada_w2_a", a2="hada_w2_b"),
+        conv1d=False,
+    )
 
     def arrays(self, key: Array, target: Target) -> dict[str, Array]:
         D, F = target.shape

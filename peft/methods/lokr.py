@@ -10,6 +10,7 @@ from jax import Array
 from ...bounds import Bounds, Real, Size
 from ...model import Weight, static
 from ..base import Method
+from ..hf_spec import TRANSPOSED, HFSpec, Key
 from ..targets import Target, uniform_fan_in, wrap_weights
 
 
@@ -47,6 +48,21 @@ class LoKr(Method):
     factor: Annotated[int, Bounds(-1)] = -1  # M and P; -1: about the square root of D and F
     where: str = "linear"
     both: bool = False  # a large K1 is a product too
+
+    hf = HFSpec(
+        "LOKR",
+        keys={
+            "r": Key(8, "rank", exceptions="rank_pattern"),
+            "alpha": Key(8.0, "alpha", exceptions="alpha_pattern"),
+            "decompose_factor": Key(-1, "factor"),
+            "decompose_both": Key(False, "both"),
+        },
+        neutral=("rank_dropout", "rank_dropout_scale", "module_dropout", "use_effective_conv2d"),
+        tensors=TRANSPOSED.tensors(
+            k1="lokr_w1", b1="lokr_w1_a", a1="lokr_w1_b", k2="lokr_w2", b2="lokr_w2_a", a2="lokr_w2_b"
+        ),
+        conv1d=False,
+    )
 
     def arrays(self, key: Array, target: Target) -> dict[str, Array]:
         D, F = target.shape

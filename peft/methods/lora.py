@@ -13,6 +13,7 @@ from ...bounds import FINITE, Bounds, Decay, Drawn, Positive, Real, Size
 from ...model import Weight
 from ...model.tree import named, replace, split_layer_index
 from ..base import Method
+from ..hf_spec import BOOL_OR_NAME, IDENTITY, TRANSPOSED, HFSpec, Key, ValueKind, is_ids, no_fields
 from ..random_projections import draw_layers
 from ..targets import (
     Target,
@@ -51,6 +52,29 @@ class LoRAWeight(Weight):
         return self.w.T
 
 
+LORA_NEUTRAL = (
+    *("lora_dropout", "megatron_core", "qalora_group_size", "eva_config", "loftq_config", "corda_config"),
+    *("lora_ga_config", "ephemeral_gpu_offload"),
+)
+
+
+def _known_start(start: bool | str) -> bool | str:
+    """Return init_lora_weights; of two values HF PEFT takes any case. Raises InputError for one that is not known."""
+    start = start.lower() if str(start).lower() in ("olora", "gaussian") else start  # type: ignore[union-attr]
+    if not isinstance(start, bool) and start not in ("gaussian", "orthogonal", "eva", "mica", "pissa", "olora"):
+        raise InputError(f"init_lora_weights {start!r} changes the base in a way that the file does not hold; save it "
+                         "with path_initial_model_for_weight_conversion, which makes it a plain LoRA")  # fmt: skip
+    return start
+
+
+def _is_tokens(x: Any) -> bool:
+    return is_ids(x) or (isinstance(x, dict) and all(map(is_ids, x.values())))
+
+
+_START = BOOL_OR_NAME._replace(normalize=_known_start)
+_TOKENS = ValueKind("a list of ids, or an object with one", _is_tokens)
+
+
 class LoRA(Method):
     """W + (alpha / rank) A B, with A [D, R] uniform in +-D^-1/2 and B [R, F] = 0 (arXiv:2106.09685).
 
@@ -67,6 +91,27 @@ class LoRA(Method):
     dropout: Decay = 0.0  # of x before A, in training
     ranks: Annotated[tuple[tuple[str, int], ...], Bounds(0, 65_536)] = ()  # rules -> rank, for some matrices or layers
     alphas: Annotated[tuple[tuple[str, float], ...], FINITE] = ()  # rules -> alpha
+
+    hf = HFSpec(
+        "LORA",
+        keys={
+            "r": Key(8, "rank", exceptions="rank_pattern", rules="ranks"),
+            "lora_alpha": Key(8.0, "alpha", exceptions="alpha_pattern", rules="alphas"),
+            "lora_dropout": Key(0.0, "dropout"),
+            "init_lora_weights": Key(True, kind=_START),
+            "trainable_token_indices": Key(None, kind=_TOKENS),
+            **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), False),
+        },
+        neutral=LORA_NEUTRAL,
+        tensors=TRANSPOSED.tensors(a="lora_A.weight", b="lora_B.weight")
+        | IDENTITY.tensors(c="lora_B.bias", m="lora_magnitude_vector"),
+        table_tensors=TRANSPOSED.tensors(a="lora_embedding_A", b="lora_embedding_B")
+        | IDENTITY.tensors(m="lora_magnitude_vector"),
+        other_flags=("use_rslora",),
+        kinds=("matrix", "table"),
+        own_bias="lora_only",
+        read=lambda c, x, *_: {"alpha": x["alpha"] * x["rank"] ** 0.5} if c["use_rslora"] else {},
+    )
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         """Return A and B of every target; the layers of one stack are apart where their ranks differ."""
@@ -115,6 +160,8 @@ class RsLoRA(LoRA):
 
     demo = False
 
+    hf = LoRA.hf.variant(flags={"use_rslora": True}, read=no_fields)
+
     def scale(self, rank: int, alpha: Any) -> Any:
         return alpha / rank**0.5
 
@@ -159,6 +206,8 @@ class LoRABias(LoRA):
     weight: ClassVar[type[LoRAWeight]] = BiasedWeight
     demo = False
 
+    hf = LoRA.hf.variant(flags={"lora_bias": True})
+
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         return {
             k: arrays | {"c": jnp.zeros_like(arrays["b"][..., 0, :])} for k, arrays in super().init(key, params).items()
@@ -174,6 +223,12 @@ class LoRABias(LoRA):
         return wrap_weights(replace_biases(params, biases, lambda bias, c: bias + c), scaled, self.weight)
 
 
+def _with_drawn(method: Any, trainable: Any, shapes: Any) -> tuple[LoRA, Any]:
+    """Return a LoRA with the A of LoRA-FA in its tree."""
+    fields = {field.name: getattr(method, field.name) for field in dataclasses.fields(LoRA)}  # type: ignore[arg-type]
+    return LoRA(**fields), method.drawn(shapes, trainable)
+
+
 class LoRAFA(LoRA):
     """W + (alpha / rank) A B: B = 0 at first and trains, A [D, R] in +-D^-1/2 does not (arXiv:2308.03303).
 
@@ -184,6 +239,8 @@ class LoRAFA(LoRA):
     pad_to_rank = Method.pad_to_rank  # another rank draws another A
 
     seed: Drawn = None  # of A; None: the run's seed, or 0 outside a run
+
+    hf = LoRA.hf.variant(to_exportable=_with_drawn)
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         return {k: {"b": jnp.zeros_like(arrays["b"])} for k, arrays in super().init(key, params).items()}
@@ -236,6 +293,14 @@ class LoRAHead(Method):
     alpha: Real = 16.0
     dropout: Decay = 0.0  # of x before A, in training
     rslora: bool = False  # alpha / rank^1/2 in place of alpha / rank
+
+    hf = LoRA.hf.variant(
+        table_tensors={},
+        kinds=("tied head",),
+        read=lambda c, *_: {"rslora": c["use_rslora"]},
+        write=lambda m: {"use_rslora": m.rslora},
+        where=no_fields,
+    )
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         flat = named(params)

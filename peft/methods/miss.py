@@ -9,6 +9,7 @@ from ... import InputError
 from ...bounds import Size
 from ...model import Weight
 from ..base import Method
+from ..hf_spec import BOOL_OR_NAME, IDENTITY, HFSpec, Key, no_fields
 from ..random_projections import recomputed
 from ..targets import Target
 
@@ -39,6 +40,16 @@ class MiSS(Method):
     rank: Size = 64
     where: str = "linear"
     mini: int = 0  # columns of S, repeated over the output too; 0: as many as W has
+
+    hf = HFSpec(
+        "MISS",
+        keys={"r": Key(64, "rank"), "mini_r": 1, "init_weights": Key(True, kind=BOOL_OR_NAME)},
+        neutral=("miss_dropout",),
+        tensors=IDENTITY.tensors(s="miss_block"),
+        conv1d=False,
+        read=lambda c, *_: {"mini": c["mini_r"]} if c["init_weights"] == "mini" else {},
+        write=lambda m: {"mini_r": m.mini or 1, "init_weights": "mini" if m.mini else True},
+    )
 
     def arrays(self, key: Array, target: Target) -> dict[str, Array]:
         F = target.shape[1]
@@ -74,6 +85,8 @@ class MiSSBat(Method):
 
     rank: Size = 8  # a divisor of D and of F
     where: str = "linear"
+
+    hf = MiSS.hf.variant(flags={"init_weights": "bat"}, read=no_fields, write=lambda m: {"mini_r": 1})
 
     def arrays(self, key: Array, target: Target) -> dict[str, Array]:
         (D, F), R = target.shape, self.rank

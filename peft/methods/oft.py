@@ -11,6 +11,7 @@ from ... import InputError
 from ...bounds import Bounds, Count
 from ...model import Weight, static
 from ..base import Method
+from ..hf_spec import COLUMN, IDENTITY, WHOLE, HFSpec, Key
 from ..targets import Target, wrap_weights
 
 
@@ -76,6 +77,20 @@ class OFT(Method):
     eps: float = 6e-5
     where: str = "linear"
 
+    hf = HFSpec(
+        "OFT",
+        keys={
+            **{"r": Key(0, "blocks"), "oft_block_size": Key(32, "block", WHOLE), "block_share": Key(False, "share")},
+            **{"coft": Key(False, "coft"), "eps": Key(6e-5, "eps")},
+            **{"use_cayley_neumann": True, "num_cayley_neumann_terms": 5},
+        },
+        neutral=("module_dropout",),
+        tensors=IDENTITY.tensors(r="oft_R.weight"),
+        conv1d=False,
+        read=lambda c, *_: {"terms": c["num_cayley_neumann_terms"] if c["use_cayley_neumann"] else 0},
+        write=lambda m: {"use_cayley_neumann": m.terms > 0, "num_cayley_neumann_terms": m.terms or 5},
+    )
+
     def arrays(self, key: Array, target: Target) -> dict[str, Array]:
         if (self.block > 0) == (self.blocks > 0):
             raise InputError(f"oft: block={self.block}, blocks={self.blocks}; give one of the two, and 0 for the other")
@@ -115,6 +130,27 @@ class BOFTWeight(Weight):
         return (x @ self.w) * self.s
 
 
+def _boft_block(c: Any, values: Any, module: Any, *_: Any) -> dict[str, int]:
+    """Return the size of a block; HF PEFT also takes how many blocks a matrix has."""
+    if c["boft_block_size"]:
+        return {}
+    if not c["boft_block_num"]:
+        raise InputError("boft_block_size and boft_block_num are 0; one of the two is wanted")
+    return {"block": module.shape[0] // c["boft_block_num"]}
+
+
+def _boft_blocks(method: Any, arrays: Any, *_: Any) -> dict[str, int]:
+    """Return how many blocks a matrix has, if their sizes differ."""
+    shapes = [t["r"].shape for t in arrays.values()]
+    return {"boft_block_size": 0, "boft_block_num": shapes[0][-3]} if len({s[-1] for s in shapes}) > 1 else {}
+
+
+def _boft_factors(c: dict[str, Any], tensors: Any) -> dict[str, Any]:
+    """Return the config with the number of factors that the file has."""
+    factors = {x.shape[0] for name, x in tensors.items() if name.endswith(".boft_R") and x.ndim == 4}
+    return c | {"boft_n_butterfly_factor": factors.pop()} if len(factors) == 1 else c
+
+
 class BOFT(Method):
     """s * (W behind `factors` rotations of x by blocks), all the identity and s = 1 at first (arXiv:2311.06243).
 
@@ -128,6 +164,21 @@ class BOFT(Method):
     block: Count = 4  # the size b of a block
     factors: Annotated[int, Bounds(1, 32)] = 1  # of the butterfly
     where: str = "linear"
+
+    hf = HFSpec(
+        "BOFT",
+        keys={
+            "boft_block_size": Key(4, "block", WHOLE),
+            "boft_block_num": 0,
+            "boft_n_butterfly_factor": Key(1, "factors"),
+        },
+        neutral=("boft_dropout",),
+        tensors=IDENTITY.tensors(r="boft_R") | COLUMN.tensors(s="boft_s"),
+        conv1d=False,
+        read=_boft_block,
+        write_modules=_boft_blocks,
+        stored_config=_boft_factors,
+    )
 
     def arrays(self, key: Array, target: Target) -> dict[str, Array]:
         (D, F), m, b = target.shape, self.factors, self.block

@@ -55,6 +55,8 @@ class PiSSA(LoRA):
     alpha: Real = 8.0
     pad_to_rank = Method.pad_to_rank  # another rank leaves another base
 
+    hf = LoRA.hf.variant(flags={"init_lora_weights": "pissa"}, base_tables="residual")
+
     def factor(self, params: Any, key: str, arrays: dict[str, Array]) -> Any:
         """Return alpha / rank with the rank of the config, also for a matrix that is narrower and has less."""
         alpha = rule_values(self.alphas, self.alpha, params, key, "alpha rule")
@@ -107,6 +109,8 @@ class OLoRA(PiSSA):
     """
 
     split: ClassVar[Any] = staticmethod(orthonormal)
+
+    hf = PiSSA.hf.variant(flags={"init_lora_weights": "olora"}, conv1d=False)
 
 
 @partial(jax.jit, static_argnames=("split", "rank", "rest"))

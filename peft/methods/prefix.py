@@ -4,6 +4,7 @@ from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from ... import InputError
@@ -11,6 +12,7 @@ from ...bounds import Bounds, Count, Size
 from ...model import Context, Weight, static
 from ...model.tree import named, nested
 from ..base import Method
+from ..hf_spec import IDENTITY, NAMES, PREFIX, PROMPT_NEUTRAL, ROW, HFSpec, HFTensor, Key
 from ..targets import Target, init_matrices, init_targets, iter_full_arrays, targets
 from .encoder import encode, init_encoder
 
@@ -30,6 +32,33 @@ def past_targets(params: Any) -> list[Target]:
     return result
 
 
+_PAST = "prompt_embeddings"  # of a file: the past [P, L 2 K H] of all layers
+
+
+def _split_past(tensors: dict[str, Any], trainable: Any) -> dict[str, Any]:
+    """Return the tensors with the keys and values [P, K H] of each layer in place of the joint past."""
+    if _PAST not in tensors:
+        return tensors
+    joint, leaves = tensors[_PAST], jax.tree.leaves(trainable)
+    P, width = leaves[0].shape[-2:]
+    wanted = (P, sum(x.size for x in leaves) // P)
+    if joint.shape != wanted:
+        raise InputError(f"{_PAST} {list(joint.shape)}, wanted {list(wanted)}; is it of another base?")
+    past = joint.reshape(P, -1, 2, width)
+    rest = {name: x for name, x in tensors.items() if name != _PAST}
+    return rest | {f"{_PAST}.{i}.{kv}": past[:, i, j] for i in range(past.shape[1]) for j, kv in enumerate("kv")}
+
+
+def _join_past(tensors: dict[str, Any]) -> dict[str, Any]:
+    layers = range(len(tensors) // 2)
+    return {_PAST: np.concatenate([tensors[f"{_PAST}.{i}.{kv}"] for i in layers for kv in "kv"], axis=1)}
+
+
+def _sizes(model: Any) -> dict[str, Any]:
+    config = model.config
+    return model.prompt_sizes | {"num_attention_heads": config.K, "token_dim": config.K * config.H}
+
+
 class Prefix(Method):
     """attention over [past_k; k], [past_v; v], with P = tokens learned positions a layer (arXiv:2101.00190).
 
@@ -45,6 +74,17 @@ class Prefix(Method):
     tokens: Size = 20
     std: float = 0.02
 
+    hf = HFSpec(
+        "PREFIX_TUNING",
+        keys={"num_virtual_tokens": Key(20, "tokens"), "prefix_projection": False, "encoder_hidden_size": 0},
+        neutral=PROMPT_NEUTRAL,
+        kinds=(),
+        locate=lambda path, layer, _: [("", HFTensor(f"{_PAST}.{layer}.{path[-1]}", IDENTITY))],
+        split=_split_past,
+        join=_join_past,
+        write_modules=lambda method, _, model: _sizes(model) | {"encoder_hidden_size": None},
+    )
+
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         def states(key: Array, target: Target, _: None) -> Array:
             return self.std * jax.random.normal(key, (self.tokens, target.shape[1]))
@@ -53,6 +93,12 @@ class Prefix(Method):
 
     def context(self, trainable: Any) -> Context:
         return Context(past=nested(trainable))
+
+
+def _with_past(method: Any, trainable: Any, _: Any) -> tuple[Prefix, Any]:
+    """Return a Prefix of the keys and values that the mlp computes."""
+    past = method.context(trainable).past["layers"]["attn"]
+    return Prefix(method.tokens), {f"layers/attn/{name}": past[name] for name in "kv"}
 
 
 class PrefixMLP(Method):
@@ -71,6 +117,16 @@ class PrefixMLP(Method):
 
     tokens: Size = 20
     hidden: Annotated[int, Bounds(0, 65_536)] = 0  # 0: the width of the keys, K H
+
+    hf = Prefix.hf.variant(
+        flags={"prefix_projection": True},
+        read=lambda c, *_: {"hidden": c["encoder_hidden_size"]},
+        write_modules=lambda m, _, model: (
+            _sizes(model) | {"encoder_hidden_size": m.hidden or model.config.K * model.config.H}
+        ),
+        stored_config=lambda c, _: c | {"prefix_projection": False},
+        to_exportable=_with_past,
+    )
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         layers = past_targets(params)
@@ -94,6 +150,14 @@ class GatedPrompt(Weight):
     behind: bool = static(default=False)  # after the output projection
 
 
+def _read_adapter(c: Any, values: Any, module: Any, model: Any) -> dict[str, bool]:
+    behind = model.family == "gpt2"
+    if model.config.o_bias and not behind:
+        raise InputError("the output of attention has a bias in this base, which HF PEFT adds a second time behind an "
+                         "adaption prompt; that is not here")  # fmt: skip
+    return {"behind": behind}
+
+
 class LLaMAAdapter(Method):
     """o(attn(x) + gate softmax(q k(prompt)^T) v(prompt)), prompt N(0, 1), gate 0 at init (arXiv:2303.16199).
 
@@ -109,6 +173,23 @@ class LLaMAAdapter(Method):
     tokens: Size = 10
     layers: Count = 30  # the topmost ones, all if there are fewer
     behind: bool = False  # added after o, as HF PEFT does in GPT-2
+
+    hf = HFSpec(
+        "ADAPTION_PROMPT",
+        keys={
+            "target_modules": Key(None, kind=NAMES),
+            "adapter_len": Key(10, "tokens"),
+            "adapter_layers": Key(30, "layers"),
+        },
+        tensors=ROW.tensors(prompt="adaption_prompt") | IDENTITY.tensors(gate="adaption_gate"),
+        kinds=(),
+        owner=lambda module: f"{PREFIX}{module.rpartition('.')[0]}.",
+        read=_read_adapter,
+        write_modules=lambda method, _, model: {
+            "target_modules": "attn" if model.family == "gpt2" else "self_attn",
+            "adapter_layers": min(method.layers, model.config.L),
+        },
+    )
 
     def arrays(self, key: Array, target: Target) -> dict[str, Array]:
         width, D = target.shape

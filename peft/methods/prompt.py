@@ -11,6 +11,7 @@ from ...bounds import Bounds, Size
 from ...model import Context, Weight
 from ...model.tree import named, replace
 from ..base import Method
+from ..hf_spec import IDENTITY, PROMPT_NEUTRAL, HFSpec, Key, ValueKind
 from .encoder import encode, init_encoder
 
 
@@ -49,6 +50,17 @@ class Prompt(Method):
     ids: tuple[int, ...] = ()  # the first rows, repeated or cut to `tokens`
     text: str = ""  # a run's tokenizer turns it into `ids`
 
+    hf = HFSpec(
+        "PROMPT_TUNING",
+        keys={"num_virtual_tokens": Key(20, "tokens"), "prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None},
+        neutral=(*PROMPT_NEUTRAL, "tokenizer_name_or_path", "tokenizer_kwargs"),
+        table_tensors=IDENTITY._replace(embed_scaled=True).tensors(prompt="prompt_embeddings"),
+        kinds=(),
+        owner=lambda module: "",
+        read=lambda c, *_: {"init_from": "vocab" if c["prompt_tuning_init"] == "SAMPLE_VOCAB" else "random"},
+        write_modules=lambda method, _, model: model.prompt_sizes,
+    )
+
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         table = named(params)["embed/table"]
         V, D = table.shape
@@ -77,6 +89,14 @@ def check_ids(owner: str, ids: tuple[int, ...], V: int) -> tuple[int, ...]:
     return ids
 
 
+_MLP = ValueKind("MLP, as the LSTM encoder is not here,", lambda x: x == "MLP")
+
+
+def _with_rows(method: Any, trainable: Any, _: Any) -> tuple[Prompt, Any]:
+    """Return a Prompt of the rows that the mlp computes."""
+    return Prompt(method.tokens), {"embed/table": {"prompt": encode(trainable["embed/table"], jax.nn.relu)}}
+
+
 class PTuning(Method):
     """[mlp(prompt); embed(ids)], prompt N(0, 1), mlp D -> hidden -> hidden -> D with ReLU (arXiv:2103.10385).
 
@@ -92,6 +112,23 @@ class PTuning(Method):
 
     tokens: Size = 20
     hidden: Annotated[int, Bounds(0, 65_536)] = 0  # 0: D
+
+    hf = HFSpec(
+        "P_TUNING",
+        keys={
+            **{
+                "num_virtual_tokens": Key(20, "tokens"),
+                "encoder_hidden_size": Key(0, "hidden"),
+                "encoder_num_layers": 2,
+            },
+            "encoder_reparameterization_type": Key("MLP", kind=_MLP),
+        },
+        neutral=(*PROMPT_NEUTRAL, "encoder_dropout"),
+        kinds=(),
+        write_modules=lambda m, _, model: model.prompt_sizes | {"encoder_hidden_size": m.hidden or model.config.D},
+        stored_config=lambda c, _: {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": c["num_virtual_tokens"]},
+        to_exportable=_with_rows,
+    )
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         D = named(params)["embed/table"].shape[1]

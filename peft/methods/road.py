@@ -9,6 +9,7 @@ from ... import InputError
 from ...bounds import Count
 from ...model import Weight, static
 from ..base import Method
+from ..hf_spec import IDENTITY, HFSpec, Key, ValueKind
 from ..targets import Target, replace_biases, wrap_weights
 
 
@@ -47,6 +48,9 @@ class RoAdWeight(Weight):
         return rotated(x @ self.w, self.theta, self.alpha, self.variant, self.group)
 
 
+_VARIANT = ValueKind("road_1, road_2 or road_4", ("road_1", "road_2", "road_4").__contains__)
+
+
 class RoAd(Method):
     """R (x W + bias), R turning pairs of outputs by theta = 0 and scaling by alpha = 1 at first (arXiv:2409.00119).
 
@@ -58,6 +62,15 @@ class RoAd(Method):
     variant: int = 1  # numbers a pair of outputs: an angle and a scale (1), two of each (2), or four (4)
     group: Count = 64  # outputs i and i + group / 2 are a pair; or the largest even divisor of all outputs below it
     where: str = "linear"
+
+    hf = HFSpec(
+        "ROAD",
+        keys={"group_size": Key(64, "group"), "variant": Key("road_1", kind=_VARIANT)},
+        tensors=IDENTITY.tensors(theta="road_theta", alpha="road_alpha"),
+        conv1d=False,
+        read=lambda c, *_: {"variant": int(c["variant"][-1])},
+        write=lambda m: {"variant": f"road_{m.variant}"},
+    )
 
     def arrays(self, key: Array, target: Target) -> dict[str, Array]:
         F = target.shape[1]

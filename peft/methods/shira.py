@@ -1,18 +1,21 @@
 """SHiRA: a few entries of the matrix itself (arXiv:2406.13175)."""
 
+import dataclasses
 from functools import partial
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from ... import InputError
 from ...bounds import Drawn, Size
 from ...model import Weight
 from ..base import Method
-from ..random_projections import draw_layers, recomputed
-from ..targets import Target, wrap_weights
+from ..hf_spec import IDENTITY, WHOLE, Entry, FixedTensors, HFSpec, Key
+from ..random_projections import draw_layers, matrix_shape, recomputed
+from ..targets import FixedArrays, Target, wrap_weights
 
 
 class SHiRAWeight(Weight):
@@ -31,6 +34,30 @@ class SHiRAWeight(Weight):
         return product(x, self.w, self.values, self.places)
 
 
+def _read_places(method: Any, entries: list[Entry], trainable: Any, params: Any, tensors: Any) -> Any:
+    """Return SHiRA with the places of its file. Raises InputError if they are missing or outside of the matrix."""
+    rows: dict[str, list[Any]] = {}
+    for entry in entries:
+        name = entry.name.replace("shira_weight", "shira_indices")
+        at, wanted = tensors.pop(name, None), (2, trainable[entry.key]["values"].shape[-1])
+        if at is None or at.shape != wanted:
+            raise InputError(f"{name} {'is missing' if at is None else list(at.shape)}, wanted {list(wanted)}")
+        D, F = matrix_shape(params, entry.key)
+        if not np.issubdtype(at.dtype, np.integer) or (at < 0).any() or (at >= np.array([[F], [D]])).any():
+            raise InputError(f"{name}: places in a matrix [{F}, {D}] are wanted; is it of another base?")
+        rows.setdefault(entry.key, []).append(at.T)
+    stacked = {entry.key for entry in entries if entry.layer is not None}
+    arrays = {key: np.stack(x) if key in stacked else x[0] for key, x in rows.items()}
+    return dataclasses.replace(method, given=FixedArrays(**arrays))
+
+
+def _write_places(method: Any, entries: list[Entry], trainable: Any, shapes: Any) -> dict[str, Any]:
+    at = places(method, shapes, trainable)
+    layer = lambda entry: at[entry.key] if entry.layer is None else at[entry.key][entry.layer]  # noqa: E731
+    names = {entry.name.replace("shira_weight", "shira_indices"): entry for entry in entries}
+    return {name: np.asarray(layer(entry), np.int32) for name, entry in names.items()}
+
+
 class SHiRA(Method):
     """W + S, S with rank (D + F) entries at random places, 0 at first (arXiv:2406.13175).
 
@@ -44,6 +71,14 @@ class SHiRA(Method):
     where: str = "linear"
     seed: Drawn = None  # of the places; None: the run's seed, or 0 outside a run
     given: Any = None  # FixedArrays of the places [L, k, 2] or [k, 2] of each target, (row, column) of W [out, in]
+
+    hf = HFSpec(
+        "SHIRA",
+        keys={"r": Key(32, "rank"), "random_seed": Key(None, kind=WHOLE), "mask_type": "random"},
+        tensors=IDENTITY.tensors(values="shira_weight"),
+        fixed=FixedTensors(_read_places, _write_places, integers=("shira_indices",)),
+        conv1d=False,
+    )
 
     def arrays(self, key: Array, target: Target) -> dict[str, Array]:
         D, F = target.shape

@@ -13,6 +13,7 @@ from ...bounds import Count, Share
 from ...model import Weight
 from ...model.tree import is_stacked, iter_layers, named, nested
 from ..base import Method
+from ..hf_spec import IDENTITY, PREFIX, TRANSPOSED, AdapterFile, Companion, HFModel, HFSpec, HFTensor, Picked, Place
 from ..masks import select
 from ..targets import group_by_path, targets
 
@@ -21,6 +22,52 @@ class FrozenLayers(Weight):
     """The frozen layers of a stacked parameter, as the slices between those that train."""
 
     parts: tuple[Array, ...]
+
+
+def _read_beside(c: Any, picked: Picked, model: HFModel) -> "Subset | None":
+    """Return the modules and biases that train beside a method. Of a tied table Head and Lookup train copies."""
+    copied = (model.table.path, "head/matrix") if model.config.tied else ()
+    places = [place for m in picked.saved if m.path not in copied for place in m.places]
+    places += [(m.bias, m.layer) for m in picked.biased if m.bias]
+    return Subset(model.where(places)) if places else None
+
+
+def _write_beside(method: Any, places: set[Place], targets: list[Any], spec: HFSpec, model: HFModel) -> dict[str, Any]:
+    """Return the bias and modules_to_save of a Subset. Raises InputError for a part of either."""
+    modules = list(model.modules.values())
+    scopes = {"none": [], "all": modules, spec.own_bias or f"{spec.type.lower()}_only": targets}
+    for scope, owners in scopes.items():
+        biases = {(m.bias, m.layer) for m in owners if m.bias}
+        saved = [m for m in modules if (m.path, m.layer) in places - biases]
+        covered = {place for m in saved for place in m.places}
+        if biases <= places and places - biases <= covered <= places:
+            # Whole paths: HF PEFT takes every module whose path ends with a name, from a dot on or not.
+            return {"modules_to_save": sorted(m.name for m in saved)} | ({} if scope == "none" else {"bias": scope})
+    raise InputError(f"{sorted(places, key=str)[0][0]} beside {spec.type}: HF PEFT saves whole modules, or all biases, "
+                     "or those of its targets")  # fmt: skip
+
+
+def _ln_tuning(places: set[Place], model: HFModel) -> HFSpec | None:
+    """Return the spec of LN_TUNING if only norms train. Raises InputError for a part of one."""
+    if not all("norm/" in path for path, _ in places):
+        return None
+    for module in (model.at[place] for place in places if place in model.at):
+        if not places.issuperset(module.places):
+            raise InputError(f"{module.name}: LN_TUNING trains scale and bias of a norm together; take where='norms'")
+    return LNTuning.hf
+
+
+def _locate(path: str, layer: int | None, file: AdapterFile) -> list[tuple[str, HFTensor]]:
+    module = file.model.at.get((path, layer))
+    if module is None:
+        raise InputError(f"{path}: transformers has no module of that name")
+    is_bias = path == module.bias
+    middle = "base_layer." if is_bias and module.path in file.adapted else ""
+    if file.alone and module.kind == "norm":
+        middle = "ln_tuning_layers."
+    turned = module.kind == "matrix" and not is_bias and (not file.model.conv1d or path == "head/matrix")
+    name = f"{PREFIX}{module.name}.{middle}{'bias' if is_bias else 'weight'}"
+    return [("", HFTensor(name, TRANSPOSED if turned else IDENTITY))]
 
 
 class Subset(Method):
@@ -34,6 +81,8 @@ class Subset(Method):
     axes: ClassVar = {"": "DF"}
 
     where: str = "all"
+
+    hf = HFSpec(locate=_locate, companion=Companion(_read_beside, _write_beside, _ln_tuning))
 
     def selected(self, params: Any) -> dict[str, list[tuple[int, int]]]:
         """Return {path: layer ranges} of what trains. Raises InputError for a weight (a quantised matrix)."""
@@ -95,6 +144,9 @@ class BitFit(Subset):
     where: str = "biases"
 
 
+_NORMS = ("input_layernorm", "post_attention_layernorm", "norm")
+
+
 class LNTuning(Subset):
     """Subset of the norms' scales and biases (arXiv:2312.11420).
 
@@ -105,6 +157,22 @@ class LNTuning(Subset):
     demo = False
 
     where: str = "norms"
+
+    hf = Subset.hf.variant(
+        type="LN_TUNING",
+        kinds=("norm",),
+        default_targets={
+            **dict.fromkeys(("llama", "mistral", "gemma"), _NORMS),
+            **dict.fromkeys(
+                ("gemma2", "gemma3_text"), (*_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+            ),
+            **dict.fromkeys(("qwen2", "qwen3"), ("post_attention_layernorm",)),
+            "gpt2": ("ln_1", "ln_2", "ln_f"),
+        },
+        own_bias="",
+        where=lambda c, modules, model: {"where": model.where(place for m in modules for place in m.places)},
+        companion=Companion(lambda *_: None, _write_beside, _ln_tuning),
+    )
 
 
 class Gradual(Subset):

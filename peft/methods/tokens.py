@@ -9,8 +9,9 @@ from jax import Array
 from ... import InputError
 from ...model import Weight, static
 from ...model.tree import named, replace
-from ...model.weight import stack
+from ...model.weight import weight_chain
 from ..base import Method
+from ..hf_spec import IDENTITY, IDS, NAMES, PREFIX, TRANSPOSED, Companion, HFSpec, HFTensor, Key, ends_with
 from .prompt import check_ids
 
 
@@ -48,6 +49,32 @@ class TokensHead(Weight):
         return (x @ self.w).at[..., jnp.array(self.ids)].set(x @ self.rows.T)
 
 
+def _read_tokens(c: Any, values: Any, module: Any, model: Any) -> dict[str, Any]:
+    names, table = c["target_modules"] or (), model.table.name
+    if not all(ends_with(table, [name]) for name in ([names] if isinstance(names, str) else names)):
+        raise InputError(f"target_modules {names}: trainable tokens are rows of {table} here")
+    return {"ids": tuple(c["token_indices"])}
+
+
+def _read_beside(c: Any, picked: Any, model: Any) -> "Tokens | None":
+    """Return the rows that train beside a LoRA."""
+    ids, table = c.get("trainable_token_indices"), model.table.name
+    if ids and any(m.kind == "tied head" for m in picked.targets):
+        raise InputError(f"trainable tokens beside {c['peft_type']} of lm_head, which is the token table of this base, "
+                         "is not known here; leave lm_head out")  # fmt: skip
+    if isinstance(ids, dict) and ids:
+        if len(ids) != 1 or not ends_with(table, ids):
+            raise InputError(f"trainable_token_indices of {', '.join(ids)}: rows of {table} are, here")
+        ids = next(iter(ids.values()))
+    return Tokens(ids=tuple(ids)) if ids else None
+
+
+def _locate_rows(path: str, layer: Any, file: Any) -> list[tuple[str, HFTensor]]:
+    owners = [file.model.table.name] + (["lm_head"] if file.model.config.tied and file.alone else [])
+    middle = "" if file.alone else "token_adapter."
+    return [("rows", HFTensor(f"{PREFIX}{owner}.{middle}trainable_tokens_delta", IDENTITY)) for owner in owners]
+
+
 class Tokens(Method):
     """table[ids] = rows, which start as the base's; a tied output projection has them too (HF PEFT).
 
@@ -58,6 +85,21 @@ class Tokens(Method):
     axes: ClassVar = {"rows": "nF"}
 
     ids: tuple[int, ...] = (0, 1)
+
+    hf = HFSpec(
+        "TRAINABLE_TOKENS",
+        keys={"target_modules": Key(None, kind=NAMES), "token_indices": Key((), "ids", IDS)},
+        kinds=(),
+        base_tables="omitted",
+        read=_read_tokens,
+        locate=_locate_rows,
+        companion=Companion(
+            read=_read_beside,
+            write=lambda method, places, targets, spec, model: {"trainable_token_indices": list(method.ids)},
+            alone=lambda places, model: Tokens.hf,
+            last=True,
+        ),
+    )
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         table = named(params)["embed/table"]
@@ -98,6 +140,14 @@ class Head(Method):
     demo = False
     axes: ClassVar = {"head": "FD"}
 
+    hf = HFSpec(
+        locate=lambda path, layer, file: [("head", HFTensor(f"{PREFIX}lm_head.weight", TRANSPOSED))],
+        companion=Companion(
+            read=lambda c, picked, model: Head() if any(m.kind == "tied head" for m in picked.saved) else None,
+            write=lambda method, places, targets, spec, model: {"modules_to_save": ["lm_head"]},
+        ),
+    )
+
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         if "head/matrix" in named(params):
             raise InputError("head: this base has a head of its own; take --method subset --method.where head/matrix")
@@ -105,7 +155,7 @@ class Head(Method):
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
         table = named(params)["embed/table"]
-        if any(isinstance(w, Weight) and w.projects for w in stack(table)):
+        if any(isinstance(w, Weight) and w.projects for w in weight_chain(table)):
             raise InputError("chain: head replaces the output projection, which an earlier method has taken; put head "
                              "first, or let only one of them have it")  # fmt: skip
         return replace(params, {"embed/table": OwnHead(table, **trainable["embed/table"])})
@@ -138,6 +188,14 @@ class Lookup(Method):
     demo = False
     axes: ClassVar = {"table": "DF"}
 
+    hf = HFSpec(
+        locate=lambda path, layer, file: [("table", HFTensor(f"{PREFIX}{file.model.table.name}.weight", IDENTITY))],
+        companion=Companion(
+            read=lambda c, picked, model: Lookup() if model.config.tied and model.table in picked.saved else None,
+            write=lambda method, places, targets, spec, model: {"modules_to_save": [model.table.name]},
+        ),
+    )
+
     def init(self, key: Array, params: Any) -> dict[str, Any]:
         if "head/matrix" in named(params):
             raise InputError("lookup: this base has a head of its own; take --method subset --method.where embed/table")
@@ -145,7 +203,7 @@ class Lookup(Method):
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
         table = named(params)["embed/table"]
-        if not all(w.projects for w in stack(table)[:-1]):
+        if not all(w.projects for w in weight_chain(table)[:-1]):
             raise InputError("chain: lookup replaces the table that an earlier method has taken; put lookup first, or "
                              "let only one of them have it")  # fmt: skip
         return replace(params, {"embed/table": OwnTable(table, **trainable["embed/table"])})

@@ -8,6 +8,7 @@ from jax import Array
 from ...bounds import Drawn, Real, Size
 from ...model import Weight, static
 from ..base import Method
+from ..hf_spec import IDENTITY, HFSpec, Key, SharedProjections
 from ..random_projections import hash_uniform, recomputed, widest
 from ..targets import Target, wrap_weights
 
@@ -30,6 +31,13 @@ class VeRAWeight(Weight):
         return x @ self.w + update(x, self.d, self.b)
 
 
+def _draw_as_hf(rng: Any, method: Any, D: int, F: int) -> tuple[Any, Any]:
+    """Draw (vera_A [R, D], vera_B [F, R]) of the largest matrix as HF PEFT does."""
+    R = method.rank
+    bound = lambda fan: 3**0.5 * (2**0.5 / fan**0.5)  # noqa: E731
+    return rng.uniform((R, D), -bound(D), bound(D)), rng.uniform((F, R), -bound(R), bound(R))
+
+
 class VeRA(Method):
     """W + A diag(d) B diag(b), A [D, R] and B [R, F] random, d = `d_initial` and b = 0 at first (arXiv:2310.11454).
 
@@ -45,6 +53,18 @@ class VeRA(Method):
     where: str = "linear"
     seed: Drawn = None  # of A and B; None: the run's seed, or 0 outside a run
     given: Any = None  # FixedArrays with HF's vera_A as `a` and vera_B as `b`, in place of those of the seed
+
+    hf = HFSpec(
+        "VERA",
+        keys={
+            **{"r": Key(256, "rank"), "d_initial": Key(0.1, "d_initial"), "projection_prng_key": Key(0, "seed")},
+            "save_projection": True,
+        },
+        neutral=("vera_dropout",),
+        tensors=IDENTITY.tensors(b="vera_lambda_b", d="vera_lambda_d"),
+        shared=SharedProjections(("vera_A", "vera_B"), lambda m, D, F: projections(m, D, F), _draw_as_hf),
+        write=lambda m: {"save_projection": SharedProjections.stored(m)},
+    )
 
     def arrays(self, key: Array, target: Target) -> dict[str, Array]:
         return {"d": jnp.full(self.rank, self.d_initial), "b": jnp.zeros(target.shape[1])}

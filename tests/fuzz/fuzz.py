@@ -29,10 +29,13 @@ with atheris.instrument_imports(include=["graftax"]):
     from graftax.data.sft import sft_rows
     from graftax.data.sources import documents
     from graftax.data.tasks.file_task import file_task
-    from graftax.data.tokenizers import huggingface  # noqa: F401  (else imported late, and not instrumented)
-    from graftax.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
+    from graftax.data.tokenizers import (
+        huggingface,  # noqa: F401  (else imported late, and not instrumented)
+        load_tokenizer,
+        train_tokenizer,
+    )
     from graftax.model import hf
-    from graftax.model.hf.files import DTYPES, index
+    from graftax.model.hf.files import DTYPES, read_index
     from graftax.peft import hf as adapters
     from graftax.train.config import Data, Optim, Run, from_json, to_json
     from graftax.train.runs.checkpoint import CheckpointWriter
@@ -85,7 +88,7 @@ def safetensors(data: bytes) -> None:
     listed.unlink(missing_ok=True)
     (listed if data[:1] == b"{" else path).write_bytes(data)
     with refused():
-        for tensor in index(path.parent).values():
+        for tensor in read_index(path.parent).values():
             if tensor.dtype in DTYPES and tensor.shape:
                 for _ in tensor.chunks(0, tensor.shape[0]):
                     pass

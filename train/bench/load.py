@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...model import presets
-from ...model.hf.checkpoint import config_to_hf, sources
-from ...model.hf.files import write
+from ...model.hf.load import config_to_hf, sources
+from ...model.hf.files import write_tensors
 
 _READ = r"""
 import json, re, sys, time
@@ -40,7 +40,7 @@ def make(folder: Path, preset: str) -> None:
     _, tensors = sources(config)
     kinds = {name: (shape, np.dtype(jnp.bfloat16)) for name, shape in tensors.items()}
     noise = (0.02 * rng.standard_normal(1 << 20)).astype(jnp.bfloat16)
-    write(folder, kinds, lambda name: np.resize(noise, tensors[name]), 2_000_000_000)
+    write_tensors(folder, kinds, lambda name: np.resize(noise, tensors[name]), 2_000_000_000)
     (folder / "config.json").write_text(json.dumps(config_to_hf(config, "bfloat16")), "utf-8")
 
 

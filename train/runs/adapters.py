@@ -9,15 +9,15 @@ import jax.numpy as jnp
 
 from ... import InputError, peft
 from ...atomic import atomic_folder
+from ...data.tokenizers import load_tokenizer
 from ...data.tokenizers.hf_files import MAIN
-from ...data.tokenizers.tokenizer import load_tokenizer
 from ...model.hf.files import is_hub_id, read_json
 from ...model.tree import split_layer_index
 from ...peft import Method
 from ...peft.hf.names import family_of
 from ...peft.methods.lora import LoRA
 from ..config import Run
-from ..inputs import check_rows
+from ..inputs import check_vocab
 from ..progress import console
 from .files import ADAPTER_CONFIG
 from .lineage import read_lineage, write_lineage
@@ -62,7 +62,7 @@ def with_uniform_rank(method: Method, config: Any, params: Any, trainable: Any) 
 
     Smaller ranks are padded with zeros. Raises InputError, with the reason, for what vLLM does not load.
     """
-    method, trainable = peft.hf.plain(method, trainable, config)
+    method, trainable = peft.hf.to_exportable(method, trainable, config)
     name = type(method).__name__
     reasons = {
         "DoRA": "vLLM loads no DoRA",
@@ -114,7 +114,7 @@ def load_adapter(folder: Path, base: LoadedRun, base_name: str) -> LoadedRun:
     run = Run(phase="finetune", recipe="imported", out=str(folder), base=base_name, method=method, data=base.run.data)
     has_tokenizer = any((folder / name).is_file() for name in MAIN)
     tokenizer = load_tokenizer(folder) if has_tokenizer else base.tokenizer
-    check_rows(tokenizer, base.config.V, f"{folder}: ")
+    check_vocab(tokenizer, base.config.V, f"{folder}: ")
     records = read_lineage(folder)
     expected = str(records[-1].get("base") or "") if records else ""
     if expected not in ("", base.fingerprint):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...model.sharding import fetch
+from ...model.sharding import to_host
 from ...model.tree import named
 from ...peft import Method
 from ..progress import console
@@ -32,7 +32,7 @@ def trains_rows(method: Method, params: Any, ids: Any) -> tuple[np.ndarray, np.n
         _, (x_ND, logits_N) = jax.jvp(rows, (start,), (jax.tree.map(jnp.ones_like, start),))
         return (x_ND != 0).any(-1), logits_N != 0
 
-    embedding_N, logit_N = map(fetch, derivatives(params))
+    embedding_N, logit_N = map(to_host, derivatives(params))
     return np.asarray(embedding_N), np.asarray(logit_N)
 
 

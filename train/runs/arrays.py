@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 
 from ... import InputError
 from ...model import layout
-from ...model.tree import canonical, paths
+from ...model.tree import name_and_layers, paths
 from ..cluster import distributed
 from .manifest import array_digests
 
@@ -95,7 +95,7 @@ def _by_parameter(tree: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Group {path: leaf} by the parameter's name without layer indices."""
     groups: dict[str, dict[str, Any]] = {}
     for path, leaf in tree.items():
-        groups.setdefault(canonical(path)[0], {})[path] = leaf
+        groups.setdefault(name_and_layers(path)[0], {})[path] = leaf
     return groups
 
 

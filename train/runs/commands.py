@@ -11,7 +11,7 @@ from rich.table import Table
 from ... import InputError
 from ...atomic import atomic_folder
 from ...bounds import Bounds, Checked, Positive
-from ...model.hf.files import empty
+from ...model.hf.files import output_folder
 from ..progress import console
 from .adapters import Target, export_adapter
 from .checkpoint import Verify
@@ -38,7 +38,7 @@ class Merge(Checked):
 
     def run(self) -> dict[str, Any]:
         """Write the merged base; return its folder, its fingerprint, and the comparison."""
-        out, loaded = empty(self.out), load_run(self.folder, base=self.base, verify=self.verify)
+        out, loaded = output_folder(self.out), load_run(self.folder, base=self.base, verify=self.verify)
         source = {"adapter": str(self.folder), "base": loaded.manifest["base"], "step": loaded.manifest["step"]}
         meta = {"merged_from": source, "lineage": loaded.lineage}
 
@@ -69,7 +69,7 @@ class Export(Checked):
 
     def run(self) -> dict[str, Any]:
         """Write, read back and compare; return the folder and the comparison."""
-        out, loaded = empty(self.out), load_run(self.folder, base=self.base, verify=self.verify)
+        out, loaded = output_folder(self.out), load_run(self.folder, base=self.base, verify=self.verify)
         if self.format == "hf-peft":
             base = base_name(loaded, self.base)
             title = f"{self.out} read back against {self.folder}"
@@ -112,7 +112,7 @@ class Import(Checked):
         """Write the base; return its folder, its fingerprint, and {added token: id}."""
         if (Path(self.folder) / CHECKPOINTS).is_dir():
             raise InputError(f"{self.folder} is a run directory already: give it to --base as it is")
-        out, loaded = empty(self.out), load_hugging_face(self.folder, dtype=self.dtype or None, check=False)
+        out, loaded = output_folder(self.out), load_hugging_face(self.folder, dtype=self.dtype or None, check=False)
         loaded, ids = extend_vocabulary(loaded, self.add_tokens, self.resize)
         with atomic_folder(out) as folder:
             fingerprint = write_base(folder, loaded, loaded.params, "imported", {}, str(out))

@@ -11,10 +11,9 @@ import jax
 
 from ... import InputError
 from ...atomic import atomic_folder
-from ...data.tokenizers.added_tokens import add_tokens
-from ...data.tokenizers.sentencepiece_bpe import for_transformers
+from ...data.tokenizers import add_tokens, for_transformers
 from ...model import hf, resize
-from ...model.hf.files import fetch
+from ...model.hf.files import fetch_checkpoint
 from ...model.tree import named
 from ...peft import Method, Subset, merge
 from ..config import to_json
@@ -119,7 +118,7 @@ def hf_origin(loaded: LoadedRun) -> Path | None:
     """Return the Hugging Face folder that a base came from, if it still exists; it may have changed."""
     name = loaded.manifest.get("imported", "")
     try:
-        return fetch(name) if name and is_hugging_face(name) else None
+        return fetch_checkpoint(name) if name and is_hugging_face(name) else None
     except InputError:
         return None
 

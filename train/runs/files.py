@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from ... import InputError
-from ...model.hf.files import is_hub_id, nearest_folder
+from ...model.hf.files import is_hub_id, did_you_mean_folder
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -33,7 +33,7 @@ def check_run(folder: str | Path) -> Path:
     """Return the folder if it is a run folder. Raises InputError if it is not."""
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
-        problem = f"does not exist{nearest_folder(folder)}"
+        problem = f"does not exist{did_you_mean_folder(folder)}"
         if folder.exists():
             problem = "is no run directory and no Hugging Face model: it has no config.json"
         raise InputError(

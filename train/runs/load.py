@@ -10,19 +10,19 @@ from typing import Any
 import jax
 
 from ... import InputError
-from ...data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from ...data.tokenizers import Tokenizer, load_tokenizer
 from ...model import Config, hf, shapes_of
 from ...model.backend import backend
-from ...model.hf.files import fetch
+from ...model.hf.files import fetch_checkpoint
 from ...model.layout import convert_layout, set_layout, with_shardings
 from ...model.pattern import pattern_source
-from ...model.quantize import quantized
+from ...model.quantize import quantize_parameter
 from ...model.sharding import shardings
-from ...model.tree import canonical, named, nested
+from ...model.tree import name_and_layers, named, nested
 from ...peft import Subset
 from ...peft.sharding import adapter_shardings
 from ..config import Data, Run, check_config_unchanged, from_json
-from ..inputs import check_rows, check_tokenizer, load_held_out
+from ..inputs import check_tokenizer, check_vocab, load_held_out
 from ..progress import console
 from . import report
 from .adapters import adapter_base, load_adapter
@@ -88,9 +88,9 @@ def _load_pretrained(
     """Load the checkpoint of a base."""
     assert run.model is not None
     config = set_layout(run.model, layers)
-    dtypes = {canonical(path)[0]: leaf["dtype"] for path, leaf in manifest["leaves"].get("trainable", {}).items()}
+    dtypes = {name_and_layers(path)[0]: leaf["dtype"] for path, leaf in manifest["leaves"].get("trainable", {}).items()}
     target = {
-        path: jax.ShapeDtypeStruct(x.shape, dtypes.get(canonical(path)[0], x.dtype))
+        path: jax.ShapeDtypeStruct(x.shape, dtypes.get(name_and_layers(path)[0], x.dtype))
         for path, x in named(shapes_of(config)).items()
     }
     if mesh is not None:
@@ -139,7 +139,7 @@ def _load_tokenizer(folder: Path, run: Run, config: Config, manifest: dict[str, 
     """Load the tokenizer of a run, with the run's date for its chat template."""
     tokenizer = load_tokenizer(folder)
     check_tokenizer(tokenizer, manifest.get("tokenizer", ""), folder)
-    check_rows(tokenizer, config.V, f"{folder}: ")
+    check_vocab(tokenizer, config.V, f"{folder}: ")
     return dataclasses.replace(tokenizer, date=run.date)
 
 
@@ -150,14 +150,14 @@ def load_hugging_face(
 
     The parameters are laid out on the mesh, in `dtype` or the dtype on disk. check: whether the tokenizer must fit.
     """
-    start, folder = time.perf_counter(), fetch(str(name))
+    start, folder = time.perf_counter(), fetch_checkpoint(str(name))
     tokenizer = load_tokenizer(folder)
     each, rows = quantize_on_load(quantize, mesh) if quantize else (None, [])
     config, params = convert_layout(*hf.load(folder, dtype, mesh, each), layers, mesh, quantize)
     if check:
-        check_rows(tokenizer, config.V, f"{folder}: ")
+        check_vocab(tokenizer, config.V, f"{folder}: ")
     total, kind = sum(x.size for x in named(params).values()), config.param_dtype + (quantize and f" as {quantize}")
-    size, seconds = report.size(report.nbytes(params)), time.perf_counter() - start
+    size, seconds = report.format_bytes(report.nbytes(params)), time.perf_counter() - start
     text = f"read {name}: {config.family}, {total:,} parameters, {kind}, {size} in {seconds:.1f} s"
     console.print(text, soft_wrap=True)
     data = Data(T=min(512, config.context))
@@ -185,7 +185,7 @@ def quantize_on_load(kind: str, mesh: Any) -> tuple[Callable[[str, Any], Any], l
 
     def each(path: str, leaf: Any) -> Any:
         rows.extend(leaf_digests(path, leaf))
-        return jax.block_until_ready(quantized(path, leaf, kind, mesh=mesh))
+        return jax.block_until_ready(quantize_parameter(path, leaf, kind, mesh=mesh))
 
     return each, rows
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.mixture import HeldOut
-from ...data.tokenizers.tokenizer import Tokenizer
+from ...data.tokenizers import Tokenizer
 from ...model import Config, Context, Transformer
 from ...peft import Method, Subset, merge
 from ..config import Run, method_to_dict

@@ -43,7 +43,7 @@ class Lock:
         except (Timeout, LeaseSettingsMismatch):
             raise InputError(
                 f"{self.folder}: {self._writer()} is writing here; wait for it or stop it, or choose another --out "
-                "(if it is gone: --accept lock)"
+                "(if it is gone: --force lock)"
             ) from None
         if previous:
             console.print(f"{self.path}: taken over from {previous}, which is gone", soft_wrap=True)

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from ... import InputError, __version__
 from ...atomic import sync
 from ...model.hf.files import read_json
-from ...model.tree import canonical, is_stacked, named
+from ...model.tree import name_and_layers, is_stacked, named
 from ..cluster import distributed
 from ..progress import console
 from .files import HELD_OUT
@@ -146,7 +146,7 @@ def fingerprint(params: Any) -> str:
 
 def leaf_digests(path: str, leaf: Any) -> list[tuple[str, int, str]]:
     """Return the contribution of one parameter to the fingerprint: (name, layer, digest) for each of its layers."""
-    name, layers = canonical(path)
+    name, layers = name_and_layers(path)
     first = layers[0] if layers else 0 if is_stacked(path) else -1  # -1: outside the layers
     if is_stacked(path):
         return [(name, i, array_digest(layer[0])) for i, layer in enumerate(_pieces(leaf, 1), first)]

@@ -22,7 +22,7 @@ from ..sharding import shardings
 from ..tree import is_stacked, named, nested
 from .config import config_from_hf, config_to_hf, same_model
 from .families import BUFFERS, families
-from .files import CARRIED, DTYPES, Tensor, empty, fetch, index, read_json, write
+from .files import COMPANION_FILES, DTYPES, Tensor, output_folder, fetch_checkpoint, read_index, read_json, write_tensors
 
 __all__ = ["config_from_hf", "config_to_hf", "fetch", "load", "save"]
 
@@ -73,9 +73,9 @@ def load(
     Raises InputError for an architecture, key or dtype that is not known, and lists missing, unexpected and mis-shaped
     tensors.
     """
-    folder = fetch(str(folder))
+    folder = fetch_checkpoint(str(folder))
     config = config_from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
-    held = index(folder)
+    held = read_index(folder)
     held = _adapted(config, held)
     where, wanted = sources(config)
     _agree(folder, wanted, held, config)
@@ -183,7 +183,7 @@ def save(
     The folder appears when all of it is written.
     Raises InputError for a config that no family expresses and for a folder that is not empty.
     """
-    folder = empty(folder)
+    folder = output_folder(folder)
     flat = named(restack(params, dataclasses.replace(config, scan=True)))
     stored = max(flat.values(), key=lambda x: x.size * x.dtype.itemsize).dtype
     tree = config_to_hf(config, stored.name)
@@ -206,9 +206,9 @@ def save(
 
     kinds = {name: np.dtype(flat[parts[0][0]].dtype) for name, parts in pieces.items()}
     with atomic_folder(folder) as made:
-        write(made, {name: (shape, kinds[name]) for name, shape in wanted.items()}, make, shard_bytes)
+        write_tensors(made, {name: (shape, kinds[name]) for name, shape in wanted.items()}, make, shard_bytes)
         (made / "config.json").write_text(json.dumps(tree, indent=2) + "\n", "utf-8")
-        for file in [Path(like) / name for name in CARRIED] if like and tokenizer_files else []:
+        for file in [Path(like) / name for name in COMPANION_FILES] if like and tokenizer_files else []:
             if file.is_file():
                 shutil.copyfile(file, made / file.name)
     return folder
