@@ -1,7 +1,7 @@
 """Conversion between stacked and unrolled layers: the same values under other paths.
 
 A stacked array `layers/mlp/up` has the layers on its first axis, a slice of it that a method trains is
-`layers/mlp/up[4:8]`, and unrolled layers are `layers/4/mlp/up`, ... Trees are flat here: {path: array or shape}.
+`layers/mlp/up[4:8]`, and unrolled layers are `layers/4/mlp/up`, ... A `Flat` tree is {path: array or shape}.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from .config import Config
 from .init import shapes_of
 from .quantize import quantize
 from .sharding import shardings
-from .tree import name_and_layers, in_layers, paths
+from .tree import in_layers, is_stacked, name_and_layers, named, nested, paths
 
 Flat = Mapping[str, Any]
 
@@ -124,3 +124,16 @@ def convert_layout(config: Config, params: Any, layers: str, mesh: Any = None, k
     target = dict(paths(with_shardings(shapes, split)))
     converted = convert_arrays(dict(paths(params)), target)
     return config, jax.tree.unflatten(jax.tree.structure(shapes), [converted[path] for path in target])
+
+
+def restack(params: Any, config: Config) -> dict[str, Any]:
+    """The parameters in the layout of `config.scan`: stacked `layers/mlp/up`, or unrolled `layers/0/mlp/up`, ..."""
+    flat, layers = named(params), range(config.L)
+    if config.scan == any(is_stacked(path) for path in flat):
+        return params
+    inner = {path.removeprefix("layers/"): leaf for path, leaf in flat.items() if path.startswith("layers/")}
+    outer = {path: leaf for path, leaf in flat.items() if not path.startswith("layers/")}
+    if config.scan:
+        names = [path.removeprefix("0/") for path in inner if path.startswith("0/")]
+        return nested(outer | {f"layers/{n}": jnp.stack([inner[f"{i}/{n}"] for i in layers]) for n in names})
+    return nested(outer | {f"layers/{i}/{n}": leaf[i] for n, leaf in inner.items() for i in layers})

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import InputError
-from ..model.tree import name_and_layers, is_stacked, named, nested, replace, split_layer_index
+from ..model.tree import is_stacked, name_and_layers, named, nested, replace, split_layer_index
 from .base import Method, fold
 from .masks import Where
 from .methods.lora import LoRA, LoRAWeight

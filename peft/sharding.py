@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ..model.tree import name_and_layers, is_stacked, named, paths, split_layer_index
+from ..model.tree import is_stacked, name_and_layers, named, paths, split_layer_index
 from .base import Chain, Method
 
 

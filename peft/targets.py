@@ -13,7 +13,7 @@ from jax import Array
 
 from .. import InputError
 from ..model import Weight
-from ..model.tree import Rules, name_and_layers, is_stacked, match_rules, named, replace, true_ranges, split_layer_index
+from ..model.tree import Rules, is_stacked, match_rules, name_and_layers, named, replace, split_layer_index, true_ranges
 from .masks import Where, select
 
 

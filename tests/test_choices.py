@@ -72,14 +72,14 @@ def test_no_position_is_behind_the_context(monkeypatch):
         raise ZeroDivisionError
 
     monkeypatch.setattr(choices, "_segment_scores", scored)
-    long = r"^(a:2|pair 2): a prompt of 62 tokens and 3 behind it exceed"
+    long = r"^(a:2|pair 2): a prompt of 62 tokens and 3 after it exceed"
     for tail, error, words in (([1, 2, 3], ZeroDivisionError, None), ([1, 2, 3, 4], InputError, long)):
         with pytest.raises(error, match=words):
             choices.continuation_losses(*args, prompts, [[1], tail], 4, where)
         with pytest.raises(error, match=words):
             choices.pair_scores(*args, [([1], [2]), (prompts[1], tail)])
     tokenizer = SimpleNamespace(stops=(2,), decode=str)
-    with pytest.raises(InputError, match=r"^prompt 2: a prompt of 62 tokens and 3 behind it exceed"):
+    with pytest.raises(InputError, match=r"^prompt 2: a prompt of 62 tokens and 3 after it exceed"):
         generate_texts(*args, tokenizer, prompts, 3)
 
 

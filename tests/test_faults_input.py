@@ -212,7 +212,7 @@ def test_a_row_of_the_rest_is_refused_for_the_longest_answer(tok, tmp_path):
     assert answerable_rows(rows, tok, CONFIG, bad=RowErrors("skip")) == rows[:1]
     assert answerable_rows(rows[1:], tok, CONFIG) == rows[1:]
     learned = dataclasses.replace(CONFIG, rope=None, learned_positions=True)
-    said(lambda: answerable_rows(rows[1:], tok, learned, 9), "context of 55 (9 virtual tokens taken off)")
+    said(lambda: answerable_rows(rows[1:], tok, learned, 9), "context of 55 (less 9 virtual tokens)")
 
 
 @pytest.mark.parametrize("part", ["task", "valid", "test"])

@@ -357,7 +357,9 @@ def test_a_token_is_in_no_file_no_message_and_no_help(tmp_path, monkeypatch, cap
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert "verysecret" not in said(lambda: fetch_checkpoint("some/model"), "some/model: no such folder, and as a hub id")
+    assert "verysecret" not in said(
+        lambda: fetch_checkpoint("some/model"), "some/model: no such folder, and as a hub id"
+    )
     for command in ("finetune", "pretrain", "import"):
         with pytest.raises(SystemExit):
             main([command, "--help"])

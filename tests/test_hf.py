@@ -15,8 +15,8 @@ from graftax import InputError
 from graftax.model import Config, Transformer, generate, init, presets, resize
 from graftax.model.hf import config_from_hf, config_to_hf, fetch_checkpoint, load, save
 from graftax.model.hf.files import read_header, read_index
-from graftax.model.init import restack
 from graftax.model.layers import Embed, Norm
+from graftax.model.layout import restack
 from graftax.model.sharding import make_mesh
 from graftax.model.transformer import Block
 from graftax.model.tree import named
@@ -271,13 +271,16 @@ REFUSED = {
     "rope kind": (edit(rope_parameters={"rope_type": "mrope"}), "rope_type 'mrope' is not known"),
     "rope key": (edit(rope_parameters={"rope_type": "linear", "factor": 2, "beta": 1}), "kind linear: unknown beta"),
     "rope factor": (edit(rope_parameters={"rope_type": "llama3"}), "kind llama3: missing factor, low_freq_factor"),
-    "rope number": (edit(rope_parameters={"rope_type": "linear", "factor": "two"}), "something that is no number"),
+    "rope number": (
+        edit(rope_parameters={"rope_type": "linear", "factor": "two"}),
+        "rope: factor is 'two'; wanted a number",
+    ),
     "activation": (edit(hidden_act="mish"), "hidden_act: activation 'mish' is not known"),
     "a size": (edit(vocab_size="DROP"), "config.json: has no vocab_size"),
-    "a type": (edit(num_hidden_layers="two"), "num_hidden_layers: 'two'; wanted: int of 1 or more"),
-    "a bound": (edit(num_hidden_layers=10**30), "num_hidden_layers: 1000.*; wanted: int of 1 or more"),
+    "a type": (edit(num_hidden_layers="two"), "num_hidden_layers is 'two'; wanted an integer from 1 to 10000"),
+    "a bound": (edit(num_hidden_layers=10**30), "num_hidden_layers is 1000.*; wanted an integer from 1 to 10000"),
     "null": (edit(rms_norm_eps=None), "rms_norm_eps is null"),
-    "a string": (edit(rope_scaling="x"), "rope_scaling is 'x'; wanted: dict"),
+    "a string": (edit(rope_scaling="x"), "rope_scaling is 'x'; wanted an object"),
     "part": (edit(rope_parameters={"partial_rotary_factor": 0.5}), "unknown partial_rotary_factor"),
     "unread": (
         edit(
@@ -292,7 +295,7 @@ REFUSED = {
     "heads": (edit(head_dim=None, num_attention_heads=5), "does not divide into 5 heads"),
     "layer types": (
         edit(layer_types=["linear_attention"]),
-        "layer_types .*full_attention, sliding_attention are wanted",
+        "layer_types is .*; wanted 2 of full_attention, sliding_attention",
     ),
     "dtype": (edit(dtype="float8"), "dtype 'float8'"),
     "sizes disagree": (edit(vocab_size=99), "of another shape: model.embed_tokens.weight .*wanted .99"),
@@ -309,7 +312,7 @@ REFUSED = {
     "pickle": (pickled, "pytorch_model.bin is a pickle, which runs code when it is read"),
     "nothing": (lambda f: (f / "model.safetensors").unlink(), "has neither model.safetensors nor"),
     "missing shard": (shards(**{K: "model-0.safetensors"}), "names model-0.safetensors, which is not there"),
-    "escape": (shards(**{K: "../x.safetensors"}), "names the file '../x.safetensors'; a plain name"),
+    "escape": (shards(**{K: "../x.safetensors"}), "names the file '../x.safetensors'; wanted the plain name"),
     "misplaced": (
         shards(more__weight="model-1.safetensors"),
         "places more.weight in model-1.safetensors, which does not",

@@ -50,7 +50,7 @@ def test_blocked_attention_is_the_definition(T, P, long, monkeypatch):
     for mask in masks:
 
         def value(q, k, v, kernel, mask=mask):
-            return (attend(q, k, v, mask, kernel, ahead=P) ** 2).sum()
+            return (attend(q, k, v, mask, kernel, kv_offset=P) ** 2).sum()
 
         gradient = jax.value_and_grad(value, argnums=(0, 1, 2))
         close(gradient(q, k, v, "xla"), gradient(q, k, v, "reference"), 2e-4)
@@ -150,7 +150,7 @@ def test_generation_stops_and_refuses(base):
     prompt = [[1, 2, 3]]
     free = generate(base.model, base.params, prompt, 6, pad_to=16)[0]
     assert generate(base.model, base.params, prompt, 6, stop=(free[2],), pad_to=16)[0] == free[: free.index(free[2])]
-    with pytest.raises(InputError, match="60 tokens and 6 behind it exceed the model's context of 64"):
+    with pytest.raises(InputError, match="60 tokens and 6 after it exceed the model's context of 64"):
         generate(base.model, base.params, [[1] * 60], 6)
     with pytest.raises(InputError, match="empty"):
         generate(base.model, base.params, [[]], 6)

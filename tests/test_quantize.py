@@ -141,7 +141,7 @@ def test_layouts_are_the_same_bits():
 
 def test_mistakes_are_named():
     odd = {"layers": {"mlp": {"up": jnp.ones((2, 33, 8)), "down": jnp.ones(3)}}}
-    with pytest.raises(InputError, match=r"layers/mlp/up \[2, 33, 8\]: nf4 packs rows in twos, and 33 is odd"):
+    with pytest.raises(InputError, match=r"layers/mlp/up \[2, 33, 8\]: nf4 packs rows in pairs, and 33 is odd"):
         quantize(odd, "nf4")
     with pytest.raises(InputError, match="layers/mlp/down: only a plain matrix can be int8"):
         quantize(odd, "int8")

@@ -7,7 +7,7 @@ import jax
 import pytest
 from graftax import InputError
 from graftax.model import pattern
-from graftax.model.tree import name_and_layers, did_you_mean, match_rules, named, nested, true_ranges, split_layer_index
+from graftax.model.tree import did_you_mean, match_rules, name_and_layers, named, nested, split_layer_index, true_ranges
 from graftax.peft import masks
 from tiny import make_base, same
 

@@ -21,7 +21,7 @@ from ..data.tasks.base import Task
 from ..data.tasks.file_task import same_prompts, whole_task
 from ..data.tokenizers import train_tokenizer
 from ..model import Sampling, generate, presets, shapes_of
-from ..model.hf.files import did_you_mean_folder
+from ..model.hf.hub import did_you_mean_folder
 from ..peft import Subset, masks
 from .config import Optim, check_date, did_you_mean
 from .evaluate import choose_answers, generate_answers, held_out_losses, longest_reply, scored_rows
@@ -132,7 +132,7 @@ class Generate(Checked):
         model, bound, context = got.bound
         tokens, key = got.tokenizer, jax.random.key(self.seed)
         out = generate(
-            model, bound, [ids], self.new, stop=tokens.stops, how=how, key=key,
+            model, bound, [ids], self.new, stop=tokens.stops, sampling=how, key=key,
             allowed_V=tokens.has_token(model.config.V), context=context,
         )  # fmt: skip
         text = got.tokenizer.decode(out[0])

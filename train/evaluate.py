@@ -14,7 +14,7 @@ from ..data.errors import RAISE, RowErrors
 from ..data.loader import batches
 from ..data.sft import encode_examples, render_prompts
 from ..model import Config, Context, Sampling, Transformer, check_prompt_lengths, generate, token_losses
-from ..model.sharding import to_host, put_batch
+from ..model.sharding import put_batch, to_host
 from .choices import answer_continuations, continuation_losses
 from .config import Run
 from .setup import BATCH_DTYPES, TrainSetup
@@ -155,7 +155,7 @@ def generate_texts(
             new,
             stop=tokenizer.stops,
             allowed_V=tokenizer.has_token(model.config.V),
-            how=Sampling(),
+            sampling=Sampling(),
             context=context,
             key=jax.random.key(first),
             pad_to=longest,

@@ -133,7 +133,7 @@ class Harness:
         for at in range(0, len(order), self.batch):
             which = order[at : at + self.batch]
             filled = which + which[:1] * (self.batch - len(which))
-            ids = generate(model, bound, [prompts[i] for i in filled], new, stop=stops, how=how, allowed_V=allowed,
+            ids = generate(model, bound, [prompts[i] for i in filled], new, stop=stops, sampling=how, allowed_V=allowed,
                            context=context)  # fmt: skip
             for i, out in zip(which, ids, strict=False):
                 text = self.tokenizer.decode(out)

@@ -10,7 +10,7 @@ import optax
 from jax import Array
 
 from .. import InputError
-from ..model.tree import Rules, is_stacked, match_rules, paths, one_value_per_array
+from ..model.tree import Rules, is_stacked, match_rules, one_value_per_array, paths
 from ..peft import Method
 from ..peft.targets import is_on
 from .config import Optim

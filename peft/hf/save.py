@@ -10,7 +10,8 @@ import numpy as np
 
 from ... import InputError
 from ...model import Config, shapes_of
-from ...model.hf.files import output_folder, split_revision
+from ...model.hf.files import output_folder
+from ...model.hf.hub import split_revision
 from ...model.tree import match_rules
 from ..base import Chain, Method
 from ..hf_spec import AdapterConfig, HFModel, HFSpec, Module

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ... import InputError
-from ...model.tree import name_and_layers, is_stacked, split_layer_index
+from ...model.tree import is_stacked, name_and_layers, split_layer_index
 from ..base import Chain, Method
 from ..hf_spec import AdapterFile, Entry, HFModel, HFTensor, Place, Tensors
 

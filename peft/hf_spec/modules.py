@@ -90,10 +90,14 @@ def ends_with(module: str, names: Iterable[str]) -> bool:
 
 def by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """Return the value of the first key that matches the end of a module's path, from a dot on."""
-    return next((x for key, x in (patterns or {}).items() if compile_pattern(rf"(.*\.)?({key})$").match(module)), default)
+    return next(
+        (x for key, x in (patterns or {}).items() if compile_pattern(rf"(.*\.)?({key})$").match(module)), default
+    )
 
 
 def by_suffix(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """Return the value of the first key that matches the end of a longer path, else that of the path itself."""
     values = patterns or {}
-    return next((x for key, x in values.items() if compile_pattern(rf".*\.{key}$").match(module)), values.get(module, default))
+    return next(
+        (x for key, x in values.items() if compile_pattern(rf".*\.{key}$").match(module)), values.get(module, default)
+    )

@@ -13,8 +13,8 @@ import jax
 
 from ... import InputError, peft
 from ...model import Context
-from ...model.hf.files import read_json
 from ...peft import Method, Subset
+from ...strict_json import read_json
 from ..cluster.signals import Stop
 from ..config import from_json
 from ..machine import cpu_cores, cpu_name

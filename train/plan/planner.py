@@ -14,8 +14,9 @@ from ... import InputError
 from ...data.tokenizers import load_tokenizer
 from ...model import Config, Transformer, hf, presets, shapes_of
 from ...model.backend import target_backend
-from ...model.hf.files import did_you_mean_folder, read_json
+from ...model.hf.hub import did_you_mean_folder
 from ...model.layout import set_layout as stacked_or_not
+from ...strict_json import read_json
 from ..config import Run, did_you_mean, from_json
 from ..inputs import check_row_length
 from ..progress import step_flops

@@ -11,11 +11,12 @@ from ... import InputError, peft
 from ...atomic import atomic_folder
 from ...data.tokenizers import load_tokenizer
 from ...data.tokenizers.hf_files import MAIN
-from ...model.hf.files import is_hub_id, read_json
+from ...model.hf.hub import is_hub_id
 from ...model.tree import split_layer_index
 from ...peft import Method
 from ...peft.hf.names import family_of
 from ...peft.methods.lora import LoRA
+from ...strict_json import read_json
 from ..config import Run
 from ..inputs import check_vocab
 from ..progress import console

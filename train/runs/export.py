@@ -13,7 +13,7 @@ from ... import InputError
 from ...atomic import atomic_folder
 from ...data.tokenizers import add_tokens, for_transformers
 from ...model import hf, resize
-from ...model.hf.files import fetch_checkpoint
+from ...model.hf.hub import fetch_checkpoint
 from ...model.tree import named
 from ...peft import Method, Subset, merge
 from ..config import to_json

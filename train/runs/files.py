@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from ... import InputError
-from ...model.hf.files import is_hub_id, did_you_mean_folder
+from ...model.hf.hub import did_you_mean_folder, is_hub_id
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"

@@ -13,7 +13,7 @@ from ... import InputError
 from ...data.tokenizers import Tokenizer, load_tokenizer
 from ...model import Config, hf, shapes_of
 from ...model.backend import backend
-from ...model.hf.files import fetch_checkpoint
+from ...model.hf.hub import fetch_checkpoint
 from ...model.layout import convert_layout, set_layout, with_shardings
 from ...model.pattern import pattern_source
 from ...model.quantize import quantize_parameter

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from ... import InputError, __version__
 from ...atomic import sync
 from ...model.hf.files import read_json
-from ...model.tree import name_and_layers, is_stacked, named
+from ...model.tree import is_stacked, name_and_layers, named
 from ..cluster import distributed
 from ..progress import console
 from .files import HELD_OUT

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ...model.quantize import Quantized
-from ...model.tree import name_and_layers, match_rules, named, paths
+from ...model.tree import match_rules, name_and_layers, named, paths
 from ...peft import Chain, Method, masks
 
 

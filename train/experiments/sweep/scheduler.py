@@ -12,7 +12,7 @@ import jax
 
 from .... import InputError
 from ....atomic import atomic_write
-from ....model.hf.files import read_json
+from ....strict_json import read_json
 from ... import faults
 from ...cluster.signals import Stop, Stopped
 from ...evaluate import bound_model, evaluate_losses, generate_answers, longest_reply
