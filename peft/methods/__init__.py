@@ -14,7 +14,8 @@ from .hra import HRA
 from .ia3 import IA3
 from .loha import LoHa
 from .lokr import LoKr
-from .lora import LoRA, LoRABias, LoRAFA, LoRAHead, LoRAPlus, RsLoRA
+from .lora import LoRA
+from .lora_variants import LoRABias, LoRAFA, LoRAHead, LoRAPlus, RsLoRA
 from .miss import MiSS, MiSSBat
 from .oft import BOFT, OFT
 from .pissa import OLoRA, PiSSA
