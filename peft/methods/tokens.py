@@ -34,7 +34,7 @@ class TokensTable(Weight):
 
     @property
     def tied(self) -> bool:
-        """Whether the transpose has the rows of the lookup, so that one table does both."""
+        """True if the transpose has the rows of the lookup, so that one table does both."""
         return getattr(self.w, "tied", not isinstance(self.w, Weight))
 
 
