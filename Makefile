@@ -1,18 +1,26 @@
 # Each target sets itself up: `make demo`, `make test`, `make test ARGS="-k lora"`. PYTHON is the interpreter, 3.11-3.13.
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: demo test lint bench
+.PHONY: demo test test-all mutate lint bench
 demo: .venv/.ready
 	$(BIN)/graftax demo
 
 test: .venv/.ready
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(PYTEST) -m "not full" $(ARGS)
+
+test-all: .venv/.ready
+	$(PYTEST) $(ARGS)
+
+mutate: .venv/.ready
+	$(BIN)/python tests/mutations.py $(ARGS)
 
 lint: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
+	$(BIN)/mkdocs build --quiet --site-dir .cache/site
 
 bench: .venv/.ready
 	$(BIN)/python -m graftax.train.bench $(ARGS)

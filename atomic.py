@@ -1,8 +1,8 @@
-"""Files and folders that are whole or not there: written beside their place under a name of their own, then renamed.
+"""Atomic writes: a file or folder appears under its name only when it is complete.
 
-The name is random and is made exclusively, so that two writers never share it and no link that stands there is
-followed. A process that is killed leaves it; in a run directory the next writer deletes it (train/lock.py), elsewhere
-nothing reads it, and it may be deleted.
+Each is written beside its place under a random name, created exclusively (so no other writer shares it and no existing
+link is followed), and then renamed. A killed process leaves that temporary name behind. In a run folder the next writer
+deletes it (train/runs/lock.py); elsewhere nothing reads it, and it may be deleted.
 """
 
 import contextlib
@@ -15,58 +15,58 @@ from pathlib import Path
 
 from . import InputError
 
-_LEFT = re.compile(r".+\.[0-9a-f]{16}\.tmp")
+_TEMPORARY = re.compile(r".+\.[0-9a-f]{16}\.tmp")
 
 
-def _beside(path: Path) -> Path:
-    """A name beside a path's, which nobody else has."""
+def _temporary(path: Path) -> Path:
+    """Return an unused temporary name in the folder of `path`."""
     return path.with_name(f"{path.name[:50]}.{secrets.token_hex(8)}.tmp")
 
 
-def left_over(name: str) -> bool:
-    """Whether a name is one that a killed writer left."""
-    return bool(_LEFT.fullmatch(name))
+def is_leftover(name: str) -> bool:
+    """Return whether a file name is a temporary one, which only a killed writer leaves."""
+    return bool(_TEMPORARY.fullmatch(name))
 
 
-def write_whole(path: Path, data: bytes | str) -> None:
-    """A file that has its old content or all of the new one, whenever the machine stops."""
-    made = _beside(path)
+def atomic_write(path: Path, data: bytes | str) -> None:
+    """Write a file that has either its old content or all of the new one, even if the machine stops."""
+    temporary = _temporary(path)
     try:
-        with open(made, "xb") as file:
+        with open(temporary, "xb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(made, path)
+        os.replace(temporary, path)
     except BaseException:
-        made.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
 
 
 @contextlib.contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A new folder that is `out` when the block has gone well, `out` being empty or not there; else nothing is left.
+def atomic_folder(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `out` when the block succeeds, and is deleted when it fails.
 
-    InputError if it cannot be written, or another writer filled `out` meanwhile.
+    `out` must be missing or empty. Raises InputError if it cannot be written, or if another writer filled it meanwhile.
     """
-    made = _beside(out)
+    temporary = _temporary(out)
     try:
-        made.mkdir(parents=True)
-        yield made
-        made.rename(out)  # takes the place of an empty folder
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.rename(out)  # replaces an empty folder
     except BaseException as error:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         if not isinstance(error, OSError):
             raise
-        hint = "another process wrote there; take another" if error.filename2 else "give a folder that can, with room"
+        hint = "another process wrote there; choose another" if error.filename2 else "choose a writable folder"
         raise InputError(f"{out}: cannot be written ({error.strerror}); {hint}") from None
     sync(out.parent)
 
 
 def sync(path: Path) -> None:
-    """To the disk: a file, or the names in a folder."""
-    opened = os.open(path, os.O_RDONLY)
+    """Flush a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(opened)
+        os.fsync(descriptor)
     finally:
-        os.close(opened)
+        os.close(descriptor)

@@ -1,1 +1,1 @@
-"""Text in, rows out: sources -> tokenizer -> mixture/pack or sft -> loader; tasks are what a fine-tune is judged on."""
+"""Text in, rows out: sources, tokenizer, mixture and pack (pretraining) or sft (fine-tuning), loader. Tasks judge."""

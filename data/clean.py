@@ -1,7 +1,7 @@
-"""Text cleaning: small pure functions from str to str (or to pieces), chosen by the domain that needs them."""
+"""Text cleaning: small pure functions from a string to a string or to pieces, chosen by the domain that needs them."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 # The year and edition differ between files, "THE"/"THIS" too; the title may wrap over a line.
 _PG_START = re.compile(r"^\*\*\* ?START OF TH(?:E|IS) PROJECT GUTENBERG EBOOK.{0,300}?\*\*\*[^\n]*\n", re.M | re.S)
@@ -12,7 +12,7 @@ _WIKI_TITLE = re.compile(r"^ = (?!=)(.+?)(?<!=) = *$", re.M)
 
 
 def lf(text: str) -> str:
-    """CRLF and lone CR become LF."""
+    """Replace CRLF and lone CR by LF."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -32,42 +32,43 @@ def strip_front_matter(text: str) -> str:
 
 def wikitext_articles(text: str) -> Iterator[tuple[str, str]]:
     """Yield (title, article) at each ` = Title = ` heading; deeper headings (` = = `) stay inside their article."""
-    heads = list(_WIKI_TITLE.finditer(text))
-    ends = [head.start() for head in heads[1:]] + [len(text)]
-    for head, end in zip(heads, ends, strict=True):
-        yield head.group(1).strip(), text[head.start() : end].strip() + "\n"
-
-
-def cut(text: str, max_bytes: int) -> list[str]:
-    """Cut at paragraph ends into pieces of at most `max_bytes`, at line ends where one paragraph is longer, and inside
-    a line only where the line itself is. The pieces concatenate to `text`.
-    """
-    return _pack(_PARAGRAPH.split(text), max_bytes, lambda long: _pack(lines(long), max_bytes, _hard(max_bytes)))
+    headings = list(_WIKI_TITLE.finditer(text))
+    ends = [heading.start() for heading in headings[1:]] + [len(text)]
+    for heading, end in zip(headings, ends, strict=True):
+        yield heading.group(1).strip(), text[heading.start() : end].strip() + "\n"
 
 
 def lines(text: str) -> list[str]:
-    """Lines with their ends."""
-    # Not str.splitlines: that also cuts at form feeds and Unicode separators.
+    """Split into lines, keeping their ends."""
+    # Not str.splitlines, which also splits at form feeds and Unicode separators.
     return re.findall(r"[^\n]*\n|[^\n]+", text)
 
 
-def _hard(max_bytes: int):
-    step = max(1, max_bytes // 4)  # a character is at most 4 bytes of UTF-8
-    return lambda line: [line[i : i + step] for i in range(0, len(line), step)]
+def cut(text: str, max_bytes: int) -> list[str]:
+    """Cut a text into pieces of at most `max_bytes` of UTF-8, which concatenate to the text.
+
+    Pieces end at paragraphs; a longer paragraph is cut at line ends, and only a longer line is cut inside.
+    """
+    return _fill(_PARAGRAPH.split(text), max_bytes, lambda paragraph: _cut_lines(paragraph, max_bytes))
 
 
-def _pack(parts: list[str], max_bytes: int, smaller) -> list[str]:
-    """Join neighbours while they fit; a part that alone is too long is first cut by `smaller`."""
-    pieces, held, size = [], [], 0
+def _cut_lines(paragraph: str, max_bytes: int) -> list[str]:
+    step = max(1, max_bytes // 4)  # a character has at most 4 bytes of UTF-8
+    return _fill(lines(paragraph), max_bytes, lambda line: [line[i : i + step] for i in range(0, len(line), step)])
+
+
+def _fill(parts: list[str], max_bytes: int, cut_part: Callable[[str], list[str]]) -> list[str]:
+    """Join neighbouring parts while they fit; cut a part that is too long alone by `cut_part` first."""
+    pieces, pending, size = [], [], 0
     for part in parts:
         n = len(part.encode())
-        if size + n > max_bytes and held:
-            pieces.append("".join(held))
-            held, size = [], 0
+        if size + n > max_bytes and pending:
+            pieces.append("".join(pending))
+            pending, size = [], 0
         if n > max_bytes:
-            *full, part = smaller(part)
+            *full, part = cut_part(part)
             pieces.extend(full)
             n = len(part.encode())
-        held.append(part)
+        pending.append(part)
         size += n
-    return pieces + (["".join(held)] if held else [])
+    return pieces + (["".join(pending)] if pending else [])

@@ -1,4 +1,4 @@
-"""Reading files strictly: every refusal is one line that names the file and the row."""
+"""Finding files and reading text and tables strictly: each error is one line that names the file and the row."""
 
 import csv
 import glob
@@ -11,230 +11,229 @@ from pathlib import Path
 from typing import Any
 
 from .. import InputError
+from ..strict_json import unique_keys
 from .errors import RAISE, RowErrors
-from .unpack import MOST, is_parquet, lines, suffix, whole
+from .fields import Record, describe
+from .unpack import MAX_READ, content_suffix, is_parquet, read_bytes, read_lines
 
-_BATCH = 1024  # rows of a parquet file in memory at once
+_PARQUET_BATCH = 1024  # rows of a parquet file in memory at once
+_UTF8_BOM = b"\xef\xbb\xbf"
+Rows = Iterator[tuple[int, Callable[[str], Record]]]  # (row number from 1, parse(where) -> row)
+_parse_json = json.JSONDecoder(object_pairs_hook=unique_keys).decode
 
 
 def expand(spec: str) -> list[tuple[str, Path]]:
-    """(id, path) of a file, folder or glob, sorted. An id starts with the folder's own name (`books/alice.txt`),
-    however the folder was spelled. InputError when there is no file.
+    """Return the sorted (id, path) pairs of a file, folder or glob.
+
+    An id starts with the folder's own name (`books/alice.txt`), however the folder was spelled. Raises InputError when
+    there is no file.
     """
     if not spec:
-        raise InputError("an empty name of a source; a file, folder, pattern or hub:owner/name is wanted")
+        raise InputError("a source has an empty name; expected a file, folder, pattern or hub:owner/name")
     path = Path(spec)
     try:
-        file, folder = path.is_file(), path.is_dir()
-    except OSError as e:  # a name of 5000 characters
-        raise InputError(f"{spec[:80]}...: {e.strerror}; a file or folder is wanted") from None
-    if file:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except OSError as e:  # e.g. a name of 5000 characters
+        raise InputError(f"{spec[:80]}...: {e.strerror}; expected a file or folder") from None
+    if is_file:
         return [(path.name, path)]
-    if folder:
-        root, found = path, [p for p in path.rglob("*") if _inside(p, path) and not _hidden(p.relative_to(path))]
-        missing = f"the folder holds no files; a folder of text, or of {TABLES} is wanted"
+    if is_folder:
+        root, paths = path, [p for p in path.rglob("*") if _is_file_in(p, path) and not _hidden(p.relative_to(path))]
+        missing = f"the folder holds no files; expected a folder of text or of {TABLES}"
     elif glob.has_magic(spec):
         root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
-        found = [Path(p) for p in glob.glob(spec, recursive=True) if Path(p).is_file()]
+        paths = [Path(p) for p in glob.glob(spec, recursive=True) if Path(p).is_file()]
         missing = f"the pattern matches no file; check it (from {Path.cwd()}), and quote it in a shell"
     else:
         raise InputError(f"{spec}: no such file or folder; check the path (from {Path.cwd()})")
-    if not found:
+    if not paths:
         raise InputError(f"{spec}: {missing}")
-    return [(f"{root.resolve().name}/{p.relative_to(root).as_posix()}", p) for p in sorted(found)]
-
-
-def _inside(path: Path, folder: Path) -> bool:
-    """Whether it is a file. InputError for a link out of the folder, or to nothing: what a folder that somebody else
-    packed links to is not its data, and what is not there would be missing without a word.
-    """
-    if path.is_symlink() and not (path.exists() and path.resolve().is_relative_to(folder.resolve())):
-        hint = "a file in the folder is wanted: copy it there, or name it by a pattern (folder/*), which follows links"
-        raise InputError(
-            f"{path}: a link to {path.readlink()}, {'outside of' if path.exists() else 'not in'} the folder; {hint}"
-        )
-    return path.is_file()
+    return [(f"{root.resolve().name}/{p.relative_to(root).as_posix()}", p) for p in sorted(paths)]
 
 
 def _hidden(relative: Path) -> bool:
     return any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
 
 
-def read_text(path: Path, bad: RowErrors = RAISE) -> str:
-    """The unpacked file as strict UTF-8 without a BOM; newlines as they are. InputError names the row and the byte."""
-    return _utf8(whole(path), path, bad=bad).removeprefix("\ufeff")
+def _is_file_in(path: Path, folder: Path) -> bool:
+    """Return whether a path below a folder is a file.
+
+    Raises InputError for a link out of the folder, which would read data that is not the folder's, and for a broken
+    link, whose data would silently be missing.
+    """
+    if path.is_symlink() and not (path.exists() and path.resolve().is_relative_to(folder.resolve())):
+        place = "outside the folder" if path.exists() else "missing"
+        hint = "copy it into the folder, or name it by a pattern (folder/*), which follows links"
+        raise InputError(f"{path}: a link to {path.readlink()}, which is {place}; expected a file; {hint}")
+    return path.is_file()
 
 
-def _utf8(raw: bytes, path: Path, row: int = 1, at: int = 0, bad: RowErrors = RAISE) -> str:
-    """Decode `raw`, which starts at row `row` and byte `at` of `path`."""
+def read_text(path: Path, errors: RowErrors = RAISE) -> str:
+    """Return a text file, decompressed, as strict UTF-8 without a byte order mark; newlines are kept.
+
+    Raises InputError with the line and the byte offset of what is not UTF-8.
+    """
+    return _decode(read_bytes(path), path, errors=errors).removeprefix("\ufeff")
+
+
+def _decode(raw: bytes, path: Path, line: int = 1, offset: int = 0, errors: RowErrors = RAISE) -> str:
+    """Decode bytes that start at a line and byte offset of `path`."""
     if (nul := raw.find(b"\0")) >= 0:
-        where = f"{path}:{row + raw.count(bytes([10]), 0, nul)}"
-        hint = "UTF-8 text is wanted; UTF-16 is converted by iconv -f utf16 -t utf8, another binary file left out"
-        bad.repair(InputError(f"{where}: a NUL byte at offset {at + nul}; {hint}"))
+        where = f"{path}:{line + raw.count(bytes([10]), 0, nul)}"
+        hint = "convert UTF-16 with iconv -f utf16 -t utf8, or leave a binary file out"
+        errors.repair(InputError(f"{where}: a NUL byte at offset {offset + nul}; expected UTF-8 text; {hint}"))
         raw = raw.replace(b"\0", "\ufffd".encode())
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as e:
-        row += raw.count(b"\n", 0, e.start)
-        bad.repair(
-            InputError(
-                f"{path}:{row}: not UTF-8 (byte 0x{raw[e.start]:02x} at offset {at + e.start}); UTF-8 text is wanted, "
-                "convert the file, e.g. iconv -f latin1 -t utf8"
-            )
-        )
+        where = f"{path}:{line + raw.count(bytes([10]), 0, e.start)}"
+        problem = f"not UTF-8 (byte 0x{raw[e.start]:02x} at offset {offset + e.start}); expected UTF-8 text"
+        errors.repair(InputError(f"{where}: {problem}; convert the file, e.g. iconv -f latin1 -t utf8"))
         return raw.decode("utf-8", "replace")
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, whose keys must differ: of two equal ones Python keeps the last without a word."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for n, (key, _) in enumerate(pairs) if key in dict(pairs[:n]))
-        raise ValueError(f"the key {twice!r} stands twice")
-    return found
-
-
-_decode = json.JSONDecoder(object_pairs_hook=_once).decode
-
-
-def _object(text: str, where: str) -> dict:
-    try:
-        row = _decode(text)
-    except json.JSONDecodeError as e:
-        reason = "a byte order mark" if text.startswith("\ufeff") else e.msg
-        raise InputError(
-            f"{where}: not valid JSON ({reason} at column {e.colno}); one JSON object a line is wanted, mend or drop it"
-        ) from None
-    except (ValueError, RecursionError) as e:  # a key twice, an integer of 4301 digits, a nesting of 1000
-        raise InputError(f"{where}: JSON that cannot be read ({e}); one JSON object a line is wanted") from None
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: a JSON {_kind(row)}; one JSON object a line is wanted")
-    return row
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else type(value).__name__
-
-
-def jsonl_rows(path: Path, bad: RowErrors = RAISE) -> Iterator[tuple[str, dict]]:
-    """Yield ("path:line", object); blank lines are passed over."""
-    empty = True
-    for n, at, raw in lines(path):
-        if raw.removeprefix(b"\xef\xbb\xbf").isspace():
-            continue
-        empty = False
-        bad.rows += 1
-        with bad:
-            text = _utf8(raw, path, n, at, bad).rstrip("\r\n")
-            yield f"{path}:{n}", _object(text.removeprefix("\ufeff") if n == 1 else text, f"{path}:{n}")
-    if empty:
-        raise InputError(f"{path}: empty; one JSON object a line is wanted")
-
-
-def holds_rows(text: str) -> bool:
-    """Whether a text is JSON lines under another name: its first two lines, or its only one, are JSON objects."""
+def holds_json_lines(text: str) -> bool:
+    """Return whether a text is JSON lines under another name: its first two lines (or its only one) are objects."""
     first = list(itertools.islice((line for line in io.StringIO(text) if not line.isspace()), 2))
     try:
-        return bool(first) and all(isinstance(_decode(line), dict) for line in first)
+        return bool(first) and all(isinstance(_parse_json(line), dict) for line in first)
     except (ValueError, RecursionError):
         return False
 
 
-def json_rows(path: Path, bad: RowErrors = RAISE) -> Iterator[tuple[str, dict]]:
-    """Yield ("path:n", object) of one JSON array; n counts its objects from 1. Several JSON values: as jsonl_rows."""
-    text = read_text(path, bad)
+def _jsonl_rows(path: Path, errors: RowErrors) -> Rows:
+    for n, offset, raw in read_lines(path):
+        if not raw.removeprefix(_UTF8_BOM).isspace():
+            yield n, partial(_parse_line, raw, path, n, offset, errors)
+
+
+def _parse_line(raw: bytes, path: Path, line: int, offset: int, errors: RowErrors, where: str) -> Record:
+    text = _decode(raw, path, line, offset, errors).rstrip("\r\n")
+    text = text.removeprefix("\ufeff") if line == 1 else text
     try:
-        rows = _decode(text)
+        row = _parse_json(text)
+    except json.JSONDecodeError as e:
+        reason = "a byte order mark" if text.startswith("\ufeff") else e.msg
+        problem = f"not valid JSON ({reason} at column {e.colno})"
+        raise InputError(f"{where}: {problem}; expected one JSON object per line; correct or drop it") from None
+    except (ValueError, RecursionError) as e:  # a duplicate key, an integer of 4301 digits, a nesting of 1000
+        raise InputError(f"{where}: JSON that cannot be read ({e}); expected one JSON object per line") from None
+    return _object(row, "one JSON object per line", where)
+
+
+def _object(value: Any, expected: str, where: str) -> Record:
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: {describe(value)}; expected {expected}")
+    return value
+
+
+def _json_rows(path: Path, errors: RowErrors) -> Rows:
+    """Yield the objects of one JSON array; several JSON values are read as JSON lines."""
+    text, expected = read_text(path, errors), "one JSON array of objects"
+    try:
+        rows = _parse_json(text)
     except (ValueError, RecursionError) as e:
-        if isinstance(e, json.JSONDecodeError) and e.msg == "Extra data":
-            yield from jsonl_rows(path, bad)
-            return
-        detail = f"{e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else str(e)
-        row = e.lineno if isinstance(e, json.JSONDecodeError) else 1
-        hint = "one JSON array of objects is wanted; name a file with one object a line .jsonl"
-        raise InputError(f"{path}:{row}: not valid JSON ({detail}); {hint}") from None
-    if not isinstance(rows, list) or not rows:
-        got = "an empty array" if rows == [] else f"a JSON {_kind(rows)}"
-        raise InputError(f"{path}: {got}; one JSON array of objects is wanted")
+        line, detail = 1, str(e)
+        if isinstance(e, json.JSONDecodeError):
+            if e.msg == "Extra data":
+                yield from _jsonl_rows(path, errors)
+                return
+            line, detail = e.lineno, f"{e.msg} at column {e.colno}"
+        hint = "name a file with one object per line .jsonl"
+        raise InputError(f"{path}:{line}: not valid JSON ({detail}); expected {expected}; {hint}") from None
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: {describe(rows)}; expected {expected}")
     for n, row in enumerate(rows, 1):
-        bad.rows += 1
-        with bad:
-            if not isinstance(row, dict):
-                raise InputError(f"{path}:{n}: a JSON {_kind(row)}; an array of objects is wanted")
-            yield f"{path}:{n}", row
+        yield n, partial(_object, row, expected)
 
 
-def _text_lines(path: Path, bad: RowErrors) -> Iterator[str]:
-    """Lines with their ends, also those of a lone CR."""
-    for n, at, raw in lines(path):
-        text = _utf8(raw, path, n, at, bad)
+def _csv_rows(path: Path, errors: RowErrors, delimiter: str = ",") -> Rows:
+    """Yield the rows below a header line. All values are text: "3" is not a number, "NA" is not missing."""
+    table = csv.DictReader(_csv_lines(path, errors), delimiter=delimiter, strict=True)
+    csv.field_size_limit(MAX_READ)  # the default refuses a document of 128 kB
+    try:
+        _check_header(list(table.fieldnames or ()), f"{path}:1")
+        for row in table:
+            yield table.line_num, partial(_check_cells, row, delimiter)
+    except csv.Error as e:
+        raise InputError(f"{path}:{table.reader.line_num}: not valid CSV ({e}); check the quotes") from None
+
+
+def _csv_lines(path: Path, errors: RowErrors) -> Iterator[str]:
+    """Yield lines with their ends; a lone CR ends a line too."""
+    for n, offset, raw in read_lines(path):
+        text = _decode(raw, path, n, offset, errors)
         yield from io.StringIO(text.removeprefix("\ufeff") if n == 1 else text, newline="")
 
 
-def csv_rows(path: Path, bad: RowErrors = RAISE, delimiter: str = ",") -> Iterator[tuple[str, dict]]:
-    """Yield ("path:line", row) below a header line. All values are text: "3" is no number, "NA" no hole."""
-    table = csv.DictReader(_text_lines(path, bad), delimiter=delimiter, strict=True)
-    csv.field_size_limit(MOST)  # the default refuses a document of 128 kB
-    empty = True
-    try:
-        names = list(table.fieldnames or ())
-        _check_columns(names, f"{path}:1")
-        for row in table:
-            where, empty = f"{path}:{table.line_num}", False
-            bad.rows += 1
-            with bad:
-                if None in row or None in row.values():
-                    got = sum(v is not None for k, v in row.items() if k is not None) + len(row.get(None, []))
-                    hint = f"{len(names)} are wanted, as in the header (quote what holds {delimiter!r})"
-                    raise InputError(f"{where}: {got} cells; {hint}")
-                yield where, row
-    except csv.Error as e:
-        raise InputError(f"{path}:{table.reader.line_num}: not valid CSV ({e}); check the quotes") from None
-    if empty:
-        raise InputError(f"{path}: no rows; a header line and at least one row are wanted")
+def _check_header(names: list[str], where: str) -> None:
+    if duplicate := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"{where}: duplicate column {duplicate!r}; rename one")
 
 
-def _check_columns(names: list[str], where: str) -> None:
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise InputError(f"{where}: the column {twice!r} stands twice; rename one")
+def _check_cells(row: dict[Any, Any], delimiter: str, where: str) -> Record:
+    extra = row.get(None, [])  # csv.DictReader: surplus cells under the key None, missing cells as None
+    if extra or None in row.values():
+        columns = [name for name in row if name is not None]
+        cells = sum(row[name] is not None for name in columns) + len(extra)
+        hint = f"quote text that contains {delimiter!r}"
+        raise InputError(f"{where}: {cells} cells; expected {len(columns)}, as in the header; {hint}")
+    return row
 
 
-def parquet_rows(path: Path, bad: RowErrors = RAISE) -> Iterator[tuple[str, dict]]:
-    """Yield ("path:n", row), a batch in memory at a time; n counts from 1. Nothing of the file is kept in a cache."""
+def _parquet_rows(path: Path, errors: RowErrors) -> Rows:
+    """Yield rows, with one batch in memory; unlike `datasets`, keep no copy of the file in a cache."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
-    n = 0
     try:
         with ParquetFile(path) as table:
-            _check_columns(table.schema_arrow.names, str(path))
-            for batch in table.iter_batches(_BATCH):
+            _check_header(table.schema_arrow.names, str(path))
+            n = itertools.count(1)
+            for batch in table.iter_batches(_PARQUET_BATCH):
                 for i in range(len(batch)):
-                    n += 1
-                    bad.rows += 1
-                    with bad:
-                        yield f"{path}:{n}", _row(batch, i, f"{path}:{n}")
+                    yield next(n), partial(_parquet_row, batch, i)
     except (pyarrow.ArrowException, OSError) as e:
         detail = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise InputError(f"{path}: not readable as parquet ({detail}); check the file") from None
-    if not n:
-        raise InputError(f"{path}: no rows; at least one is wanted")
 
 
-def _row(batch: Any, i: int, where: str) -> dict[str, Any]:
+def _parquet_row(batch: Any, i: int, where: str) -> Record:
+    import pyarrow
+
     try:
         return {name: column[i].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
-    except (ValueError, OverflowError) as e:  # text that is not UTF-8, a time that no calendar has
-        raise InputError(f"{where}: a value that cannot be read ({e}); mend or drop the row") from None
+    except (pyarrow.ArrowException, ValueError, OverflowError) as e:  # e.g. text that is not UTF-8
+        raise InputError(f"{where}: a value that cannot be read ({e}); correct or drop the row") from None
 
 
-_READERS = {".jsonl": jsonl_rows, ".ndjson": jsonl_rows, ".json": json_rows, ".csv": csv_rows,
-            ".tsv": partial(csv_rows, delimiter="\t"), ".parquet": parquet_rows}  # fmt: skip
-TABLES = ", ".join(_READERS)
+_FORMATS: dict[str, Callable[[Path, RowErrors], Rows]] = {
+    ".jsonl": _jsonl_rows,
+    ".ndjson": _jsonl_rows,
+    ".json": _json_rows,
+    ".csv": _csv_rows,
+    ".tsv": partial(_csv_rows, delimiter="\t"),
+    ".parquet": _parquet_rows,
+}
+TABLES = ", ".join(_FORMATS)
 
 
-def reader(path: Path) -> Callable[[Path, RowErrors], Iterator[tuple[str, dict]]] | None:
-    """What reads the rows of a table: by its suffix, in any case and packed or not, parquet by its first bytes too.
-    None: it is plain text.
+def is_table(path: Path) -> bool:
+    """Return whether a file holds rows, by its suffix (in any case, compressed or not) or as parquet by its content."""
+    return content_suffix(path) in _FORMATS or is_parquet(path)
+
+
+def read_rows(path: Path, errors: RowErrors = RAISE) -> Iterator[tuple[str, Record]]:
+    """Yield ("path:n", row) of a table; n is the line of JSON lines and CSV, and counts rows from 1 elsewhere.
+
+    Raises InputError for a damaged file, for one without rows, and, unless `errors` leaves it out, for a damaged row.
     """
-    return parquet_rows if is_parquet(path) else _READERS.get(suffix(path))
+    read = _parquet_rows if is_parquet(path) else _FORMATS[content_suffix(path)]
+    empty = True
+    for n, parse in read(path, errors):
+        empty = False
+        errors.rows += 1
+        with errors:
+            yield f"{path}:{n}", parse(f"{path}:{n}")
+    if empty:
+        raise InputError(f"{path}: no rows; expected at least one")

@@ -1,6 +1,6 @@
-"""Rows -> batches. The position in the stream is counted in rows, so a run can resume with another batch size."""
+"""Loading of batches. The position in the stream is counted in rows, so a run can resume with another batch size."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -9,22 +9,25 @@ import numpy as np
 from .. import InputError
 from .pack import Row, empty_row
 
-Batch = dict[str, Any]  # [B, T] arrays, `row` [B]
-_THREADS, _AHEAD = 2, 4  # batches are stacked and put by grain's threads, at most this many ahead
+Batch = dict[str, Any]  # a Row's fields with a leading batch axis: arrays [B, T], and `row` [B]
+_PREFETCH = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # batches in flight
 
 
 def stack(rows: Sequence[Row]) -> Batch:
-    """Rows -> one batch."""
+    """Return the batch of some rows."""
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 class Loader:
-    """An iterator of batches from row `start` on. `put` (numpy batch -> device batch) runs on the prefetch threads.
+    """Iterator of batches from row `start` on.
 
-    `held`: the rows of each batch that this process needs; no other row is read. The stream, and what is the n-th batch
-    of it, are the same for any number of processes.
-    `state()` after n batches is {"next_row": start + n * batch_size}: give it as `start` to go on, with any batch size.
-    A stream that ends gives no partial batch. InputError for a batch size below 1, or a start outside the stream.
+    put: function from a NumPy batch to a device batch; it runs on the prefetch threads.
+    local_rows: indices [B'] of the rows of each batch that this process needs; it reads no others. Batch n holds the
+        same rows of the stream for any number of processes.
+
+    A stream that ends gives no partial batch. To resume after n batches, with any batch size, pass `state()`'s
+    next_row = start + n * batch_size as `start`. Raises InputError for a batch size below 1 and a start outside the
+    stream.
     """
 
     def __init__(
@@ -33,18 +36,17 @@ class Loader:
         batch_size: int,
         put: Callable[[Batch], Batch] | None = None,
         start: int = 0,
-        held: Any = None,
+        local_rows: Iterable[int] | None = None,
     ):
-        if batch_size < 1:
-            raise InputError(f"batch size {batch_size}: at least 1 is wanted")
+        _check_batch_size(batch_size)
         if not 0 <= start < len(rows):
             raise InputError(f"start row {start}: outside the stream of {len(rows)} rows; was it written by this run?")
-        self._next, self._size = start, batch_size
-        taken = range(batch_size) if held is None else [int(i) for i in held]
+        self._next_row, self._batch_size = start, batch_size
+        indices = range(batch_size) if local_rows is None else [int(i) for i in local_rows]
         stream: Any = grain.MapDataset.range((len(rows) - start) // batch_size)
-        stream = stream.map(lambda n: stack([rows[start + n * batch_size + i] for i in taken]))
+        stream = stream.map(lambda n: stack([rows[start + n * batch_size + i] for i in indices]))
         stream = stream.map(put) if put else stream
-        self._batches = iter(stream.to_iter_dataset(grain.ReadOptions(_THREADS, _AHEAD)))
+        self._batches = iter(stream.to_iter_dataset(_PREFETCH))
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -54,17 +56,16 @@ class Loader:
             batch = next(self._batches)
         except (StopIteration, InputError):
             raise
-        except Exception as error:  # of a prefetch thread
-            where = f"rows {self._next} to {self._next + self._size - 1} of the stream"
-            raise InputError(
-                f"{where} could not be read ({type(error).__name__}: {error}); put the data back, go on with --resume"
-            ) from error
-        self._next += self._size
+        except Exception as error:  # in a prefetch thread, e.g. the file behind a memory map is gone
+            where = f"rows {self._next_row} to {self._next_row + self._batch_size - 1} of the stream"
+            problem = f"could not be read ({type(error).__name__}: {error})"
+            raise InputError(f"{where} {problem}; restore the data and continue with --resume") from error
+        self._next_row += self._batch_size
         return batch
 
     def state(self) -> dict[str, int]:
-        """Where to go on: {"next_row": n}. Batches fetched ahead but not given out do not count."""
-        return {"next_row": self._next}
+        """Return {"next_row": n}, where to resume. Batches that are prefetched but not yet returned do not count."""
+        return {"next_row": self._next_row}
 
     def close(self) -> None:
         """Stop the prefetch threads."""
@@ -72,9 +73,13 @@ class Loader:
 
 
 def batches(rows: Sequence[Row], batch_size: int) -> Iterator[Batch]:
-    """Yield every row once; the last batch is filled up with rows of weight 0 and `row` -1, so one shape serves."""
+    """Yield every row once; padding (weights 0, `row` -1) fills the last batch, so that all have one shape."""
+    _check_batch_size(batch_size)
+    for start in range(0, len(rows), batch_size):
+        batch = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
+        yield stack(batch + [empty_row(len(batch[0]["ids"]))] * (batch_size - len(batch)))
+
+
+def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
-        raise InputError(f"batch size {batch_size}: at least 1 is wanted")
-    for at in range(0, len(rows), batch_size):
-        taken = [rows[i] for i in range(at, min(at + batch_size, len(rows)))]
-        yield stack(taken + [empty_row(len(taken[0]["ids"]))] * (batch_size - len(taken)))
+        raise InputError(f"batch size {batch_size}: expected at least 1")

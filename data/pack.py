@@ -1,8 +1,13 @@
-"""Documents -> one flat array of tokens -> windows of T: row i is tokens [i*T, (i+1)*T) of a seeded order.
+"""Packing of documents: one flat array of tokens, cut into windows of T.
 
-A row is a dict of arrays of length T: `ids` int32; `targets` int32, the next token; `weights` float32, 0 where the
-target is not to be learned (padding, the end of a document); `segments` int32, 1, 2, ... by document, 0 = padding;
-`positions` int32, from 0 in each segment; and the scalar `row` int64, unique in the run.
+A row is a dict of arrays of shape [T] and one scalar:
+
+- `ids` int32: tokens;
+- `targets` int32: the next token;
+- `weights` float32: weight of the loss, 0 for padding and at the end of a document, which has no next token;
+- `segments` int32: 1, 2, ... by document, 0 for padding;
+- `positions` int32: from 0 in each segment;
+- `row` int64 scalar: index of the row, unique in the run; -1 for a row of padding.
 """
 
 import hashlib
@@ -14,39 +19,41 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import InputError
-from ..atomic import whole_folder
-from .sources import Document
-from .tokenizers.tokenizer import Tokenizer
+from ..atomic import atomic_folder
+from .documents import Document
+from .tokenizers import Tokenizer
 
-Row = dict[str, Any]  # of arrays and the scalar `row`
-_FIELDS = {"ids": np.int32, "targets": np.int32, "weights": np.float32, "segments": np.int32, "positions": np.int32}
-_CHUNK = 4 << 20  # characters tokenised at a time: bounds the Python lists in flight
+Row = dict[str, Any]
+_DTYPES = {"ids": np.int32, "targets": np.int32, "weights": np.float32, "segments": np.int32, "positions": np.int32}
+_BATCH_CHARACTERS = 4 << 20  # tokenised at a time: bounds the Python lists in memory
 
 
 class Tokens(NamedTuple):
-    """Documents as bos + tokens + eos, one after the other; document k is `flat[offsets[k]:offsets[k + 1]]`."""
+    """Documents, each as bos + tokens + eos, in one array; document k is `flat[offsets[k]:offsets[k + 1]]`."""
 
-    flat: np.ndarray  # uint16 or uint32
-    offsets: np.ndarray  # int64, one more than documents
+    flat: np.ndarray  # uint16, or uint32 for a vocabulary of more than 2**16
+    offsets: np.ndarray  # [documents + 1] int64
     digest: str  # sha256 of flat and offsets
 
 
 def empty_row(T: int, row: int = -1) -> Row:
-    """A row of padding."""
-    fields: Row = {name: np.zeros(T, dtype) for name, dtype in _FIELDS.items()}
-    return fields | {"row": np.int64(row)}
+    """Return a row of padding."""
+    return {name: np.zeros(T, dtype) for name, dtype in _DTYPES.items()} | {"row": np.int64(row)}
 
 
 class Windows:
-    """Random access to the packed rows of `tokens[order]`; holds no copy of the tokens (they may be a memory map)."""
+    """Random access to the packed rows of documents: row i is tokens [i * T, (i + 1) * T) of documents in `order`.
+
+    The tokens are not copied; they may be a memory map.
+    """
 
     def __init__(self, tokens: Tokens, order: np.ndarray, T: int, first_row: int = 0):
         if T < 2:
-            raise InputError(f"row length T={T}: at least 2 is wanted")
-        self.tokens, self.T, self.first_row = tokens, T, first_row
-        self.starts = tokens.offsets[:-1][order]
-        self.bounds = np.concatenate([[0], np.cumsum(np.diff(tokens.offsets)[order])])  # in the shuffled order
-        self.total = int(self.bounds[-1])
+            raise InputError(f"row length T={T}: expected at least 2")
+        self.T, self.first_row, self.flat = T, first_row, tokens.flat
+        self.starts = tokens.offsets[:-1][order]  # [documents] where each one starts in `flat`
+        self.bounds = np.concatenate([[0], np.cumsum(np.diff(tokens.offsets)[order])])  # [documents + 1] in the stream
+        self.total = int(self.bounds[-1])  # tokens
 
     def __len__(self) -> int:
         return -(-self.total // self.T)
@@ -57,65 +64,57 @@ class Windows:
     def __getitem__(self, index: int) -> Row:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        row, flat = empty_row(self.T, self.first_row + index), self.tokens.flat
-        begin, end = index * self.T, min((index + 1) * self.T, self.total)
-        at, segment = begin, 0
-        k = int(np.searchsorted(self.bounds, begin, side="right")) - 1
+        row = empty_row(self.T, self.first_row + index)
+        begin, end = index * self.T, min((index + 1) * self.T, self.total)  # in the stream of documents
+        document = int(np.searchsorted(self.bounds, begin, side="right")) - 1
+        at, segment = begin, 1
         while at < end:
-            stop, document_end, segment = min(int(self.bounds[k + 1]), end), int(self.bounds[k + 1]), segment + 1
-            source = int(self.starts[k]) + at - int(self.bounds[k])
-            place = slice(at - begin, stop - begin)
-            row["ids"][place] = flat[source : source + stop - at]
+            document_start, document_end = int(self.bounds[document]), int(self.bounds[document + 1])
+            n = min(document_end, end) - at
+            source = int(self.starts[document]) + at - document_start
+            place = slice(at - begin, at - begin + n)
+            row["ids"][place] = self.flat[source : source + n]
             row["segments"][place] = segment
-            row["positions"][place] = np.arange(stop - at)
-            # The last token of a document has no next one; the last of a window has, in the next window.
-            known = min(stop, document_end - 1) - at
-            row["targets"][at - begin : at - begin + known] = flat[source + 1 : source + 1 + known]
-            row["weights"][at - begin : at - begin + known] = 1
-            at, k = stop, k + 1
+            row["positions"][place] = np.arange(n)
+            # The last token of a document has no target; the last of a window has one, in the next window.
+            n_targets = min(at + n, document_end - 1) - at
+            place = slice(at - begin, at - begin + n_targets)
+            row["targets"][place] = self.flat[source + 1 : source + 1 + n_targets]
+            row["weights"][place] = 1
+            at, document, segment = at + n, document + 1, segment + 1
         return row
 
 
-def fingerprint(docs: Sequence[Document], tokenizer: Tokenizer) -> str:
-    """sha256 of the ids and texts and of the tokenizer: what the tokens depend on."""
-    sha = hashlib.sha256(tokenizer.digest.encode())
-    for document in docs:
-        for part in (document.id.encode(), document.text.encode()):
-            sha.update(len(part).to_bytes(8))
-            sha.update(part)
-    return sha.hexdigest()
-
-
 def tokenize(docs: Sequence[Document], tokenizer: Tokenizer, cache_dir: Path | str | None = None) -> Tokens:
-    """The tokens of `docs`, read from `cache_dir` when the same documents and tokenizer were there before.
+    """Return the tokens of `docs`, cached in `cache_dir` by the documents and the tokenizer.
 
-    A cache that cannot be read or written is not used, and a line says so. InputError when what is in it is damaged.
+    A cache that cannot be read or written is not used, with a warning. Raises InputError for a damaged cache.
     """
     if cache_dir is None:
         return _tokenize(docs, tokenizer)
-    folder, made = Path(cache_dir) / fingerprint(docs, tokenizer), None
+    folder, tokens = Path(cache_dir) / _cache_key(docs, tokenizer), None
     try:
         if not folder.is_dir():
-            made = _tokenize(docs, tokenizer)
-            _write(folder, made)
-        return _read(folder)
-    except OSError as error:  # no right to read or write it, no room: not damage
+            tokens = _tokenize(docs, tokenizer)
+            _write_cache(folder, tokens)
+        return _read_cache(folder)
+    except OSError as error:  # no permission, no space: not damage
         logging.getLogger("graftax").warning(f"without a cache: {folder}: {error.strerror or error}")
-        return made or _tokenize(docs, tokenizer)
+        return tokens or _tokenize(docs, tokenizer)
 
 
 def _tokenize(docs: Sequence[Document], tokenizer: Tokenizer) -> Tokens:
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    parts, lengths, batch, size = [], [], [], 0
+    parts, lengths, texts, size = [], [], [], 0
     for n, document in enumerate(docs):
-        batch.append(document.text)
+        texts.append(document.text)
         size += len(document.text)
-        if size < _CHUNK and n + 1 < len(docs):
+        if size < _BATCH_CHARACTERS and n + 1 < len(docs):
             continue
-        for ids in tokenizer.encode_batch(batch):
+        for ids in tokenizer.encode_batch(texts):
             parts.append(np.array([tokenizer.bos, *ids, tokenizer.eos], dtype))
             lengths.append(len(ids) + 2)
-        batch, size = [], 0
+        texts, size = [], 0
     flat = np.concatenate(parts) if parts else np.zeros(0, dtype)
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
     return Tokens(flat, offsets, _digest(flat, offsets))
@@ -127,19 +126,28 @@ def _digest(flat: np.ndarray, offsets: np.ndarray) -> str:
     return sha.hexdigest()
 
 
-def _write(folder: Path, tokens: Tokens) -> None:
-    """Another process may have been faster, with the same bytes."""
+def _cache_key(docs: Sequence[Document], tokenizer: Tokenizer) -> str:
+    """Return the sha256 of what the tokens depend on: ids and texts of the documents, and the tokenizer."""
+    sha = hashlib.sha256(tokenizer.digest.encode())
+    for document in docs:
+        for part in (document.id.encode(), document.text.encode()):
+            sha.update(len(part).to_bytes(8))
+            sha.update(part)
+    return sha.hexdigest()
+
+
+def _write_cache(folder: Path, tokens: Tokens) -> None:
     try:
-        with whole_folder(folder) as made:
+        with atomic_folder(folder) as made:
             np.save(made / "flat.npy", tokens.flat, allow_pickle=False)
             np.save(made / "offsets.npy", tokens.offsets, allow_pickle=False)
             (made / "digest").write_text(tokens.digest)
     except InputError as error:
-        if not folder.is_dir():
+        if not folder.is_dir():  # else another process wrote the same bytes meanwhile
             raise OSError(str(error)) from None
 
 
-def _read(folder: Path) -> Tokens:
+def _read_cache(folder: Path) -> Tokens:
     try:
         flat = np.load(folder / "flat.npy", mmap_mode="r", allow_pickle=False)
         offsets = np.load(folder / "offsets.npy", allow_pickle=False)
@@ -148,4 +156,4 @@ def _read(folder: Path) -> Tokens:
             return Tokens(flat, offsets, digest)
     except (FileNotFoundError, ValueError, EOFError):
         pass
-    raise InputError(f"{folder}: the cached tokens are damaged; delete this folder, it is made again")
+    raise InputError(f"{folder}: the cached tokens are damaged; delete this folder, and it is written anew")

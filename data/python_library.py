@@ -1,7 +1,7 @@
-"""The corpus every Python carries: the source of its standard library (code) and the documentation in it (prose).
+"""Embedded corpus: the source code of the running Python's standard library, and the documentation in it (prose).
 
-Functions are also split train/valid/test for the tasks of `embedded_tasks.py`. The code and prose of valid and test
-functions can be left out of the corpus, so that a base pretrained here has not read what it is later tested on.
+Its functions are split into train, valid and test for the tasks of tasks/python_functions.py. Code and docstrings of
+valid and test functions can be cut out of the corpus, so that a base never reads what it is later tested on.
 """
 
 import ast
@@ -17,28 +17,30 @@ from typing import NamedTuple
 
 from .. import InputError
 from . import clean
-from .sources import Document, is_held_out
+from .documents import Document, is_held_out
 
-# Tests and demos, codec tables, what others installed, and the topics (they are prose).
-_SKIP = {"test", "tests", "idlelib", "turtledemo", "encodings", "pydoc_data", "ensurepip", "site-packages"}
-_SKIP |= {"dist-packages", "__pycache__", "__phello__"}
-_TEST, _VALID = 0.12, 0.04  # of the functions
-_Def = ast.FunctionDef | ast.AsyncFunctionDef
+# Tests and demos, codec tables, installed packages, and the topics, which are prose.
+SKIPPED = {"test", "tests", "idlelib", "turtledemo", "encodings", "pydoc_data", "ensurepip", "site-packages"}
+SKIPPED |= {"dist-packages", "__pycache__", "__phello__"}
+_TEST, _VALID = 0.12, 0.04  # shares of the functions
+_FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class Function(NamedTuple):
-    """A function or method that is not inside another function; `part` is train, valid or test."""
+    """A function or method that is not nested in another function."""
 
     id: str  # json/decoder.py:332:JSONDecoder.decode
-    package: str  # json; "" for a module that is in no package
+    package: str  # json; "" for a module outside packages
     source: str  # dedented, decorators included
-    first: int  # lines of the module, from 1
+    first: int  # first and last line in the module, from 1
     last: int
     docstring: str
-    part: str
+    part: str  # train, valid or test
 
 
-class _Module(NamedTuple):
+class Module(NamedTuple):
+    """A module of the standard library."""
+
     id: str
     text: str
     docstrings: list[tuple[int, str]]  # (line of the owner, text)
@@ -46,26 +48,26 @@ class _Module(NamedTuple):
 
 
 def code(exclude_task_test: bool = True) -> Iterator[Document]:
-    """One document a module; unless told otherwise the lines of valid and test functions are cut out of it."""
-    for module in _modules():
+    """Yield a document per module, by default without the lines of valid and test functions."""
+    for module in modules():
         lines = clean.lines(module.text)
-        for function in module.functions if exclude_task_test else []:
-            if function.part != "train":
-                lines[function.first - 1 : function.last] = [""] * (function.last - function.first + 1)
+        for function in _tested(module) if exclude_task_test else []:
+            lines[function.first - 1 : function.last] = [""] * (function.last - function.first + 1)
         yield Document(module.id, "".join(lines))
 
 
 def prose(exclude_task_test: bool = True) -> Iterator[Document]:
-    """One document of docstrings a module, then the language reference's topics; ids equal those of `code`, so that a
-    module is held out of both or of neither.
+    """Yield a document of docstrings per module, by default without valid and test functions; then the topics.
+
+    The topics are the language reference's. The ids equal those of `code`: a module is held out of both or of neither.
     """
-    held = {f.docstring for f in functions() if f.part != "train"} if exclude_task_test else set()
-    for module in _modules():
-        inside = [(f.first, f.last) for f in module.functions if f.part != "train"] if exclude_task_test else []
+    excluded = {f.docstring for module in modules() for f in _tested(module)} if exclude_task_test else set()
+    for module in modules():
+        ranges = [(f.first, f.last) for f in _tested(module)] if exclude_task_test else []
         kept = [
             text
             for line, text in module.docstrings
-            if text not in held and not any(first <= line <= last for first, last in inside)
+            if text not in excluded and not any(first <= line <= last for first, last in ranges)
         ]
         if kept:
             yield Document(module.id, "\n\n".join(kept) + "\n")
@@ -76,34 +78,45 @@ def prose(exclude_task_test: bool = True) -> Iterator[Document]:
 
 
 def functions() -> list[Function]:
-    """All functions of the corpus, in the order of modules and lines."""
-    return [function for module in _modules() for function in module.functions]
+    """Return all functions of the corpus, in the order of modules and lines."""
+    return [function for module in modules() for function in module.functions]
 
 
 def normal(source: str) -> str:
-    """Source without comments and layout: what makes two copies of a function the same."""
+    """Return source without comments and layout; two copies of a function have equal normal forms."""
     return " ".join(re.sub(r"#[^\n]*", "", source).split())
 
 
 def part(source: str) -> str:
-    """train, valid or test, by a hash of the normalised source: copies of one function fall on the same side."""
-    if source.count("\n") < 3 or len(source) < 100:
-        return "train"  # `def __len__(self): return ...`: too short to test, and its copies are everywhere
+    """Return train, valid or test by a hash of the normal form, so that copies of a function are in one part."""
+    if is_short(source):
+        return "train"  # its copies are everywhere: `def __len__(self): return ...`
     key = normal(source)
     return "test" if is_held_out(key, _TEST) else "valid" if is_held_out(key, _TEST + _VALID) else "train"
 
 
+def is_short(source: str) -> bool:
+    """Return whether a function is too short to ask about."""
+    return source.count("\n") < 3 or len(source) < 100
+
+
+def _tested(module: Module) -> list[Function]:
+    return [function for function in module.functions if function.part != "train"]
+
+
 @functools.cache
-def _modules() -> tuple[_Module, ...]:
+def modules() -> tuple[Module, ...]:
+    """Return the modules of the corpus, sorted by path. Raises InputError if Python came without sources."""
     root = Path(sysconfig.get_path("stdlib"))
-    paths = sorted(p for p in root.rglob("*.py") if not _SKIP & set(p.relative_to(root).parts))
-    found = tuple(m for m in (_module(p, p.relative_to(root).as_posix()) for p in paths) if m)
-    if not found:
-        raise InputError(f"{root}: holds no standard library sources; use a Python that was installed with them")
-    return found
+    paths = sorted(p for p in root.rglob("*.py") if not SKIPPED & set(p.relative_to(root).parts))
+    parsed = tuple(m for m in (parse_module(p, p.relative_to(root).as_posix()) for p in paths) if m)
+    if not parsed:
+        raise InputError(f"{root}: no standard library sources; use a Python that was installed with them")
+    return parsed
 
 
-def _module(path: Path, name: str) -> _Module | None:
+def parse_module(path: Path, name: str) -> Module | None:
+    """Return the module in a file, with `name` as its id; None for a blank file."""
     with tokenize.open(path) as file:  # honours the coding line
         text = file.read()
     if not text.strip():
@@ -113,20 +126,19 @@ def _module(path: Path, name: str) -> _Module | None:
         tree = ast.parse(text)
     lines = clean.lines(text)
     package = name.partition("/")[0] if "/" in name else ""
-    found = [_function(node, qualname, name, package, lines) for node, qualname in _walk(tree, "")]
-    return _Module(name, text, _docstrings(tree), found)
+    return Module(name, text, _docstrings(tree), [_function(*pair, name, package, lines) for pair in _walk(tree, "")])
 
 
-def _walk(node: ast.AST, prefix: str) -> Iterator[tuple[_Def, str]]:
-    """(function, qualified name), not looking inside functions."""
+def _walk(node: ast.AST, prefix: str) -> Iterator[tuple[_FunctionNode, str]]:
+    """Yield (function, qualified name) without descending into functions."""
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        if isinstance(child, _FunctionNode):
             yield child, prefix + child.name
         else:
             yield from _walk(child, f"{prefix}{child.name}." if isinstance(child, ast.ClassDef) else prefix)
 
 
-def _function(node: _Def, qualname: str, module: str, package: str, lines: list[str]) -> Function:
+def _function(node: _FunctionNode, qualname: str, module: str, package: str, lines: list[str]) -> Function:
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
     last = node.end_lineno or first  # None only in a tree that was not parsed
     raw = lines[first - 1 : last]
@@ -137,9 +149,6 @@ def _function(node: _Def, qualname: str, module: str, package: str, lines: list[
 
 
 def _docstrings(tree: ast.Module) -> list[tuple[int, str]]:
-    owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, owners) and (text := ast.get_docstring(node)):
-            found.append((getattr(node, "lineno", 0), text))
-    return sorted(found, key=lambda pair: pair[0])
+    owners = [node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | _FunctionNode)]
+    docstrings = [(getattr(node, "lineno", 0), text) for node in owners if (text := ast.get_docstring(node))]
+    return sorted(docstrings, key=lambda pair: pair[0])

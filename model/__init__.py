@@ -1,9 +1,9 @@
-"""The decoder and what it stands on: config, parameters, attention, sharding, loss, generation, rules over paths."""
+"""The decoder and its parts: configuration, parameters, attention, sharding, loss, generation, rules over paths."""
 
 from .config import Config
-from .generate import Sampling, generate
-from .init import init, resize, restack, shapes_of
-from .layers import check_room, room
+from .generate import Sampling, check_prompt_lengths, generate, max_text_length
+from .init import init, resize, shapes_of
+from .layout import restack
 from .loss import token_losses, token_scores
 from .presets import presets
 from .rope import Rope
@@ -11,6 +11,7 @@ from .transformer import Context, Transformer, forward
 from .weight import Weight, matmul, static
 
 __all__ = [
-    "Config", "Context", "Rope", "Sampling", "Transformer", "Weight", "check_room", "forward", "generate", "init",
-    "matmul", "presets", "resize", "restack", "room", "shapes_of", "static", "token_losses", "token_scores",
+    "Config", "Context", "Rope", "Sampling", "Transformer", "Weight", "check_prompt_lengths", "forward", "generate",
+    "init", "matmul", "max_text_length", "presets", "resize", "restack", "shapes_of", "static", "token_losses",
+    "token_scores",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The backend that a program is for: the one here, or the one that a plan compiles for."""
+"""The backend that a program is traced for: the one in use, or the one that a plan compiles for."""
 
 import contextlib
 import contextvars
@@ -10,13 +10,13 @@ _target: contextvars.ContextVar[str] = contextvars.ContextVar("backend", default
 
 
 def backend() -> str:
-    """`cpu`, `gpu` or `tpu`: what the program being traced will run on. Ask this, never `jax.default_backend()`."""
+    """`cpu`, `gpu` or `tpu`: where the program being traced will run. Use it instead of `jax.default_backend()`."""
     return _target.get() or jax.default_backend()
 
 
 @contextlib.contextmanager
 def target_backend(platform: str) -> Iterator[None]:
-    """Trace what is inside for another backend than the one here."""
+    """Trace the body of the `with` block for another backend than the one in use."""
     token = _target.set({"cuda": "gpu", "rocm": "gpu"}.get(platform, platform))
     try:
         yield

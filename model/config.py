@@ -1,23 +1,20 @@
-"""Config of the decoder, the presets, and what each parameter starts as."""
+"""Configuration of the decoder: its architecture, its numerics and its layout."""
 
 import dataclasses
-from typing import Any, ClassVar, Literal
-
-import jax
-import jax.numpy as jnp
+from typing import ClassVar, Literal
 
 from .. import InputError
 from ..bounds import Checked, Count, Positive, Real
 from .rope import Rope
 
-# What a layer keeps for its backward pass, from all to its input alone: everything, its products, its products in the
-# hosts' memory, what attention gave, nothing. The rest is computed again.
+# What is saved for the backward pass; everything else is recomputed. none: all. dots: results of matrix products.
+# offload: results of matrix products, in host memory. attention: attention outputs. full: only the layer's input.
 Remat = Literal["none", "dots", "offload", "attention", "full"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(Checked):
-    """The architecture and its numerics. Letters are the axes of the legend in model/transformer.py."""
+    """Architecture and numerics of the decoder. The one-letter sizes are the axes of model/transformer.py."""
 
     FLAGS: ClassVar[str] = "--model."
 
@@ -26,35 +23,35 @@ class Config(Checked):
     L: Count  # layers
     N: Count  # query heads
     K: Count  # key/value heads, a divisor of N
-    H: Count  # width of a head, even
-    F: Count  # width of the MLP
+    H: Count  # head width, even
+    F: Count  # MLP width
     context: Count  # longest sequence, in tokens
-    rope: Rope | None = dataclasses.field(default_factory=Rope)  # None: heads do not turn
-    rope_local: Rope | None = None  # of the layers with a window; None: as the others
-    learned_positions: bool = False  # a table [context, D] is added to the embedding
-    windows: tuple[int, ...] = ()  # keys a layer sees, itself included, repeated over the layers; 0: all before it
+    rope: Rope | None = dataclasses.field(default_factory=Rope)  # rotary positions; None: no rotation
+    rope_local: Rope | None = None  # rotary positions of the layers with a window; None: the same as `rope`
+    learned_positions: bool = False  # a table [context, D] is added to the embeddings
+    windows: tuple[int, ...] = ()  # attention window in tokens, the query included; repeats over the layers; 0: none
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
-    norm_at: Literal["pre", "post", "both"] = "pre"  # of a sublayer: x + f(norm(x)), x + norm(f(x)), or both
+    norm_at: Literal["pre", "post", "both"] = "pre"  # pre: x + f(norm(x)); post: x + norm(f(x)); both
     norm_offset: Real = 0.0  # a norm multiplies by offset + scale
-    qk_norm: Literal["none", "head", "full"] = "none"  # queries and keys are normed a head, or all heads at once
-    query_scale: float = 0.0  # what scores are multiplied by; 0: H^-1/2
-    attn_cap: float = 0.0  # scores become cap tanh(score / cap); 0: off
-    logit_cap: float = 0.0  # logits likewise
-    embed_scale: Positive = 1.0  # what embeddings are multiplied by
+    qk_norm: Literal["none", "head", "full"] = "none"  # norm queries and keys, each head or all heads together
+    query_scale: float = 0.0  # factor of the attention scores; 0: H^-1/2
+    attn_cap: float = 0.0  # soft cap of attention scores, cap tanh(score / cap); 0: off
+    logit_cap: float = 0.0  # soft cap of the logits; 0: off
+    embed_scale: Positive = 1.0  # factor of the embeddings
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
-    gated: bool = True  # act(x @ gate) * (x @ up); plain MLP: act(x @ up)
-    tied: bool = True  # logits = x @ table.T
-    fused_qkv: bool = False  # one matrix makes queries, keys and values: an adapter of it has one input side
+    gated: bool = True  # MLP act(x @ gate) * (x @ up); otherwise act(x @ up)
+    tied: bool = True  # tied embeddings: logits = x @ table.T
+    fused_qkv: bool = False  # one matrix for queries, keys and values, which an adapter then treats as one
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    family: str = ""  # of Hugging Face models (model/hf_config.py); empty: the first that fits, when exported
-    param_dtype: str = "float32"  # what is stored and trained
-    dtype: str = "float32"  # what is multiplied
+    family: str = ""  # Hugging Face family (model/hf/families.py); empty: the first one that fits, on export
+    param_dtype: str = "float32"  # parameters
+    dtype: str = "float32"  # computation
     logits_dtype: str = "float32"
-    scan: bool = True  # stack the layers: compiles in constant time; unrolled runs faster on a CPU
-    remat: Remat = "none"  # what the backward pass computes again
+    scan: bool = True  # stack the layers, for constant compile time; unrolled layers run faster on a CPU
+    remat: Remat = "none"  # what the backward pass recomputes
     attention: Literal["auto", "reference", "xla", "cudnn"] = "auto"
 
     def __post_init__(self) -> None:
@@ -67,21 +64,5 @@ class Config(Checked):
 
     @property
     def layer_windows(self) -> tuple[int, ...]:
-        """The window of each layer."""
+        """The attention window of each layer; 0: none."""
         return tuple(self.windows[i % len(self.windows)] if self.windows else 0 for i in range(self.L))
-
-
-def initial(config: Config, name: str, key: Any, shape: tuple[int, ...]) -> jax.Array:
-    """What the parameter `name` of one layer starts as: norms 1, biases 0, matrices normal with std fan_in^-1/2.
-
-    Projections into the residual stream are scaled by (2L)^-1/2 besides (GPT-2); tables have std 0.02.
-    """
-    dtype = jnp.dtype(config.param_dtype)
-    if name.endswith("norm/scale"):
-        return jnp.full(shape, 1 - config.norm_offset, dtype)
-    if name.endswith("bias"):
-        return jnp.zeros(shape, dtype)
-    std = 0.02 if name.startswith("embed/") else shape[0] ** -0.5
-    if name.endswith(("attn/o", "mlp/down")):
-        std *= (2 * config.L) ** -0.5
-    return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)

@@ -1,4 +1,4 @@
-"""Regular expressions of rules, which may be somebody else's: matched within a time limit."""
+"""Regular expressions of rules, matched within a time limit, because a rule may come from a downloaded file."""
 
 import contextlib
 import functools
@@ -6,7 +6,7 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,63 +14,68 @@ import regex
 
 from .. import InputError
 
-SECONDS = 1.0  # of one pattern, over all calls in a process; a call of less than FREE seconds costs nothing
-FREE = 0.01
-LENGTH, REPEATS = 10_000, 1_000  # `regex` writes counted repeats out as it compiles, which can fill the memory
+TIME_LIMIT = 1.0  # seconds of processor time that one pattern may use, over all calls in a process
+FREE_TIME = 0.01  # seconds; a call that takes less does not count
+MAX_LENGTH = 10_000  # characters
+MAX_REPEATS = 1_000  # `regex` expands counted repeats when it compiles, which could fill the memory
 
 
 class BadPattern(InputError):
-    """A pattern is no regular expression, or has used up its time."""
+    """A pattern that is not a regular expression, or that exceeded its time limit."""
 
 
 class Pattern:
-    """A regular expression in the syntax of `re`, which has no time limit; so `regex` does the matching.
+    """A regular expression in the syntax of `re`, matched by `regex`, which has a time limit.
 
-    what: what the pattern is, for the error. Raises BadPattern for text that is no regular expression, and where a name
-    takes too long to match.
+    what: the name of the pattern in errors. Raises BadPattern for text that is not a regular expression, and when
+    matching takes too long.
     """
 
     def __init__(self, text: str, what: str = "pattern"):
-        self.label, self.left = f"{what} {text[:200]!r}", SECONDS
+        self.label, self.time_left = f"{what} {text[:200]!r}", TIME_LIMIT
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("error", FutureWarning)  # of sets in sets, which `regex` reads another way
+                warnings.simplefilter("error", FutureWarning)  # nested sets, which `regex` reads differently
                 re.compile(text)
-            if found := re.search(r"(?<!\\)\{(?!\d*,?\d*\})", text):  # to `regex`, "{e}" is an approximate match
-                raise re.error("a brace without a count", text, found.start())
+            if brace := re.search(r"(?<!\\)\{(?!\d*,?\d*\})", text):  # in `regex`, "{e}" is an approximate match
+                raise re.error("a brace without a count", text, brace.start())
             counts = [max(map(int, re.findall(r"\d+", count)), default=1) for count in re.findall(r"\{[\d,]+\}", text)]
-            if math.prod(max(n, 1) for n in counts) > REPEATS or len(text) > LENGTH:
-                raise re.error(f"more than {LENGTH:,} characters, or counts of more than {REPEATS:,} repeats in all")
+            if math.prod(max(n, 1) for n in counts) > MAX_REPEATS or len(text) > MAX_LENGTH:
+                raise re.error(
+                    f"more than {MAX_LENGTH:,} characters, or counts of more than {MAX_REPEATS:,} repeats in all"
+                )
             self.compiled = regex.compile(text, regex.V0)
         except (re.error, regex.error, FutureWarning, OverflowError, RecursionError) as error:
             raise BadPattern(f"{self.label} is not a regular expression: {error}") from None
 
     def fullmatch(self, name: str) -> bool:
-        """Whether the pattern matches all of a name."""
-        return self._match(name, self.compiled.fullmatch) is not None
+        """Return whether the pattern matches all of a name."""
+        return self._timed(self.compiled.fullmatch, name) is not None
 
     def match(self, name: str) -> "regex.Match[str] | None":
         """The match at the start of a name, as of `re.match`."""
-        return self._match(name, self.compiled.match)
+        return self._timed(self.compiled.match, name)
 
-    def _match(self, name: str, how: Any) -> Any:
+    def _timed(self, matcher: Callable[..., Any], name: str) -> Any:
         began = time.process_time()
         try:
-            return how(name, timeout=max(self.left, FREE))
+            return matcher(name, timeout=max(self.time_left, FREE_TIME))
         except TimeoutError:
-            raise BadPattern(f"{self.label} takes more than {SECONDS:g} s to match {name!r}; write it without a repeat "
-                             "inside a repeat") from None  # fmt: skip
+            raise BadPattern(
+                f"{self.label} takes more than {TIME_LIMIT:g} s to match {name!r}; "
+                "rewrite it without a repeat inside a repeat"
+            ) from None
         finally:
-            taken = time.process_time() - began
-            self.left -= taken if taken > FREE else 0
+            elapsed = time.process_time() - began
+            self.time_left -= elapsed if elapsed > FREE_TIME else 0
 
 
-pattern = functools.lru_cache(4096)(Pattern)  # so that all calls of one share its time
+compile_pattern = functools.lru_cache(4096)(Pattern)  # equal patterns share one time limit
 
 
 @contextlib.contextmanager
 def pattern_source(file: str | Path) -> Iterator[None]:
-    """Names the file that patterns come from in the error of a bad one."""
+    """Prefix the error of a bad pattern with the file that it comes from."""
     try:
         yield
     except BadPattern as error:

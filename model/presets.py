@@ -1,4 +1,4 @@
-"""Architectures by name: small ones to train here, and published ones at their sizes."""
+"""Configurations by name: small ones to train from scratch, and published models at their sizes."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from .rope import Rope
 
 
 def _published(**fields: Any) -> Config:
-    """A published model is stored and multiplied in bfloat16, and recomputed in the backward pass."""
+    """The config of a published model: bfloat16 parameters and computation, layers recomputed in the backward pass."""
     return Config(**fields, remat="full", param_dtype="bfloat16", dtype="bfloat16")
 
 

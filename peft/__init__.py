@@ -1,4 +1,4 @@
-"""Methods: what trains, as its own pytree, and how `bind` puts it together with the frozen base."""
+"""Methods of training: what trains, as its own pytree, and `bind`, which combines it with the frozen base."""
 
 from ..model import Weight, static
 from . import hf, masks, merging, rows

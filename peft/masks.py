@@ -55,7 +55,7 @@ def select(where: Where, params: Any) -> dict[str, list[tuple[int, int]]]:
     of masks if it looks like a name.
     """
     try:
-        values = tree.match(rules(where), params, default=False)
+        values = tree.match_rules(rules(where), params, default=False)
     except tree.InputError as error:
         if isinstance(error, BadPattern) or not isinstance(where, str) or where in named:
             raise
@@ -67,13 +67,13 @@ def select(where: Where, params: Any) -> dict[str, list[tuple[int, int]]]:
             raise
         close = tree.did_you_mean(where, named)
         raise tree.InputError(f"{problem}{close} (masks by name: {', '.join(named)}, last_K)") from None
-    return {path: runs for path, row in values.items() if (runs := tree.runs([bool(v) for v in row]))}
+    return {path: runs for path, row in values.items() if (runs := tree.true_ranges([bool(v) for v in row]))}
 
 
 def mask(where: Where, params: Any) -> Any:
     """Return the mask as a pytree of bool, for Optax; a stacked array picked in part has a bool array [L, 1, ...]."""
     flat: dict[str, Any] = {}
-    for path, row in tree.match(rules(where), params, default=False).items():
+    for path, row in tree.match_rules(rules(where), params, default=False).items():
         leaf = tree.named(params)[path]
         uniform = len(set(map(bool, row))) == 1
         flat[path] = bool(row[0]) if uniform else np.array(row, bool).reshape(-1, *[1] * (leaf.ndim - 1))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .. import InputError
-from ..model.tree import canonical, is_stacked, named, nested, replace, split_layer_index
+from ..model.tree import is_stacked, name_and_layers, named, nested, replace, split_layer_index
 from .base import Method, fold
 from .masks import Where
 from .methods.lora import LoRA, LoRAWeight
@@ -240,5 +240,5 @@ def _scaled_factors(method: LoRA, trainable: Any, params: Any) -> dict[str, tupl
 
 def _rule(key: str) -> str:
     """Return the rule that picks a key: `layers/[0:2]/attn/q` of `layers/attn/q[0:2]` or of `layers/0/attn/q`."""
-    name, layers = canonical(key)
+    name, layers = name_and_layers(key)
     return name.replace("layers/", f"layers/[{layers.start}:{layers.stop}]/", 1) if layers else name

@@ -74,20 +74,20 @@ def generate(
     stacked, context = stack_rows(trainables, which_B), method.context(trainables[0])
     if len(np.asarray(which_B)) != len(prompts):
         raise InputError(f"which: {len(np.asarray(which_B))} numbers for {len(prompts)} prompts; one each is wanted")
-    by = partial(_decode, method, params)
-    return model_generate(model, stacked, prompts, new, context=context, by=by, **kw)
+    decode_fn = partial(_decode, method, params)
+    return model_generate(model, stacked, prompts, new, context=context, decode_fn=decode_fn, **kw)
 
 
 @partial(jax.jit, static_argnames=("method", *STATIC))
 def _decode(
     method: Method, params: Any, model: Transformer, stacked: Any, past: Any, ids_BT: Array, lengths_B: Array,
-    key: Array, allowed_V: Any, new: int, stop: tuple[int, ...], how: Any, tokens: int,
+    key: Array, allowed_V: Any, new: int, stop: tuple[int, ...], sampling: Any, tokens: int,
 ) -> Array:  # fmt: skip
     """Run `decode` with an adapter and a key for each row; the past is that of the row's own adapter."""
     if len(ids_BT) != len(jax.tree.leaves(stacked)[0]):
         raise InputError("a base with longrope takes prompts across its first length one by one; give adapters singly")
 
     def decode_row(bound: Any, context: Context, ids: Array, length: Array, key: Array) -> Array:
-        return decode(model, bound, context.past, ids, length, key[0], allowed_V, new, stop, how, tokens)
+        return decode(model, bound, context.past, ids, length, key[0], allowed_V, new, stop, sampling, tokens)
 
     return map_rows(decode_row, params, method, stacked, ids_BT, lengths_B, jax.random.split(key, len(ids_BT)))

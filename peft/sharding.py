@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ..model.tree import canonical, is_stacked, named, paths, split_layer_index
+from ..model.tree import is_stacked, name_and_layers, named, paths, split_layer_index
 from .base import Chain, Method
 
 
@@ -80,7 +80,7 @@ def _spec(path: str, origin: str, axes: str, array: Any, base: Any, base_shardin
     """Return how an array is split; a vector is not: XLA gave wrong sums for one split as the axis reduced over is."""
     flat, stacked = named(base), is_stacked(path)
     if origin not in flat:  # a name without layer indices: any layer has the axes
-        origin = {canonical(p)[0]: p for p in flat}.get(origin, "")
+        origin = {name_and_layers(p)[0]: p for p in flat}.get(origin, "")
     if not origin or len(axes) < 2 or array.ndim != stacked + len(axes):
         return P()
     leaf = flat[origin]

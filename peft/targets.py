@@ -13,7 +13,7 @@ from jax import Array
 
 from .. import InputError
 from ..model import Weight
-from ..model.tree import Rules, canonical, is_stacked, match, named, replace, runs, split_layer_index
+from ..model.tree import Rules, is_stacked, match_rules, name_and_layers, named, replace, split_layer_index, true_ranges
 from .masks import Where, select
 
 
@@ -30,7 +30,7 @@ class Target(NamedTuple):
     @classmethod
     def from_key(cls, key: str, array: Array, shape: tuple[int, ...]) -> Self:
         """Return the target of a key; `array` is any array with the key's layer axis, `shape` that of one layer."""
-        (name, layers), stacked = canonical(key), is_stacked(key)
+        (name, layers), stacked = name_and_layers(key), is_stacked(key)
         layers = range(len(array)) if stacked and layers is None else layers
         return cls(key, split_layer_index(key)[0], name, layers, stacked, shape)
 
@@ -72,7 +72,7 @@ def targets(where: Where, params: Any, ndim: int | None = None, owner: str = "me
     """
     flat = named(params)
     for path, ranges in select(where, params).items():
-        (name, layers), stacked = canonical(path), is_stacked(path)
+        (name, layers), stacked = name_and_layers(path), is_stacked(path)
         shape = flat[path].shape[stacked:]
         if ndim is not None and len(shape) != ndim:
             raise InputError(
@@ -91,7 +91,7 @@ def targets_by_rule(
 
     `rule`: the kind of rule, for messages.
     """
-    values = match(rules, params, default=default, what=rule) if rules else {}
+    values = match_rules(rules, params, default=default, what=rule) if rules else {}
     for target in targets(where, params, 2, owner):
         row = values.get(target.path, [default])
         if not target.stacked:
@@ -104,7 +104,7 @@ def targets_by_rule(
             yield target, row[target.layers.start]
             continue
         for value in picked:
-            for a, b in runs([i in target.layers and x == value for i, x in enumerate(row)]):
+            for a, b in true_ranges([i in target.layers and x == value for i, x in enumerate(row)]):
                 yield target._replace(key=f"{target.path}[{a}:{b}]", layers=range(a, b)), value
 
 
@@ -113,7 +113,7 @@ def rule_values(rules: Rules, default: float, params: Any, key: str, rule: str) 
     if not rules:
         return default
     path, layers = split_layer_index(key)
-    row = match(rules, params, default=default, what=rule)[path]
+    row = match_rules(rules, params, default=default, what=rule)[path]
     row = row[slice(*layers)] if layers and len(row) > 1 else row
     return row[0] if len(set(row)) == 1 else jnp.array(row)[:, None, None]
 

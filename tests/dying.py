@@ -5,14 +5,15 @@ import os
 import signal
 import sys
 
-from graftax.train import cli, loop
+from graftax.train import cli
+from graftax.train.runs import train as run_module
 from graftax.train.runs.checkpoint import CheckpointWriter
 
-die, compile_, save = int(os.environ["DIE"]), loop.compile_step, CheckpointWriter.save
+die, compile_, save = int(os.environ["DIE"]), run_module.compile_step, CheckpointWriter.save
 
 
-def compiled(phase):
-    go, cost = compile_(phase)
+def compiled(setup):
+    go, cost = compile_(setup)
 
     def step(state, frozen, batch):
         if int(state.step) == abs(die):
@@ -22,6 +23,6 @@ def compiled(phase):
     return step, cost
 
 
-loop.compile_step = compiled
+run_module.compile_step = compiled
 CheckpointWriter.save = lambda self, *args: (save(self, *args), self.wait())
 cli.main(sys.argv[1:])

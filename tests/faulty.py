@@ -4,16 +4,17 @@ import dataclasses
 import json
 import pydoc_data.topics
 import shutil
+from pathlib import Path
 
 import pytest
-from graftax.data.tokenizers.tokenizer import train_tokenizer
+from graftax.data.tokenizers import train_tokenizer
 from graftax.model.sharding import make_mesh
 from graftax.peft import LoRA, Prompt, Subset
-from graftax.train import loop
 from graftax.train.config import Data, Optim, Run, to_json
 from graftax.train.faults import VARIABLE
-from graftax.train.loop import train
+from graftax.train.runs import train as run_module
 from graftax.train.runs.checkpoint import CheckpointWriter
+from graftax.train.runs.train import train
 from tiny import CONFIG
 
 STEPS = 40
@@ -23,18 +24,18 @@ CASES = ["pretrain", "full", "lora", "prompt"]
 @pytest.fixture(scope="session", autouse=True)
 def programs():
     """The step of a run is compiled once for all of its lives."""
-    real, kept = loop.compile_step, {}
-    same = {"out": "", "resume": "never", "accept": "", "save_every": 0, "keep": 1, "max_bad": 0, "verify": "full"}
+    real, kept = run_module.compile_step, {}
+    same = {"out": "", "resume": "never", "force": "", "save_every": 0, "keep": 1, "max_skipped": 0, "verify": "full"}
 
-    def compile_(phase):
-        key = to_json(dataclasses.replace(phase.run, **same)) + phase.base
+    def compile_(setup):
+        key = to_json(dataclasses.replace(setup.run, **same)) + setup.base_fingerprint
         if key not in kept:
-            kept[key] = real(phase)
+            kept[key] = real(setup)
         return kept[key]
 
-    loop.compile_step = compile_
+    run_module.compile_step = compile_
     yield kept
-    loop.compile_step = real
+    run_module.compile_step = real
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +58,7 @@ def runs(tmp_path_factory):
                    )  # fmt: skip
     data = dataclasses.replace(data, domains=(), tokenizer="", batch=8, task=str(folder / "colours.jsonl"))
     tune = dataclasses.replace(pretrain, phase="finetune", base=pretrain.out, data=data, model=None)
-    tune = dataclasses.replace(tune, accumulate=1, score_base=False, eval_rows=2)
+    tune = dataclasses.replace(tune, accumulate=1, eval_base_first=False, eval_rows=2)
     wide = dataclasses.replace(tune, accumulate=2, data=dataclasses.replace(data, batch=16, pack=False))
     made = {"pretrain": pretrain, "full": dataclasses.replace(tune, method=Subset("all"), keep=9),
             "lora": dataclasses.replace(tune, method=LoRA(rank=2)),
@@ -72,17 +73,14 @@ def whole(runs):
 
     def folder(case):
         run = runs[case]
-        return (
-            train(dataclasses.replace(run, resume="auto"))
-            and CheckpointWriter(loop.Path(run.out) / "checkpoints").folder
-        )
+        return train(dataclasses.replace(run, resume="auto")) and CheckpointWriter(Path(run.out) / "checkpoints").folder
 
     return folder
 
 
 def last(folder, step=STEPS):
     """What the checkpoint of a run's last step holds, by digests."""
-    folder = loop.Path(folder)
+    folder = Path(folder)
     folder = folder if folder.name == "checkpoints" else folder / "checkpoints"
     manifest = CheckpointWriter(folder).manifest(step)
     return {key: manifest[key] for key in ("leaves", "rows_digest", "next_row")}
@@ -90,7 +88,7 @@ def last(folder, step=STEPS):
 
 def good(folder):
     """The step of the newest checkpoint that loads with equal digests."""
-    checkpoints = CheckpointWriter(loop.Path(folder) / "checkpoints")
+    checkpoints = CheckpointWriter(Path(folder) / "checkpoints")
     return max((s for s in checkpoints.steps() if not checkpoints.damage(s)), default=None)
 
 

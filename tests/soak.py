@@ -24,7 +24,7 @@ os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "G
 import numpy as np  # noqa: F401
 from graftax.train import cli
 from graftax.train.config import Data, Optim, Run, to_json
-from graftax.train.runs.load import export  # noqa: F401
+from graftax.train.runs import export  # noqa: F401
 from tiny import CONFIG
 
 

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from graftax import InputError, peft
-from graftax.data.tokenizers.added_tokens import add_tokens
+from graftax.data.tokenizers import add_tokens
 from graftax.train.cli import main
-from graftax.train.runs.adapters import uniform
+from graftax.train.runs import adapters, commands, export
+from graftax.train.runs.adapters import with_uniform_rank
 from graftax.train.runs.export import write_base
-from graftax.train.runs.load import adapters, export, load_run
+from graftax.train.runs.load import load_run
 from graftax.train.setup import resolve_method
 from safetensors.numpy import load_file
 from test_hf_runs import SMALL, adapter, command, hf_base, refused, rows  # noqa: F401
@@ -43,7 +44,7 @@ def test_out_and_in_again(adapter, hf_base, tmp_path, capsys):  # noqa: F811
         (out / name).unlink()
     base_alone = ["export", hf_base, "--out", tmp_path / "x", "--format", "hf-peft"]
     assert "is a base, not an adapter" in refused(capsys, *base_alone)
-    assert "--for vllm is of --format hf-peft" in refused(
+    assert "--for vllm needs --format hf-peft" in refused(
         capsys, "export", adapter, "--out", tmp_path / "x", "--for", "vllm"
     )
     (out / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": ""}))
@@ -59,8 +60,8 @@ def test_an_adapter_names_the_base_it_was_tuned_on(hf_base, tmp_path, capsys, mo
     manifest, trainable = got.manifest | {"base": got.fingerprint}, method.init(jax.random.key(0), got.params)
     run = dataclasses.replace(got.run, phase="finetune", base=str(folder), method=method)
     tuned = dataclasses.replace(got, run=run, manifest=manifest, method=method, trainable=trainable)
-    monkeypatch.setattr(export, "load_run", lambda *_, **__: tuned)
-    monkeypatch.setattr(export.Export, "same", lambda *_: {})  # what it computes is not in question here
+    monkeypatch.setattr(commands, "load_run", lambda *_, **__: tuned)
+    monkeypatch.setattr(commands, "compare_adapter", lambda *_, **__: {})  # what it computes is not in question here
     said = command(capsys, "export", "x", "--out", tmp_path / "out", "--format", "hf-peft")
     assert said["base"] == str(folder)
     assert export.base_name(dataclasses.replace(tuned, manifest=manifest | {"base": base.fingerprint})) == str(hf_base)
@@ -78,11 +79,11 @@ def test_the_revision_of_a_base_goes_out_and_in(tmp_path):
     peft.hf.save(tmp_path / "a", config, method, method.init(jax.random.key(0), base.params), "owner/name@v1.0")
     said = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert (said["base_model_name_or_path"], said["revision"]) == ("owner/name", "v1.0")
-    assert adapters.base_of(tmp_path / "a", "") == "owner/name@v1.0"
-    assert adapters.base_of(tmp_path / "a", "owner/other") == "owner/other"
+    assert adapters.adapter_base(tmp_path / "a", "") == "owner/name@v1.0"
+    assert adapters.adapter_base(tmp_path / "a", "owner/other") == "owner/other"
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(said | {"revision": 3}))
-    with pytest.raises(InputError, match="revision is 3; text is wanted"):
-        adapters.base_of(tmp_path / "a", "")
+    with pytest.raises(InputError, match="revision is 3, expected text"):
+        adapters.adapter_base(tmp_path / "a", "")
 
 
 def test_for_vllm_ranks_are_one(adapter, tmp_path, capsys):  # noqa: F811
@@ -103,7 +104,7 @@ def test_for_vllm_ranks_are_one(adapter, tmp_path, capsys):  # noqa: F811
 def test_uniform_ranks_compute_the_same(method):
     base, batch = make_base(), make_batch()
     trainable = shaken(method.init(jax.random.key(0), base.params))
-    one, t = uniform(method, base.config, base.params, trainable)
+    one, t = with_uniform_rank(method, base.config, base.params, trainable)
     assert len({x["a"].shape[-1] for x in t.values()}) == 1
     logits = lambda m, x: peft.apply(base.model, base.params, m, x, batch["ids"])  # noqa: E731
     a, b = jax.jit(lambda x, y: (logits(method, x), logits(one, y)))(trainable, t)
@@ -116,7 +117,7 @@ def test_vllm_is_told_why_not(method):
     base = make_base()
     trainable = jax.eval_shape(method.init, jax.random.key(0), base.params)
     with pytest.raises(InputError, match=r"--for vllm: .*(merge it|make it smaller)"):
-        uniform(method, base.config, base.params, trainable)
+        with_uniform_rank(method, base.config, base.params, trainable)
 
 
 def test_a_prompt_from_a_text(hf_base, rows, tmp_path, capsys):  # noqa: F811

@@ -1,4 +1,4 @@
-"""Lineage of runs: the chain of runs that a base or an adapter comes from; the same run in another layout."""
+"""What runs make of each other: the chain a base or an adapter came by; the same run laid out in another way."""
 
 import dataclasses
 import json
@@ -11,13 +11,14 @@ from graftax.model.sharding import make_mesh
 from graftax.peft import DoRA, LoRA, Prompt, Subset
 from graftax.train.cli import main
 from graftax.train.config import Run, to_json
-from graftax.train.loop import train
 from graftax.train.progress import read_metrics
 from graftax.train.runs.checkpoint import CheckpointWriter
-from graftax.train.runs.export import logits_of
-from graftax.train.runs.lineage import KEPT, kept
+from graftax.train.runs.equivalence import run_logits
+from graftax.train.runs.files import LINEAGE
+from graftax.train.runs.lineage import read_lineage
 from graftax.train.runs.load import load_run
-from graftax.train.setup import prepare
+from graftax.train.runs.prepare import prepare
+from graftax.train.runs.train import train
 from test_train import adapter, base, examples, kill_at, pretraining, texts, tuning  # noqa: F401
 from tiny import CASES, shaken
 
@@ -47,10 +48,10 @@ def test_a_chain_of_phases(adapter, base, examples, tmp_path, capsys):  # noqa: 
 
 def test_a_chain_says_what_became_of_its_runs_and_survives_them(adapter, tmp_path, capsys):  # noqa: F811
     main(["export", str(adapter), "--out", str(tmp_path / "hf")])
-    chain = kept(tmp_path / "hf")
+    chain = read_lineage(tmp_path / "hf")
     assert [r["phase"] for r in chain] == ["pretrain", "finetune"]
     chain[0]["run"], chain[1]["values"] = str(tmp_path / "gone"), "0" * 64
-    (tmp_path / "hf" / KEPT).write_text(json.dumps(chain))
+    (tmp_path / "hf" / LINEAGE).write_text(json.dumps(chain))
     assert [r["today"] for r in lineage(tmp_path / "hf", capsys)] == ["not here", "changed since"]
     assert [r["phase"] for r in load_run(tmp_path / "hf").lineage] == ["pretrain", "finetune", "import"]
     with pytest.raises(SystemExit):
@@ -110,7 +111,7 @@ def test_a_run_on_a_run_that_must_be_computed(pair, base, tmp_path):  # noqa: F8
         folded = peft.merge(lower, params, below)
         return peft.apply(top.model, folded, upper, above, ids)
 
-    logits = logits_of(top, ids)
+    logits = run_logits(top, ids)
     np.testing.assert_allclose(logits, expected(bottom.params, bottom.trainable, top.trainable), rtol=1e-4, atol=1e-4)
     if pair == "lora-lora":
         mark, mesh = top.fingerprint, make_mesh((2, 2, 2))

@@ -7,13 +7,14 @@ import jax
 import numpy as np
 import pytest
 from graftax import InputError, peft
-from graftax.model import shapes_of
+from graftax.model import layout, shapes_of
+from graftax.model.layout import convert_layout, with_shardings
 from graftax.model.sharding import make_mesh, shardings
 from graftax.model.tree import named, paths
 from graftax.train.optim import make_optimizer
-from graftax.train.runs.checkpoint import CheckpointWriter, fingerprint
-from graftax.train.runs.layout import convert_layout, sharded
-from graftax.train.runs.load import digests, layout
+from graftax.train.runs import manifest
+from graftax.train.runs.checkpoint import CheckpointWriter
+from graftax.train.runs.manifest import fingerprint
 from graftax.train.step import init_state
 from tiny import CASES, OPTIM, make_base, same
 
@@ -30,14 +31,14 @@ def shapes(base, method):
 @pytest.mark.parametrize("method", CASES.values(), ids=CASES.keys())
 def test_a_state_has_the_same_values_in_both_layouts(method):
     a, b = (dict(paths(shapes(base, method))) for base in (STACKED, UNROLLED))
-    assert layout.same_values(a, b)
+    assert layout.same_layers(a, b)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     where = lambda tree: {k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one) for k, x in tree.items()}  # noqa: E731
     made = {k: jax.numpy.asarray(np.random.default_rng(0).normal(size=x.shape), x.dtype) for k, x in a.items()}
     kept = {k: np.asarray(x) for k, x in made.items()}
-    there = layout.converted(made, where(b))
+    there = layout.convert_arrays(made, where(b))
     assert {k: (x.shape, x.dtype) for k, x in there.items()} == {k: (x.shape, x.dtype) for k, x in b.items()}
-    back = layout.converted(there, where(a))
+    back = layout.convert_arrays(there, where(a))
     assert all(np.array_equal(back[k], kept[k]) for k in kept)
 
 
@@ -51,7 +52,7 @@ def test_a_checkpoint_restores_bit_equal_on_any_mesh_in_any_layout(mesh, tmp_pat
     for base in (STACKED, UNROLLED):
         split = shardings(mesh, shapes_of(base.config))
         checkpoints.wait()
-        found = checkpoints.restore(1, "trainable", dict(named(sharded(shapes_of(base.config), split))))
+        found = checkpoints.restore(1, "trainable", dict(named(with_shardings(shapes_of(base.config), split))))
         assert same(found, dict(named(base.params)))
         assert {k: x.sharding for k, x in found.items()} == named(split)
     checkpoints.close()
@@ -71,9 +72,9 @@ def test_the_best_has_a_finite_score(monkeypatch):
 def test_a_digest_is_of_the_value_wherever_it_lies(monkeypatch):
     mesh = make_mesh((2, 2, 2))
     params = jax.device_put(STACKED.params, shardings(mesh, STACKED.params))
-    whole = {path: digests.digest(np.asarray(x)) for path, x in named(STACKED.params).items()}
-    monkeypatch.setattr(digests, "PIECE", 4096)  # a piece is a layer, or a few rows
-    assert digests.digests(dict(named(params))) == whole
+    whole = {path: manifest.array_digest(np.asarray(x)) for path, x in named(STACKED.params).items()}
+    monkeypatch.setattr(manifest, "PIECE_BYTES", 4096)  # a piece is a layer, or a few rows
+    assert manifest.array_digests(dict(named(params))) == whole
     assert fingerprint(params) == fingerprint(STACKED.params) == fingerprint(UNROLLED.params)
 
 

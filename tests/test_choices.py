@@ -11,7 +11,7 @@ from graftax import InputError
 from graftax.model import Context, Transformer, forward, generate
 from graftax.peft import LoRA, Prefix, Prompt, Subset
 from graftax.train import choices
-from graftax.train.evaluate import replies
+from graftax.train.evaluate import generate_texts
 from tiny import CONFIG, make_base, shaken
 
 PROMPTS = [[5, 6, 7, 8, 9], [3], [11, 12, 13]]
@@ -71,16 +71,16 @@ def test_no_position_is_behind_the_context(monkeypatch):
     def scored(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(choices, "_of_segments", scored)
-    long = r"^(a:2|pair 2): a prompt of 62 tokens and 3 behind it exceed"
+    monkeypatch.setattr(choices, "_segment_scores", scored)
+    long = r"^(a:2|pair 2): a prompt of 62 tokens and 3 after it exceed"
     for tail, error, words in (([1, 2, 3], ZeroDivisionError, None), ([1, 2, 3, 4], InputError, long)):
         with pytest.raises(error, match=words):
             choices.continuation_losses(*args, prompts, [[1], tail], 4, where)
         with pytest.raises(error, match=words):
             choices.pair_scores(*args, [([1], [2]), (prompts[1], tail)])
     tokenizer = SimpleNamespace(stops=(2,), decode=str)
-    with pytest.raises(InputError, match=r"^prompt 2: a prompt of 62 tokens and 3 behind it exceed"):
-        replies(*args, tokenizer, prompts, 3)
+    with pytest.raises(InputError, match=r"^prompt 2: a prompt of 62 tokens and 3 after it exceed"):
+        generate_texts(*args, tokenizer, prompts, 3)
 
 
 def test_nothing_is_no_prompt_and_no_choice():

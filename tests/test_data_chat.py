@@ -12,11 +12,10 @@ from graftax import InputError
 from graftax.data.columns import Columns, chat_of
 from graftax.data.errors import RowErrors
 from graftax.data.sft import encode_example, encode_examples, render_prompt, render_prompts, sft_rows
-from graftax.data.tasks.base import row_of
-from graftax.data.tokenizers import chat, chat_worker
-from graftax.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
-from graftax.train.choices import chat_tails
-from graftax.train.evaluate import as_written, longest_answer
+from graftax.data.tasks.file_task import row_of
+from graftax.data.tokenizers import chat, chat_worker, load_tokenizer, train_tokenizer
+from graftax.train.choices import answer_continuations
+from graftax.train.evaluate import longest_reply, with_rendered_replies
 
 GOLDEN = Path(__file__).parent / "golden" / "tokenizers"  # made by make_tokenizers.py with transformers
 ASK = [{"role": "user", "content": "why"}, {"role": "assistant", "content": "because"}]
@@ -232,11 +231,11 @@ def test_a_reply_is_judged_by_all_that_it_says(caller):
     """The last reply alone, with what the template puts before it and what ends it; calls and thoughts as text."""
     whole = [row_of(chat_of({"messages": turns, "tools": [ADD]}, f"f:{n}"), f"f:{n}")
              for n, turns in enumerate((CALLED[:2], CALLED, [*TWICE, *TWICE]))]  # fmt: skip
-    rows = as_written(whole, caller)
+    rows = with_rendered_replies(whole, caller)
     think = "<think>\n\n</think>\n\n"
     assert [row["completion"] for row in rows] == [CALL.removesuffix("<|im_end|>"), "it is 2", "because"]
-    counts = [longest_answer([row], caller) for row in rows]
-    assert [len(chat_tails(caller, row, [row["completion"]])[0]) for row in rows] == counts
+    counts = [longest_reply([row], caller) for row in rows]
+    assert [len(answer_continuations(caller, row, [row["completion"]])[0]) for row in rows] == counts
     assert counts == [len(caller.encode_marked([t], False)[0].ids) for t in (
         CALL, f"{think}it is 2<|im_end|>", f"{think}because<|im_end|>")]  # fmt: skip
 
@@ -370,7 +369,7 @@ def test_one_refused_chat_costs_no_other(qwen, monkeypatch, words):
     found = list(encode_examples(rows, tok, bad))
     assert [n for n, (ids, _) in enumerate(found) if ids] == good
     assert [found[n] for n in good] == list(encode_examples([rows[n] for n in good], qwen))
-    assert {line.split(":")[2] for line in bad.first} == {"1", "3", "4"}
+    assert {line.split(":")[2] for line in bad.messages} == {"1", "3", "4"}
     assert bad.left_out == 3
     assert [n for n, ids in enumerate(render_prompts(rows, tok, RowErrors("skip", 1.0))) if ids] == good
     with pytest.raises(InputError, match=r"^f:3: message 0 holds"):

@@ -8,16 +8,16 @@ import grain
 import numpy as np
 import pytest
 from graftax import InputError
+from graftax.data.documents import Document, is_held_out
 from graftax.data.loader import Loader, batches
 from graftax.data.mixture import domain_seed, pretrain_rows
 from graftax.data.pack import Windows, tokenize
-from graftax.data.sources import Document, is_held_out
-from graftax.data.tokenizers.tokenizer import train_tokenizer
+from graftax.data.tokenizers import train_tokenizer
 
 T, FRACTION = 16, 0.2
 
 
-def made(name, n, seed):
+def random_documents(name, n, seed):
     rng = np.random.default_rng(seed)
     words = np.array(["alpha", "beta", "gamma", "delta", "def", "return", "self", "12", "é▁", "\n\t"])
     return [
@@ -25,7 +25,7 @@ def made(name, n, seed):
     ]
 
 
-DOMAINS = {"code": made("code", 60, 0), "prose": made("prose", 40, 1)}
+DOMAINS = {"code": random_documents("code", 60, 0), "prose": random_documents("prose", 40, 1)}
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +78,10 @@ def test_one_pass_reads_every_token_once(tok):
         ids += row["ids"][used].tolist()
         targets += row["targets"][learned].tolist()
         pairs += list(zip(row["ids"][learned].tolist(), row["targets"][learned].tolist(), strict=True))
-    wanted = [whole[k] for k in order]
-    assert ids == [i for d in wanted for i in d]
-    assert targets == [i for d in wanted for i in d[1:]]  # all but bos, and none across documents
-    assert pairs == [pair for d in wanted for pair in itertools.pairwise(d)]  # also where a window cuts a document
+    expected = [whole[k] for k in order]
+    assert ids == [i for d in expected for i in d]
+    assert targets == [i for d in expected for i in d[1:]]  # all but bos, and none across documents
+    assert pairs == [pair for d in expected for pair in itertools.pairwise(d)]  # also where a window cuts a document
     with pytest.raises(IndexError):
         rows[len(rows)]
 
@@ -89,13 +89,13 @@ def test_one_pass_reads_every_token_once(tok):
 def epoch(corpus, name, which=0):
     """Rows of one domain in one epoch, in the order of the stream."""
     index, n = list(DOMAINS).index(name), corpus.rows[name]
-    found = []
+    rows = []
     for i in itertools.count():
         row = corpus.train[i]
         if int(row["row"]) >> 40 == index:
-            found.append(row)
-        if len(found) == n * (which + 1):
-            return found[n * which :]
+            rows.append(row)
+        if len(rows) == n * (which + 1):
+            return rows[n * which :]
 
 
 def test_an_epoch_is_every_row_and_no_held_out_document(corpus, tok):
@@ -199,7 +199,7 @@ def test_large_vocabularies_do_not_overflow(tok):
     ("weights", "message"),
     [
         ({"code": 1}, "domain 'prose' has no weight"),
-        ({"code": 1, "prose": 1, "cod": 1}, "'cod', which is no domain .*; did you mean 'code'"),
+        ({"code": 1, "prose": 1, "cod": 1}, "'cod', which is no domain; did you mean 'code'"),
         ({"code": 0, "prose": 1}, "weight 0 of domain 'code'"),
         ({"code": math.nan, "prose": 1}, "weight nan"),
     ],

@@ -8,7 +8,7 @@ from graftax import InputError
 from graftax.data.columns import Columns, chat_of
 from graftax.data.sft import encode_example, render_prompt, sft_rows
 from graftax.data.sources import rows as read_rows
-from graftax.data.tokenizers.tokenizer import Tokenizer, train_tokenizer
+from graftax.data.tokenizers import Tokenizer, train_tokenizer
 
 TEXTS = [f"question {i} about colours\tand a long answer, number {i}\n" for i in range(200)]
 
@@ -30,11 +30,11 @@ CHAT = [
 def test_template_and_loss_mask(tok):
     ids, weights = encode_example(CHAT, tok)
     s = tok.special
-    wanted = [(tok.bos, 0)]
+    expected = [(tok.bos, 0)]
     for turn in CHAT:
         w = int(turn["role"] == "assistant")
-        wanted += [(s[f"<|{turn['role']}|>"], 0), *((i, w) for i in tok.encode(turn["content"])), (tok.eos, w)]
-    assert list(zip(ids, weights, strict=True)) == wanted
+        expected += [(s[f"<|{turn['role']}|>"], 0), *((i, w) for i in tok.encode(turn["content"])), (tok.eos, w)]
+    assert list(zip(ids, weights, strict=True)) == expected
     learned = [i for i, w in zip(ids, weights, strict=True) if w]
     assert tok.decode(learned) == "answer 1\n because"
     assert ids.count(s["<|assistant|>"]) == 2  # the text "<|assistant|>" is text
@@ -83,26 +83,26 @@ def test_columns_have_the_names_that_a_flag_gives_them():
     row = {"question": "a", "answer": "b", "persona": "c", "notes": "d"}
     assert [turn["content"] for turn in chat_of(row, "f:1", columns=named).messages] == ["c", "a", "b"]
     assert chat_of({"prompt": "a", "completion": "b"}, "f:1", columns=named).messages[0]["content"] == "a"
-    with pytest.raises(InputError, match=r"f:1: 'prompt' is there, and --data\.columns reads it from"):
+    with pytest.raises(InputError, match=r"f:1: column 'prompt' exists, but --data\.columns reads it from"):
         chat_of({"question": "a", "answer": "b", "prompt": "c"}, "f:1", columns=named)
     for names, message in (
         (("prompt",), "OURS=THEIRS"),
         (("promt=a",), "did you mean 'prompt'"),
-        (("prompt=a",) * 2, "twice"),
+        (("prompt=a",) * 2, "duplicate"),
     ):
         with pytest.raises(InputError, match=rf"--data\.columns .*{message}"):
             Columns(names)
 
 
-@pytest.mark.parametrize("told", [{"weight": 0}, {"train": False}])
-def test_a_turn_that_is_context_is_no_target(tok, told):
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}])
+def test_a_turn_that_is_context_is_no_target(tok, flag):
     turns = [dict(turn) for turn in CHAT]
-    turns[2] |= told
+    turns[2] |= flag
     chat = chat_of({"messages": turns}, "f:1")
     ids, weights = encode_example(chat, tok)
     assert ids == encode_example(CHAT, tok)[0]
     assert tok.decode([i for i, w in zip(ids, weights, strict=True) if w]) == " because"
-    turns[2], turns[4] = CHAT[2], turns[4] | told  # what follows the last target changes nothing
+    turns[2], turns[4] = CHAT[2], turns[4] | flag  # what follows the last target changes nothing
     assert chat_of({"messages": turns}, "f:1") == chat_of({"messages": CHAT[:3]}, "f:1")
 
 
@@ -148,17 +148,17 @@ def test_what_our_own_format_cannot_say_is_refused(tok, row, message):
 
 
 BAD = [
-    ('{"prompt": "a"}', "fields .'prompt'.; one of"),
-    ('{"question": "a", "answer": "b"}', "fields .'answer', 'question'.; one of"),
-    ('{"prompt": "a", "completion": "b", "messages": []}', "fields .*'messages'.*; one of"),
-    ('{"prompt": "a", "completion": "b", "input": "c"}', "; one of"),
-    ('{"prompt": "a", "completion": null}', "'completion' is null; text"),
-    ('{"prompt": "a", "completion": 3}', "'completion' is a int; text"),
-    ('{"prompt": "a", "completion": ["b"]}', "'completion' is a list; text"),
-    ('{"prompt": ["a"], "completion": "b"}', "message 0 is a str"),
+    ('{"prompt": "a"}', "fields .'prompt'.; expected one of"),
+    ('{"question": "a", "answer": "b"}', "fields .'answer', 'question'.; expected one of"),
+    ('{"prompt": "a", "completion": "b", "messages": []}', "fields .*'messages'.*; expected one of"),
+    ('{"prompt": "a", "completion": "b", "input": "c"}', "; expected one of"),
+    ('{"prompt": "a", "completion": null}', "'completion' is null; expected text"),
+    ('{"prompt": "a", "completion": 3}', "'completion' is a number; expected text"),
+    ('{"prompt": "a", "completion": ["b"]}', "'completion' is a list; expected text"),
+    ('{"prompt": ["a"], "completion": "b"}', "message 0 is a string"),
     ('{"prompt": "a", "completion": ""}', "no words by the assistant"),
-    ('{"messages": []}', "'messages' is empty"),
-    ('{"messages": "hi"}', "'messages' is a str"),
+    ('{"messages": []}', "'messages' is an empty list"),
+    ('{"messages": "hi"}', "'messages' is a string"),
     ('{"messages": [{"role": "user"}]}', "message 0 is an object with .'role'."),
     ('{"messages": [{"role": "human", "content": "x"}]}', "message 0 has role 'human'"),
     ('{"messages": [{"role": ["user"], "content": "x"}]}', "message 0 has role"),
@@ -168,24 +168,30 @@ BAD = [
         '{"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}]}',
         "message 1 is from system",
     ),
-    ('{"instruction": "a", "Input": "c", "output": "b"}', "nothing reads 'Input' .*did you mean 'input'.*ignore Input"),
-    ('{"messages": [{"role": "user", "content": "a", "weigth": 0}]}', "message 0: nothing reads 'weigth'.*'weight'"),
-    ('{"prompt": "a", "completion": "b", "history": ["c"]}', "'history' is .'c'.; a list of"),
+    (
+        '{"instruction": "a", "Input": "c", "output": "b"}',
+        "column 'Input' beside 'instruction' is not read.*did you mean 'input'.*ignore Input",
+    ),
+    (
+        '{"messages": [{"role": "user", "content": "a", "weigth": 0}]}',
+        "message 0: field 'weigth' of user is not read.*'weight'",
+    ),
+    ('{"prompt": "a", "completion": "b", "history": ["c"]}', "'history' is .'c'.; expected a list of"),
     ('{"messages": [{"role": "user", "content": "a", "weight": 1}]}', "'weight' is 1, but only the assistant's"),
-    ('{"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}', "'weight' is 0.5; 0 or 1 is wanted"),
-    ('{"messages": [{"role": "assistant", "content": "a", "train": 0}]}', "'train' is 0; true or false is wanted"),
+    ('{"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}', "'weight' is 0.5; expected 0 or 1"),
+    ('{"messages": [{"role": "assistant", "content": "a", "train": 0}]}', "'train' is 0; expected true or false"),
     ('{"messages": [{"role": "assistant", "content": "a", "weight": 1, "train": false}]}', "contradict each other"),
     ('{"messages": [{"role": "assistant", "content": "a", "weight": 0}]}', "no words by the assistant"),
-    ('{"messages": [{"role": "user", "content": "a", "tool_calls": []}]}', "nothing reads 'tool_calls' of user"),
+    ('{"messages": [{"role": "user", "content": "a", "tool_calls": []}]}', "field 'tool_calls' of user is not read"),
     ('{"messages": [{"role": "assistant", "tool_calls": [{"name": "f"}]}]}', "a call is an object with .'name'."),
     (
         '{"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "x"}]}]}',
-        "the arguments of 'f' is a str; an object is wanted",
+        "the arguments of 'f' is a string; expected an object",
     ),
-    ('{"messages": [{"from": "gpt", "value": "a", "role": "user"}]}', "one of the two is wanted"),
-    ('{"prompt": "a", "completion": "b", "tools": {"a": 1}}', "'tools' is an object with .'a'.; a list is wanted"),
-    ('{"prompt": "a", "completion": "b", "tools": [1]}', "'tools' holds a int"),
-    ('{"prompt": "a", "completion": "b", "tools": [{"name": "\\ud800"}]}', "'tools': lone surrogate"),
+    ('{"messages": [{"from": "gpt", "value": "a", "role": "user"}]}', "expected one of the two"),
+    ('{"prompt": "a", "completion": "b", "tools": {"a": 1}}', "'tools' is an object with .'a'.; expected a list"),
+    ('{"prompt": "a", "completion": "b", "tools": [1]}', "'tools' holds a number"),
+    ('{"prompt": "a", "completion": "b", "tools": [{"name": "\\ud800"}]}', "'tools' has the lone surrogate"),
     ('{"prompt": "a", "completion": "b", "chat_template_kwargs": {"messages": 1}}', "sets 'messages'"),
     ('{"prompt": "a", "completion": "b", "chat_template_kwargs": {"x": "\\ud800"}}', "lone surrogate"),
     ('{"messages": [{"role": "system", "content": "a"}], "system": "b"}', "remove one of the two"),
@@ -215,7 +221,7 @@ def examples(n=80):
 def test_every_example_is_there_once_and_whole(tok, pack):
     T = 64
     sft = sft_rows(examples(), tok, T, 3, pack=pack)
-    found = []
+    packed = []
     for i, row in enumerate(sft.rows):
         assert row["row"] == i
         assert {k: (v.shape, v.dtype.name) for k, v in row.items()} == {
@@ -227,15 +233,15 @@ def test_every_example_is_there_once_and_whole(tok, pack):
         for segment in range(1, row["segments"].max() + 1):
             here = row["segments"] == segment
             assert (row["positions"][here] == np.arange(here.sum())).all()
-            found.append(tuple(zip(*(row[k][here].tolist() for k in ("ids", "targets", "weights")), strict=True)))
-    wanted = []
+            packed.append(tuple(zip(*(row[k][here].tolist() for k in ("ids", "targets", "weights")), strict=True)))
+    expected = []
     for where, row in examples():
         ids, weights = encode_example(chat_of(row, where), tok)
-        wanted.append(tuple(zip(ids[:-1], ids[1:], map(float, weights[1:]), strict=True)))
-    assert sorted(found) == sorted(wanted)
+        expected.append(tuple(zip(ids[:-1], ids[1:], map(float, weights[1:]), strict=True)))
+    assert sorted(packed) == sorted(expected)
     assert sft.examples == 80
-    assert sft.tokens == sum(map(len, wanted))
-    assert sft.target_tokens == sum(w for example in wanted for *_, w in example)
+    assert sft.tokens == sum(map(len, expected))
+    assert sft.target_tokens == sum(w for example in expected for *_, w in example)
     if pack:
         assert len(sft.rows) <= math.ceil(1.25 * sft.tokens / T)
     else:

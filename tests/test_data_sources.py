@@ -9,9 +9,11 @@ import pyarrow
 import pyarrow.parquet as pq
 import pytest
 from graftax import InputError
-from graftax.data import clean, sources, unpack
-from graftax.data.errors import RAISE, RowErrors
-from graftax.data.sources import Document, documents, five_domains, is_held_out, rows, split
+from graftax.data import clean, unpack
+from graftax.data.documents import Document, is_held_out
+from graftax.data.errors import RowErrors
+from graftax.data.five_domains import five_domains
+from graftax.data.sources import documents, rows
 
 
 def test_plain_text_is_cut_without_loss(tmp_path):
@@ -81,22 +83,23 @@ def test_parquet_is_known_by_its_first_bytes_and_read_anew_each_time(tmp_path):
     assert [d.text for d in documents(str(path))] == ["tan"] * 9
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(InputError, match=r"data.txt: not readable as parquet .*; check the file"):
-        list(documents(str(path), bad=RowErrors("replace", 1)))
+        list(documents(str(path), errors=RowErrors("repair", 1)))
 
 
 def test_plain_text_is_unpacked(tmp_path):
+    for name in ("web", "books", "encyclopedia", "forum"):
+        (tmp_path / "five" / name).mkdir(parents=True)
     for name in ("a.txt.gz", "b.md.GZ", "five/web/c.MD.gz"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(gzip.compress(b"\xef\xbb\xbfhi\r\n"))
     assert [d.text for d in documents(str(tmp_path / "*.*"))] == ["hi\r\n"] * 2
-    assert [d.text for d in sources._web(tmp_path / "five", tmp_path / "five/web", RAISE)] == ["hi\n"]
+    assert [d.text for d in five_domains(tmp_path / "five")["web"]()] == ["hi\n"]
 
 
 def test_what_unpacks_to_more_than_memory_is_read_line_by_line_or_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(unpack, "MOST", 1 << 20)
+    monkeypatch.setattr(unpack, "MAX_READ", 1 << 20)
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(b'{"text": "%s"}\n' % (b"a" * 1000) * 2000))
     assert sum(1 for _ in rows(str(tmp_path / "rows.jsonl.gz"))) == 2000
-    for name, words in (("bomb.txt.gz", "unpacks to more than"), ("bomb.jsonl.gz", "1: a line of more than")):
+    for name, words in (("bomb.txt.gz", "decompresses to more than"), ("bomb.jsonl.gz", "1: a line of more than")):
         (tmp_path / name).write_bytes(gzip.compress(b"a" * (2 << 20)))
         with pytest.raises(InputError, match=f"{name}:.*{words} 1,048,576 bytes"):
             list(documents(str(tmp_path / name)))
@@ -112,7 +115,11 @@ def test_several_sources(tmp_path):
     (tmp_path / "a,b").mkdir()
     (tmp_path / "a,b" / "x.txt").write_text("both")
     assert [d.text for d in documents(f"{a},b")] == ["both"], "a name with a comma"
-    for spec, words in ((f"{b},{b}", "is there twice"), (f"{b},", "an empty name of a source"), ("", "an empty name")):
+    for spec, words in (
+        (f"{b},{b}", "duplicate source"),
+        (f"{b},", "a source has an empty name"),
+        ("", "has an empty name"),
+    ):
         with pytest.raises(InputError, match=words):
             list(rows(spec))
 
@@ -128,19 +135,19 @@ BAD = {  # file name: (bytes, what the message says)
         b'{"text": "x"}\n{"text": "y" 3}\n',
         r"a.jsonl:2: not valid JSON \(Expecting ',' delimiter at column 14",
     ),
-    "b.jsonl": (b'{"text": "x"}\n["y"]\n', "b.jsonl:2: a JSON list"),
+    "b.jsonl": (b'{"text": "x"}\n["y"]\n', "b.jsonl:2: a list; expected one JSON object per line"),
     "c.jsonl": (b'{"text": "x"}\n\n{"txt": "y"}\n', "c.jsonl:3: no field 'text', only .'txt'"),
     "d.jsonl": (b'{"text": null}\n', "d.jsonl:1: 'text' is null"),
     "e.jsonl": (b'{"text": ["x"]}\n', "e.jsonl:1: 'text' is a list"),
     "f.jsonl": (b'{"text": "x"}\n{"text": "caf\xe9"}\n', "f.jsonl:2: not UTF-8 .byte 0xe9 at offset 27"),
-    "g.jsonl": (b"\n \n", "g.jsonl: empty"),
-    "h.jsonl": (b'{"text": "\\ud800"}\n', "h.jsonl:1: lone surrogate"),
+    "g.jsonl": (b"\n \n", "g.jsonl: no rows"),
+    "h.jsonl": (b'{"text": "\\ud800"}\n', "h.jsonl:1: 'text' has the lone surrogate"),
     "i.jsonl": (b'{"text": ' + b"[" * 200_000 + b"\n", "i.jsonl:1: "),
     "j.jsonl": (b'{"text": ' + b"1" * 5000 + b"}\n", "j.jsonl:1: JSON that cannot be read"),
     "k.txt": (b"one\ntwo \xff\n", "k.txt:2: not UTF-8 .byte 0xff at offset 8"),
     "l.txt": (b"  \n", "l.txt: no text in it"),
-    "m.json": (b'[{"text": "x"},\n 3]', "m.json:2: a JSON int"),
-    "n.json": (b'{"text": "x"}', "n.json: a JSON dict; one JSON array"),
+    "m.json": (b'[{"text": "x"},\n 3]', "m.json:2: a number"),
+    "n.json": (b'{"text": "x"}', "n.json: an object with .'text'.; expected one JSON array"),
     "o.json": (b'[{"text": "x"}\n{"text": "y"}]', "o.json:2: not valid JSON"),
     "p.csv": (b"", "p.csv: no rows"),
     "q.csv": (b"text\nx\ncaf\xe9\n", "q.csv:3: not UTF-8"),
@@ -148,8 +155,8 @@ BAD = {  # file name: (bytes, what the message says)
     "s.csv": (b"body\nx\n", "s.csv:2: no field 'text'"),
     "t.parquet": (b"PAR1 nothing", "t.parquet: not readable as parquet"),
     "u.csv": (b"text\n", "u.csv: no rows"),
-    "v.csv": (b"text,b\nx,1\ny,2,3\n", "v.csv:3: 3 cells; 2 are wanted"),
-    "w.csv": (b"text,b\nx\n", "w.csv:2: 1 cells; 2 are wanted"),
+    "v.csv": (b"text,b\nx,1\ny,2,3\n", "v.csv:3: 3 cells; expected 2"),
+    "w.csv": (b"text,b\nx\n", "w.csv:2: 1 cells; expected 2"),
 }
 
 
@@ -196,27 +203,23 @@ def test_hub_spec(monkeypatch):
         return [{"text": "x"}, {"text": 3}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    found = documents("hub:org/set:cfg@test[:10]")
-    assert next(found) == Document("org/set@test[:10]:1", "x")
-    with pytest.raises(InputError, match=r"org/set@test\[:10\]:2: 'text' is a int"):
-        next(found)
+    docs = documents("hub:org/set:cfg@test[:10]")
+    assert next(docs) == Document("org/set@test[:10]:1", "x")
+    with pytest.raises(InputError, match=r"org/set@test\[:10\]:2: 'text' is a number"):
+        next(docs)
     assert next(documents("hub:set")).id == "set@train:1"
     assert asked == [("org/set", "cfg", "test[:10]"), ("set", None, "train")]
     with pytest.raises(InputError, match=r"hub:no/such: the hub gave no data \(Dataset 'no/such' doesn't exist\)"):
         list(rows("hub:no/such"))
 
 
-def test_the_split_is_by_id_alone_and_drops_twins():
-    docs = [Document(f"d{i}", f"text {i}") for i in range(2000)]
-    train, held = split(docs, 0.1)
-    assert 140 < len(held) < 260
-    assert split(docs[::-1], 0.1) == (train[::-1], held[::-1])
-    assert set(held) < set(split(docs, 0.2)[1])
-    twin = Document(next(d.id for d in train) + "?", held[0].text)
-    twin = next(Document(f"twin{i}", held[0].text) for i in range(99) if not is_held_out(f"twin{i}", 0.1))
-    assert split([*docs, twin], 0.1) == (train, held)
+def test_the_split_is_by_id_alone_and_grows_with_the_fraction():
+    ids = [f"d{i}" for i in range(2000)]
+    few, many = ({i for i in ids if is_held_out(i, fraction)} for fraction in (0.1, 0.2))
+    assert 140 < len(few) < 260
+    assert few < many
     with pytest.raises(InputError, match=r"fraction 1\.5"):
-        split(docs, 1.5)
+        is_held_out("d0", 1.5)
 
 
 def test_cleaning():

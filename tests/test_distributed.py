@@ -20,8 +20,9 @@ from graftax.model.sharding import batch_rows, make_mesh, put_batch
 from graftax.peft import LoRA
 from graftax.train.cluster import coordinator, processes
 from graftax.train.config import Data, Optim, Run, to_json
-from graftax.train.loop import row_sum, train
+from graftax.train.loop import stream_digest
 from graftax.train.runs.checkpoint import CheckpointWriter
+from graftax.train.runs.train import train
 from tiny import CONFIG
 
 MODEL = dataclasses.replace(CONFIG, V=400, context=64)
@@ -99,7 +100,7 @@ def work(tmp_path_factory):
     data = dataclasses.replace(data, domains=(), task=str(folder / "colours.jsonl"))
     # The tensor axis goes over processes: rows that several of them need.
     tune = dataclasses.replace(run, phase="finetune", base=str(folder / "base"), method=LoRA(rank=2), data=data,
-                               model=None, score_base=False, eval_rows=4, mesh=(1, 1, -1))  # fmt: skip
+                               model=None, eval_base_first=False, eval_rows=4, mesh=(1, 1, -1))  # fmt: skip
     (folder / "lora.json").write_text(to_json(tune))
     return folder
 
@@ -211,24 +212,24 @@ def _run(path):
 
 
 def test_the_flag_says_what_it_wants():
-    assert processes.explicit("10.0.0.1:8476,4,3") == ("10.0.0.1:8476", 4, 3, None)
+    assert processes.parse_processes("10.0.0.1:8476,4,3") == ("10.0.0.1:8476", 4, 3, None)
     for wrong in ("4", "host,2,0", "host:1,2,2", "host:1,2,-1", "host:x,2,0"):
         with pytest.raises(InputError, match="wanted ADDRESS:PORT,N,I"):
-            processes.explicit(wrong)
+            processes.parse_processes(wrong)
 
 
 def test_a_slurm_step_is_found_and_a_shell_is_none(monkeypatch):
     for name in processes.CLUSTERS:
         monkeypatch.delenv(name, raising=False)
-    assert processes.cluster() is None
+    assert processes.detect_cluster() is None
     step = {"JOB_ID": "7", "STEP_NODELIST": "node[003-004]", "NTASKS": "2", "PROCID": "1", "LOCALID": "0",
             "STEP_NUM_TASKS": "2"}  # fmt: skip
     for name, value in step.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    address, n, i, devices = processes.cluster()
+    address, n, i, devices = processes.detect_cluster()
     assert (address.split(":")[0], n, i, devices) == ("node003", 2, 1, [0])
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
-    assert processes.cluster() is None
+    assert processes.detect_cluster() is None
 
 
 @pytest.mark.parametrize(("hellos", "wrong"), [
@@ -251,9 +252,9 @@ def test_the_coordinator_knows_who_is_wrong(hellos, wrong):
 
 def test_the_digest_of_rows_adds_up():
     ids = np.arange(100, 124)
-    whole = row_sum(np.arange(24), ids)
-    assert whole == row_sum(np.arange(10), ids[:10]) + row_sum(np.arange(10, 24), ids[10:])
-    assert whole != row_sum(np.arange(24), ids[::-1])
+    whole = stream_digest(np.arange(24), ids)
+    assert whole == stream_digest(np.arange(10), ids[:10]) + stream_digest(np.arange(10, 24), ids[10:])
+    assert whole != stream_digest(np.arange(24), ids[::-1])
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 2, 2, 2), (1, 1, 8)])

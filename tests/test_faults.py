@@ -18,15 +18,18 @@ from graftax import InputError, peft
 from graftax.data import loader
 from graftax.model.tree import replace
 from graftax.peft import LoRA, Subset
-from graftax.train import cli, faults, health, loop
+from graftax.train import cli, evaluate, faults, health, loop
 from graftax.train.cluster import distributed, signals
 from graftax.train.cluster.signals import Stop, Stopped
-from graftax.train.config import Optim, Run, from_json
-from graftax.train.loop import row_sum, train
-from graftax.train.optim import schedule
+from graftax.train.config import Data, Optim, Run, from_json
+from graftax.train.loop import stream_digest
+from graftax.train.optim import lr_schedule
 from graftax.train.progress import read_metrics
+from graftax.train.runs import prepare as preparation
+from graftax.train.runs import record
 from graftax.train.runs.checkpoint import CheckpointWriter
-from graftax.train.runs.load import load_run, record
+from graftax.train.runs.load import load_run
+from graftax.train.runs.train import train
 from test_faults_input import said
 
 pytestmark = pytest.mark.faults
@@ -89,7 +92,7 @@ def _rows(run, n=8 * STEPS):
 
 
 def test_other_prefetching_other_batches_the_same_rows(cut, whole, tmp_path, monkeypatch):  # noqa: F811
-    expected = f"{row_sum(np.arange(320), np.array([r['row'] for r in _rows(cut)])) % 2**256:064x}"
+    expected = f"{stream_digest(np.arange(320), np.array([r['row'] for r in _rows(cut)])) % 2**256:064x}"
     assert last(whole("lora"))["rows_digest"] == expected, "every row once, in order"
     monkeypatch.setattr(loader, "_THREADS", 1)
     monkeypatch.setattr(loader, "_AHEAD", 1)
@@ -116,13 +119,13 @@ def test_on_another_mesh(cut, whole, tmp_path, monkeypatch):  # noqa: F811
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"seed": 5}, ("the data changed since step 18: seed 0 -> 5", "or --accept data")),
+    ({"seed": 5}, ("the data changed since step 18: seed 0 -> 5", "or --force data")),
     ({"data.T": 48}, ("the data changed", "data.T 32 -> 48")),
     ({"data.pack": False}, ("the data changed", "data.pack true -> false")),
     ({"data.held_out": 0.3}, ("the data changed", "data.held_out 0.2 -> 0.3")),
     ({"file": "other contents"}, ("the data changed since step 18: its contents, examples 47 -> ", "target tokens")),
     ({"data.task": "other.jsonl"}, ("the data changed", "data.task", "colours.jsonl", "other.jsonl")),
-    ({"method": LoRA(rank=2, alpha=4)}, ("the method changed since step 18: method.alpha", "-> 4", "--accept method")),
+    ({"method": LoRA(rank=2, alpha=4)}, ("the method changed since step 18: method.alpha", "-> 4", "--force method")),
     ({"method": LoRA(rank=4)}, ("method.rank 2 -> 4",)),
     ({"phase": "pretrain"}, ("holds a finetune run, this is a pretrain", "correct --out")),
 ], ids=lambda x: next(iter(x)) if isinstance(x, dict) else "")  # fmt: skip
@@ -147,18 +150,18 @@ def test_what_changed_is_said_in_words(change, words, cut, runs, tmp_path, monke
 
 
 def _rewrite(path, change):
-    from graftax.train.runs.manifest import read_manifest, sealed_manifest
+    from graftax.train.runs.manifest import encode_manifest, read_manifest
 
     manifest = read_manifest(path)
     change(manifest)
-    path.write_text(sealed_manifest(manifest))
+    path.write_text(encode_manifest(manifest))
 
 
 @pytest.mark.parametrize(("change", "words"), [
     ({"optim": {"name": "muon"}}, ("--optim.name adamw -> muon", "give --optim.name adamw again")),
     ({"optim": {"spike": 6.0}}, ("--optim.spike 0.0 -> 6.0", "give --optim.spike 0.0 again")),
     ({"steps": 10}, ("--steps 10", "is at step 18; raise it, or --resume STEP")),
-    ({"method": LoRA(rank=4), "accept": "method"}, ("trainable",)),
+    ({"method": LoRA(rank=4), "force": "method"}, ("trainable",)),
 ], ids=["optimizer", "spikes", "fewer steps", "accepted rank"])  # fmt: skip
 def test_a_refused_resume_changes_no_file(change, words, cut, tmp_path):
     """config.json and metrics.jsonl stay those of the run that is there."""
@@ -171,23 +174,23 @@ def test_a_refused_resume_changes_no_file(change, words, cut, tmp_path):
 
 def test_what_changed_can_be_accepted(cut, tmp_path, monkeypatch, capsys):
     run = dataclasses.replace(copied(cut, tmp_path), seed=5)
-    assert life(monkeypatch, run, accept="data") is None
+    assert life(monkeypatch, run, force="data") is None
     manifest = CheckpointWriter(Path(run.out) / "checkpoints").manifest(STEPS)
     assert manifest["accepted"] == ["the data changed since step 18: seed 0 -> 5"]
     assert "accepted: the data changed" in capsys.readouterr().err
-    said(lambda: dataclasses.replace(run, accept="dta"), "--accept dta; did you mean data?")
+    said(lambda: dataclasses.replace(run, force="dta"), "--force dta; did you mean data?")
 
 
 @pytest.mark.parametrize(("change", "words"), [
     ("mixture", ("data.domains.0.2 0.7 -> 0.5",)),
-    ("tokenizer", ("the tokenizer changed", "data.vocab", "or --accept tokenizer")),
+    ("tokenizer", ("the tokenizer changed", "data.vocab", "or --force tokenizer")),
     ("a file", ("the data changed", "its contents, tokens of a ", "->")),
 ])  # fmt: skip
 def test_a_changed_corpus(change, words, runs, tmp_path):  # noqa: F811
     run = copied(runs["pretrain"], tmp_path)
     domains = [(name, str(tmp_path / name), weight) for name, _, weight in run.data.domains]
     for (_, source, _), (_, target, _) in zip(run.data.domains, domains, strict=True):
-        loop.Path(target).symlink_to(source)
+        Path(target).symlink_to(source)
     data = {"mixture": {"domains": tuple((n, s, 0.5) for n, s, _ in run.data.domains)},
             "tokenizer": {"tokenizer": "", "vocab": 380},
             "a file": {}}[change]  # fmt: skip
@@ -208,7 +211,7 @@ def test_a_changed_corpus(change, words, runs, tmp_path):  # noqa: F811
 
 def test_folders_that_are_no_place_for_a_run(runs, cut, tmp_path, monkeypatch):  # noqa: F811
     run = dataclasses.replace(cut, resume="never")
-    said(lambda: train(run), f"--out {run.out} is not an empty folder", "go on with --resume")
+    said(lambda: train(run), f"--out {run.out} is not an empty folder", "continue with --resume")
     (tmp_path / "file").write_text("")
     said(lambda: train(dataclasses.replace(run, out=str(tmp_path / "file"))), "is a file; give a folder")
     (tmp_path / "photos").mkdir()
@@ -279,7 +282,7 @@ def test_scoring_that_fails_costs_no_step(cut, whole, tmp_path, monkeypatch):  #
     """The checkpoint of the last step, with the loss that ranks it, is on the disk before the first answer."""
     run = copied(cut, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(record, "outputs", _raising)
+        patch.setattr(evaluate, "generate_answers", _raising)
         for _ in range(2):  # and so again in its second life, which has nothing else to do
             ended = life(patch, run)
             assert isinstance(ended, InputError)
@@ -345,27 +348,27 @@ def test_a_second_signal_ends_at_once(monkeypatch, capsys):
     left = threading.Event()
     monkeypatch.setattr(signals.os, "_exit", lambda code: code == 75 and left.set())
     with Stop() as one:
-        one.begin(0)
-        assert one.may(1)
+        one.begin_steps(0)
+        assert one.may_step(1)
         signal.raise_signal(signal.SIGTERM)
         for _ in range(500):
-            if not one.may(1):
+            if not one.may_step(1):
                 break
             if one.limit is not None:
                 break
             left.wait(0.01)
-        assert not one.may(2)
+        assert not one.may_step(2)
         assert not left.is_set()
         signal.raise_signal(signal.SIGINT)
         assert left.wait(5)
     err = capsys.readouterr().err
     assert "SIGTERM: this step is finished and saved, exit code 75; again: at once" in err
-    assert "graftax: SIGINT again: stopped at once; go on with --resume" in err
+    assert "graftax: SIGINT again: stopped at once; continue with --resume" in err
 
 
 def test_all_processes_stop_after_the_same_step(monkeypatch):
     """Three of them, each a step further, as threads; one gets the signal."""
-    monkeypatch.setattr(distributed._State, "peers", ("a", "b", "c"))
+    monkeypatch.setattr(distributed.state, "peers", ("a", "b", "c"))
     barrier, told, stops = threading.Barrier(3), {}, [Stop() for _ in range(3)]
 
     def share(what, text):
@@ -375,15 +378,15 @@ def test_all_processes_stop_after_the_same_step(monkeypatch):
 
     monkeypatch.setattr(distributed, "barrier_gather", share)
     for i, one in enumerate(stops):
-        one.begin(0)
-        assert one.may(4 + i)
+        one.begin_steps(0)
+        assert one.may_step(4 + i)
     threads = [threading.Thread(target=one._settle, args=(True,)) for one in stops]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert [one.limit for one in stops] == [6, 6, 6]
-    assert [[one.may(5), one.may(6), one.may(7)] for one in stops] == [[True, True, False]] * 3
+    assert [[one.may_step(5), one.may_step(6), one.may_step(7)] for one in stops] == [[True, True, False]] * 3
 
 
 # --- numbers ---
@@ -394,14 +397,14 @@ def test_one_bad_batch_changes_nothing_and_is_counted(runs, tmp_path, monkeypatc
     assert life(monkeypatch, run, "step@5:nan") is None
     rows = [r for r in read_metrics(Path(run.out)) if "loss" in r]
     assert [r["skipped"] for r in rows] == [0, 1, 0, 0]
-    rate = schedule(run.optim, 12)  # the skipped step has used none, so later ones are one update behind
+    rate = lr_schedule(run.optim, 12)  # the skipped step has used none, so later ones are one update behind
     assert [r["lr"] for r in rows] == [pytest.approx(float(rate(i))) for i in (2, 4, 7, 10)]
     assert all(np.isfinite(r["loss"]) for r in rows)
     assert json.loads((Path(run.out) / "summary.json").read_text())["skipped"] == 1
 
 
 def test_too_many_bad_batches_stop_the_run(runs, tmp_path, monkeypatch):  # noqa: F811
-    run = dataclasses.replace(runs["lora"], out=str(tmp_path / "run"), max_bad=4)
+    run = dataclasses.replace(runs["lora"], out=str(tmp_path / "run"), max_skipped=4)
     ended = life(monkeypatch, run, "step@20-30:nan")
     assert isinstance(ended, InputError)
     for word in (run.out, "steps 20-23 in a row were left out (4 not finite)", "bad_rows.json", "--optim.lr"):
@@ -419,37 +422,41 @@ def test_too_many_bad_batches_stop_the_run(runs, tmp_path, monkeypatch):  # noqa
 def test_a_base_that_is_not_finite(number, base, monkeypatch):
     spoilt = replace(base.params, {"layers/mlp/up": base.params["layers"]["mlp"]["up"].at[1, 2, 3].set(number)})
     dated, loaded = (dataclasses.make_dataclass("", names) for names in (["date"], ["base", "tokenizer"]))
-    monkeypatch.setattr(health, "load_run", lambda *args, **kwargs: loaded(spoilt, dated("")))
+    monkeypatch.setattr(preparation, "load_run", lambda *args, **kwargs: loaded(spoilt, dated("")))
     run = Run(phase="finetune", base="runs/base", date="2026-11-29")
-    said(lambda: health.load_base(run, None), "runs/base: the parameter layers/mlp/up holds NaN or infinity", "another")
-    monkeypatch.setattr(health, "load_run", lambda *args, **kwargs: loaded(base.params, dated("")))
-    assert health.load_base(run, None) == loaded(base.params, dated("2026-11-29"))
+    said(
+        lambda: preparation.load_base(run, None),
+        "runs/base: the parameter layers/mlp/up holds NaN or infinity",
+        "another",
+    )
+    monkeypatch.setattr(preparation, "load_run", lambda *args, **kwargs: loaded(base.params, dated("")))
+    assert preparation.load_base(run, None) == loaded(base.params, dated("2026-11-29"))
 
 
 def test_a_state_that_is_not_finite_is_not_saved(runs, tmp_path, monkeypatch):  # noqa: F811
-    run = dataclasses.replace(runs["lora"], out=str(tmp_path / "run"), max_bad=0)
+    run = dataclasses.replace(runs["lora"], out=str(tmp_path / "run"), max_skipped=0)
     real = loop.Runner.step
 
     def step(self, i, program):
         real(self, i, program)
         if i == 11:
-            trainable = jax.tree.map(lambda x: x * np.inf, self.phase.state.trainable)
-            self.phase.state = self.phase.state._replace(trainable=trainable)
+            trainable = jax.tree.map(lambda x: x * np.inf, self.setup.state.trainable)
+            self.setup.state = self.setup.state._replace(trainable=trainable)
 
     monkeypatch.setattr(loop.Runner, "step", step)
     ended = life(monkeypatch, run)
-    for word in (run.out, "at step 12 layers/attn/k/a is not finite", "nothing was saved of it", "--optim.lr"):
+    for word in (run.out, "at step 12 layers/attn/k/a is not finite", "this step was not saved", "--optim.lr"):
         assert word in str(ended)
     assert good(run.out) == 6
 
 
 def test_spikes_count_apart(runs, tmp_path):  # noqa: F811
-    run = dataclasses.replace(runs["lora"], out=str(tmp_path), max_bad=3)
+    run = dataclasses.replace(runs["lora"], out=str(tmp_path), max_skipped=3)
     seen = health.Health(run, [{"row": i} for i in range(80)], 0, 0)
     fine, spike = {"ok": True, "loss": 1.0, "grad_norm": 1.0}, {"ok": False, "loss": 9.0, "grad_norm": 9.0}
     broken = {"ok": False, "loss": np.nan, "grad_norm": 1.0}
-    seen.see(5, [fine, spike, broken, fine, spike])
-    said(lambda: seen.see(7, [spike, broken]), "steps 5-7 in a row", "1 not finite, 2 spikes")
+    seen.update(5, [fine, spike, broken, fine, spike])
+    said(lambda: seen.update(7, [spike, broken]), "steps 5-7 in a row", "1 not finite, 2 spikes")
     said(lambda: Optim(spike=float("nan")), "--optim.spike nan")
 
 
@@ -462,7 +469,7 @@ def test_spikes_count_apart(runs, tmp_path):  # noqa: F811
     ({"accumulate": 3}, ("--data.batch 8 does not divide into --accumulate 3 parts",)),
     ({"steps": -1}, ("--steps -1: wanted 0 or more",)),
     ({"epochs": float("nan")}, ("--epochs nan: wanted a finite number above 0",)),
-    ({"max_bad": -1}, ("--max-bad -1: wanted 0 or more",)),
+    ({"max_skipped": -1}, ("--max-skipped -1: wanted 0 or more",)),
     ({"save_every": -3}, ("--save-every -3: wanted 0 or more",)),
 ])  # fmt: skip
 def test_numbers_that_do_not_fit(change, words, runs, tmp_path):  # noqa: F811
@@ -492,18 +499,18 @@ def test_zero_steps_and_fewer_rows_than_a_batch(runs, tmp_path, monkeypatch, cap
     data = dataclasses.replace(runs["lora"].data, task=str(tmp_path / "few.jsonl"))
     run = dataclasses.replace(runs["lora"], out=str(tmp_path / "run"), data=data, steps=2)
     assert life(monkeypatch, run) is None
-    assert "are fewer than the 8 of a batch: rows stand in a step more than once" in capsys.readouterr().err
+    assert "the batch of 8 is larger than the dataset" in capsys.readouterr().err
 
 
 # --- adapters, masks ---
 
 
 @pytest.mark.parametrize(("which", "words"), [
-    ("equal shapes", ("was tuned on another base than", "give its own with --base")),
-    ("other shapes", ("was tuned on another base than", "give its own with --base")),
-    ("other rank", ("config.json: method.rank is 4, but step 18 was saved with 2", "put that back")),
+    ("equal shapes", ("was tuned on another base than", "give its base with --base")),
+    ("other shapes", ("was tuned on another base than", "give its base with --base")),
+    ("other rank", ("config.json: method.rank is 4, but step 18 was saved with 2", "restore that value")),
     ("other model", ("config.json: model.rope.theta is 5000.0, but step 40 was saved with 10000.0",)),
-    ("other tokenizer", ("tokenizer.model", "damaged; put it back")),
+    ("other tokenizer", ("tokenizer.model", "damaged; restore it")),
     ("no tokenizer", ("tokenizer.model is missing",)),
 ])  # fmt: skip
 def test_an_adapter_and_what_it_does_not_fit(which, words, cut, runs, tmp_path):  # noqa: F811
@@ -614,9 +621,42 @@ def test_the_variable_says_what_it_wants(monkeypatch):
     assert [faults.at("step", i) for i in (2, 3, 5, 6)] == ["", "nan", "nan", ""]
     for wrong in ("stop:nan", "step:explode", "step@x:nan", "kill"):
         monkeypatch.setenv(faults.VARIABLE, wrong)
-        said(lambda: faults.at("step", 3), f"GRAFTAX_FAULT={wrong}: wanted POINT[@STEP[-STEP]]:WHAT")
+        said(lambda: faults.at("step", 3), f"GRAFTAX_FAULT={wrong}: wanted POINT[@STEP[-STEP]]:ACTION")
 
 
-def test_config_of_before_says_resume_with_true(tmp_path):
-    (tmp_path / "config.json").write_text('{"resume": true}')
-    assert from_json(tmp_path / "config.json").resume == "auto"
+OLD_NAMES = {
+    "resume": True,
+    "accept": "data",
+    "score_base": False,
+    "max_bad": 3,
+    "data": {"bad": "replace", "bad_cap": 0.5},
+}
+
+
+def test_a_config_with_the_names_of_before(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(OLD_NAMES))
+    data = Data(bad_rows="repair", max_bad_rows=0.5)
+    assert from_json(path) == Run(resume="auto", force="data", eval_base_first=False, max_skipped=3, data=data)
+    path.write_text('{"version": 99}')
+    said(lambda: from_json(path), f"{path}: version 99, this graftax reads 1 to 2")
+
+
+def test_a_run_with_the_names_of_before_goes_on(cut, whole, tmp_path, monkeypatch):  # noqa: F811
+    run = copied(cut, tmp_path)
+
+    def rename(config):
+        for new, old in (("force", "accept"), ("eval_base_first", "score_base"), ("max_skipped", "max_bad")):
+            config[old] = config.pop(new)
+        data = config["data"]
+        data["bad"], data["bad_cap"] = data.pop("bad_rows"), data.pop("max_bad_rows")
+        del config["version"]
+
+    for step in (12, 18):
+        _rewrite(Path(run.out) / f"checkpoints/{step}/manifest.json", lambda m: rename(m["config"]))
+    config = json.loads((Path(run.out) / "config.json").read_text())
+    rename(config)
+    (Path(run.out) / "config.json").write_text(json.dumps(config))
+    load_run(run.out)
+    assert life(monkeypatch, run) is None
+    assert last(run.out) == last(whole("lora"))

@@ -14,15 +14,15 @@ import huggingface_hub.constants
 import jax
 import numpy as np
 import pytest
+from graftax.data.documents import Document
 from graftax.data.mixture import HeldOut
 from graftax.data.pack import empty_row, tokenize
 from graftax.data.sft import sft_rows
-from graftax.data.sources import Document, documents
-from graftax.data.tasks.base import tasks
-from graftax.data.tokenizers import chat
-from graftax.data.tokenizers.tokenizer import load_tokenizer
+from graftax.data.sources import documents
+from graftax.data.tasks import tasks
+from graftax.data.tokenizers import chat, load_tokenizer
 from graftax.model import pattern
-from graftax.model.hf.files import fetch, header, index, shards
+from graftax.model.hf.files import fetch_checkpoint, read_header, read_index, shard_names
 from graftax.peft import hf as adapters
 from graftax.train import cli
 from graftax.train.caches import cache_folder
@@ -59,11 +59,15 @@ def test_a_link_out_of_a_folder(tmp_path):
     assert [d.text for d in documents(str(folder))] == ["a", "a"]
     link = folder / "b.txt"
     link.symlink_to("../secret")
-    said(lambda: list(documents(str(folder))), f"{link}: a link to ../secret, outside of the folder", "copy it there")
+    said(
+        lambda: list(documents(str(folder))),
+        f"{link}: a link to ../secret, which is outside the folder",
+        "copy it into the folder",
+    )
     assert len(list(documents(f"{folder}/*.txt"))) == 3  # asked for by a pattern
     link.unlink()
     link.symlink_to("gone")
-    said(lambda: list(documents(str(folder))), f"{link}: a link to gone, not in the folder", "is wanted")
+    said(lambda: list(documents(str(folder))), f"{link}: a link to gone, which is missing", "expected a file")
 
 
 @pytest.mark.parametrize(
@@ -73,8 +77,8 @@ def test_an_index_that_names_a_file_elsewhere(name, tmp_path):
     listed = tmp_path / "model.safetensors.index.json"
     listed.write_text(json.dumps({"weight_map": {"a": name}}))
     words = (f"{listed}: names the file {name!r}", "a plain name of a .safetensors file beside it is wanted")
-    said(lambda: shards(listed), *words)
-    said(lambda: index(tmp_path), *words)
+    said(lambda: shard_names(listed), *words)
+    said(lambda: read_index(tmp_path), *words)
 
 
 def test_names_in_an_archive_are_not_followed(public, tmp_path):  # noqa: F811
@@ -96,13 +100,13 @@ def test_no_pickle_is_read(tmp_path):
     for name in ("pytorch_model.bin", "adapter_model.bin", "x.pkl"):
         (here / name).write_bytes(pickle.dumps(Trap(trap)))
     (here / CONFIG).write_text("{}")
-    said(lambda: index(here), ".bin is a pickle, which runs code when it is read", "safe_serialization")
+    said(lambda: read_index(here), ".bin is a pickle, which runs code when it is read", "safe_serialization")
     said(lambda: adapters.read_tensors(here), ".bin is a pickle, which can run code", "safe_serialization=True")
     said(lambda: list(documents(str(here / "x.pkl"))), "x.pkl: arrays or a pickle", "a file of text is wanted")
     array = np.array([Trap(trap)], object)
     for kind, made in (("object", {"d/ids": array}), ("of", {"d/ids": np.zeros((1, 2)), "d/of": array})):
         np.savez(here / f"{kind}.npz", **made)
-        words = ("not the held-out rows of a base", "pickles", "copy it from where the base was made")
+        words = ("not the held-out rows of a base", "pickles", "copy it from the original base")
         said(lambda kind=kind: load_held_out(here / f"{kind}.npz"), f"{kind}.npz", *words)
     assert not trap.exists()
 
@@ -161,7 +165,7 @@ def test_a_bad_header(name, tmp_path):
     length = 1 << 60 if size < 0 else len(head or b"")
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"\0" * 4 if head is None else struct.pack("<Q", length) + head + bytes(max(size, 0)))
-    said(lambda: header(path), f"{path}: not a whole safetensors file (", "fetch it again")
+    said(lambda: read_header(path), f"{path}: not a whole safetensors file (", "fetch it again")
 
 
 def arrays(**changes):
@@ -201,7 +205,7 @@ def test_domains_with_one_name_inside_another_stay_apart(tmp_path):
 STRANGE = {  # tokenizer_config.json or tokenizer.json (fuzzing found these): words
     '{"eos_token": "\\ud800"}': ("tokenizer_config.json: not valid JSON", "surrogates not allowed"),
     '{"additional_special_tokens": 3}': ("names no eos token",),
-    '{"chat_template": [{"name": []}]}': ("one named default is wanted",),
+    '{"chat_template": [{"name": []}]}': ("expected one named default",),
     '{"model": {"type": "WordPiece", "vocab": {"a": 0}}}': ("tokenizer.json: not a",),
 }
 
@@ -328,7 +332,7 @@ ADAPTERS = {  # name: (what is done to its tensors, changed keys, words)
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_bad_adapter(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(pattern, "SECONDS", 0.05)
+    monkeypatch.setattr(pattern, "TIME_LIMIT", 0.05)
     change, keys, words = ADAPTERS[name]
     config, _, params = base("llama")
     folder = changed("llama_lora", tmp_path / "bad", change, **keys)
@@ -353,7 +357,9 @@ def test_a_token_is_in_no_file_no_message_and_no_help(tmp_path, monkeypatch, cap
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert "verysecret" not in said(lambda: fetch("some/model"), "some/model: no such folder, and as a hub id")
+    assert "verysecret" not in said(
+        lambda: fetch_checkpoint("some/model"), "some/model: no such folder, and as a hub id"
+    )
     for command in ("finetune", "pretrain", "import"):
         with pytest.raises(SystemExit):
             main([command, "--help"])

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import socket
@@ -18,14 +19,15 @@ import numpy as np
 import pytest
 from faulty import STEPS, copied, good, last, life, programs, runs, whole  # noqa: F401
 from graftax import InputError
-from graftax.atomic import left_over, whole_folder, write_whole
+from graftax.atomic import atomic_folder, atomic_write, is_leftover
 from graftax.peft import LoRA
 from graftax.train.cli import main
 from graftax.train.config import to_json
-from graftax.train.loop import train
+from graftax.train.runs import lock
 from graftax.train.runs.checkpoint import CheckpointWriter
-from graftax.train.runs.load import load_run, lock
+from graftax.train.runs.load import load_run
 from graftax.train.runs.lock import Lock
+from graftax.train.runs.train import train
 from test_faults_input import said
 
 pytestmark = pytest.mark.faults
@@ -116,7 +118,7 @@ def test_damage_is_named_by_file_and_parameter(two):
     data.write_bytes(kept[: len(kept) // 2])
     why = two.damage(2, "fast")
     assert f"{data} has {len(kept) // 2} bytes, {len(kept)} were written; lost: trainable/layers/" in why
-    said(lambda: two.restore(2, "trainable", TREE), str(data), "lost: trainable/layers/", "take another step (1)")
+    said(lambda: two.restore(2, "trainable", TREE), str(data), "lost: trainable/layers/", "load another step (1)")
     middle = bytearray(kept)
     middle[len(kept) // 2] ^= 16
     data.write_bytes(middle)
@@ -131,7 +133,7 @@ def test_damage_is_named_by_file_and_parameter(two):
 def test_a_broken_manifest(two, text):
     path = two.folder / "2/manifest.json"
     path.write_text(text)
-    said(lambda: two.restore(2, "trainable", TREE), str(path), "go on from another step, or delete this one")
+    said(lambda: two.restore(2, "trainable", TREE), str(path), "load another step, or delete this one")
     assert two.best() is None
     assert two.damage(1) == ""
     with CheckpointWriter(two.folder, keep=1) as checkpoints:
@@ -151,7 +153,7 @@ def test_the_newest_good_one_is_taken(cut, whole, tmp_path, monkeypatch, capsys)
     run = copied(cut, tmp_path)
     damaged = next((Path(run.out) / "checkpoints/18/trainable").glob("**/d/*"))
     damaged.write_bytes(damaged.read_bytes()[:-9])
-    said(lambda: load_run(run.out), str(damaged), "take another step (12)")
+    said(lambda: load_run(run.out), str(damaged), "load another step (12)")
     said(
         lambda: train(dataclasses.replace(run, resume="18")), "--resume 18: damaged", "`--resume auto` takes the newest"
     )
@@ -178,7 +180,7 @@ def test_sidecars(name, damage, runs, tmp_path, monkeypatch, capsys):  # noqa: F
     path.unlink() if damage is None else path.write_text(damage)
     if name == "held_out.npz" and damage is None:
         assert load_run(run.out).held_out == {}
-        assert "held_out.npz is gone: what is forgotten is not measured" in capsys.readouterr().err
+        assert "held_out.npz is missing: forgetting cannot be measured" in capsys.readouterr().err
     else:
         said(lambda: load_run(run.out), str(path) if damage is not None or name != "config.json" else run.out)
     if damage != "{":
@@ -214,10 +216,10 @@ def test_a_file_that_grows_too_large(step, runs, whole, tmp_path, monkeypatch): 
         ended = life(patch, run)
     assert isinstance(ended, InputError)
     newest = good(run.out)
-    for word in (f"checkpoints/{step}: this checkpoint could not be written", "go on with --resume"):
+    for word in (f"checkpoints/{step}: this checkpoint could not be written", "continue with --resume"):
         assert word in str(ended)
     assert newest == (None if step == 6 else 36)
-    assert f"the newest one is of step {newest}" in str(ended) or newest is None
+    assert f"the newest checkpoint is of step {newest}" in str(ended) or newest is None
     assert not list(Path(run.out).glob("checkpoints/*.partial")), "it makes no use of the room"
     assert life(monkeypatch, run) is None
     assert last(run.out) == last(whole("lora"))
@@ -229,7 +231,7 @@ def test_no_space_left_stops_the_run_at_the_next_step(point, cut, tmp_path, monk
     ended = life(monkeypatch, run, f"{point}@24:full")
     assert isinstance(ended, InputError)
     assert "checkpoints/24: this checkpoint could not be written ([Errno 28] No space left on device" in str(ended)
-    assert "newest one is of step" in str(ended)
+    assert "newest checkpoint is of step" in str(ended)
     assert not (Path(run.out) / "summary.json").exists()
     assert (Path(run.out) / "checkpoints/36").exists() is False, "it did not go on without"
     assert good(run.out) == (24 if point == "save.end" else 18)
@@ -254,7 +256,7 @@ def test_older_ones_stay_until_the_new_one_is_there(two, monkeypatch):
     monkeypatch.setattr(Path, "rename", losing)
     with CheckpointWriter(two.folder, keep=1) as checkpoints:
         checkpoints.save(3, {"trainable": TREE}, {})
-        said(checkpoints.wait, "is missing; no older one was deleted")
+        said(checkpoints.wait, "is missing; no older checkpoint was deleted")
     assert two.damage(1) == two.damage(2) == ""
 
 
@@ -263,40 +265,50 @@ def test_older_ones_stay_until_the_new_one_is_there(two, monkeypatch):
 
 def test_two_writers(tmp_path, monkeypatch, capsys):
     with Lock(tmp_path) as mine:
-        here = f"process {os.getpid()} on {socket.gethostname()} (since "
+        here = f"process {os.getpid()} on {socket.gethostname()} is writing"
         said(
             lambda: Lock(tmp_path).__enter__(),
             f"{tmp_path}: {here}",
-            "writes here; wait for it or stop it",
-            "--accept lock",
+            "is writing here; wait for it or stop it",
+            "--force lock",
         )
         mine.check()
-        with Lock(tmp_path, take=True):
-            said(mine.check, "now written by process", "this run stops, and saves nothing more")
-        said(mine.check, "nobody: the lock was deleted")
+        with Lock(tmp_path, take_over=True):
+            said(mine.check, "now written by process", "this run stops and saves nothing more")
+        said(mine.check, "nobody (the lock file was deleted)")
     assert not (tmp_path / "lock").exists()
 
 
-@pytest.mark.parametrize(("there", "lives"), [
-    ({"pid": 2**22 - 3, "started": "1"}, False),  # no such process
-    ({"pid": os.getpid(), "started": "1"}, False),  # its number belongs to another process now
-    ({"pid": os.getpid()}, True),
-    ({"pid": 1, "host": "node-7 pid:[1]"}, True),  # another host, a moment ago
-    ({"pid": 1, "host": "node-7 pid:[1]", "age": 200}, False),
-    ("not json", False),
-], ids=["dead", "other process", "alive", "other host", "other host, silent", "broken"])  # fmt: skip
-def test_whose_lock_is_stale(there, lives, tmp_path, capsys):
+def lock_of_another(folder, **fields):
+    """Write the lock file of another writer: this process's own, with other fields."""
+    with Lock(folder) as own:
+        text = own.path.read_text()
+    for key, value in fields.items():
+        text = re.sub(f"{key}=.*", f"{key}={value}", text)
+    own.path.unlink(missing_ok=True)
+    own.path.write_text(text)
+
+
+@pytest.mark.parametrize(("other", "age", "lives"), [
+    ({"pid": 2**22 - 3, "start": 1}, 0, False),  # no such process
+    ({"start": 1}, 0, False),  # its number belongs to another process now
+    ({}, 0, True),
+    ({"pid": 1, "host": "node-7"}, 0, True),  # another host, a moment ago
+    ({"pid": 1, "host": "node-7"}, 200, False),
+    ("not a lease", 0, False),
+    ('{"pid": 1, "host": "node-7", "key": "x"}', 0, False),  # written by an earlier version
+    ("", 200, False),  # the machine stopped while it was written
+], ids=["dead", "other process", "alive", "other host", "other host, silent", "broken", "old", "empty"])  # fmt: skip
+def test_whose_lock_is_stale(other, age, lives, tmp_path, capsys):
     path = tmp_path / "lock"
-    mine = Lock(tmp_path).mine
-    path.write_text(there if isinstance(there, str) else json.dumps(mine | {"key": "x"} | there))
-    if "age" in there:
-        os.utime(path, (time.time() - 200,) * 2)
+    path.write_text(other) if isinstance(other, str) else lock_of_another(tmp_path, **other)
+    os.utime(path, (time.time() - age,) * 2)
     if lives:
-        said(lambda: Lock(tmp_path).__enter__(), "writes here")
+        said(lambda: Lock(tmp_path).__enter__(), "is writing here")
         return
     with Lock(tmp_path):
-        assert "taken over from process" in capsys.readouterr().err
-        assert json.loads(path.read_text())["pid"] == os.getpid()
+        assert "taken over from " in capsys.readouterr().err
+        assert f"pid={os.getpid()}" in path.read_text()
 
 
 def test_a_holder_shows_that_it_lives(tmp_path, monkeypatch):
@@ -324,7 +336,10 @@ def test_a_run_stops_where_another_writes(cut, tmp_path, monkeypatch, capsys):
     def save(self, step, *args):
         if step == 30:  # another host thought this one was dead
             self.wait()  # the save of step 24, in the background, comes before
-            (Path(run.out) / "lock").write_text(json.dumps({"pid": 5, "host": "node-7", "key": "y"}))
+            other = tmp_path / "other"
+            other.mkdir()
+            lock_of_another(other, pid=5, host="node-7", token="y")
+            (other / "lock").replace(Path(run.out) / "lock")
         real(self, step, *args)
 
     monkeypatch.setattr(CheckpointWriter, "save", save)
@@ -359,8 +374,8 @@ def test_a_file_is_made_under_a_name_of_its_own(tmp_path):
     """As the umask has it; what a kill leaves goes when the next writer begins, what another left stays."""
     before = os.umask(0o027)
     try:
-        write_whole(tmp_path / "a.json", "{}")
-        with whole_folder(tmp_path / "b"):
+        atomic_write(tmp_path / "a.json", "{}")
+        with atomic_folder(tmp_path / "b"):
             pass
     finally:
         os.umask(before)
@@ -371,8 +386,8 @@ def test_a_file_is_made_under_a_name_of_its_own(tmp_path):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.json.tmp", "b", "x.tmp"]
     with pytest.raises(IsADirectoryError):
-        write_whole(tmp_path / "b", "")
-    assert not [path for path in tmp_path.iterdir() if left_over(path.name)]
+        atomic_write(tmp_path / "b", "")
+    assert not [path for path in tmp_path.iterdir() if is_leftover(path.name)]
 
 
 def test_two_writers_of_one_new_folder(tmp_path):
@@ -381,19 +396,21 @@ def test_two_writers_of_one_new_folder(tmp_path):
     (tmp_path / "out.unchecked" / "theirs").write_text("")
 
     def late():
-        with whole_folder(tmp_path / "out") as one:
-            with whole_folder(tmp_path / "out") as two:
+        with atomic_folder(tmp_path / "out") as one:
+            with atomic_folder(tmp_path / "out") as two:
                 (two / "two").write_text("")
             (one / "one").write_text("")
 
     (tmp_path / "file").write_text("")
-    said(lambda: whole_folder(tmp_path / "file" / "out").__enter__(), "cannot be written (Not a directory)", "give a")
+    said(
+        lambda: atomic_folder(tmp_path / "file" / "out").__enter__(), "cannot be written (Not a directory)", "choose a"
+    )
     (tmp_path / "file").unlink()
     said(
         late,
         f"{tmp_path / 'out'}: cannot be written (Directory not empty)",
         "another process wrote there",
-        "take another",
+        "choose another",
     )
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
         "out", "out.unchecked", "out.unchecked/theirs", "out/two",

@@ -13,7 +13,7 @@ from graftax.data.sft import render_prompt
 from graftax.model import generate
 from graftax.train import harness
 from graftax.train.harness import Harness
-from graftax.train.loop import train
+from graftax.train.runs.train import train
 from test_choices import table
 
 TEXT = "The with statement wraps a block. The if statement is used for conditional execution, and so on: "

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from graftax import InputError
 from graftax.model import Config, Transformer, generate, init, presets, resize
-from graftax.model.hf import config_from_hf, config_to_hf, fetch, load, save
-from graftax.model.hf.files import header, index
-from graftax.model.init import restack
+from graftax.model.hf import config_from_hf, config_to_hf, fetch_checkpoint, load, save
+from graftax.model.hf.files import read_header, read_index
 from graftax.model.layers import Embed, Norm
+from graftax.model.layout import restack
 from graftax.model.sharding import make_mesh
 from graftax.model.transformer import Block
 from graftax.model.tree import named
@@ -69,7 +69,7 @@ def test_what_is_written_is_read_again_bit_for_bit(case, tmp_path):
         again, read = load(tmp_path / name)
         assert again == config
         assert same(read, params)
-        theirs, ours = index(GOLDEN / case), index(tmp_path / name)
+        theirs, ours = read_index(GOLDEN / case), read_index(tmp_path / name)
         assert {k: (t.shape, t.dtype) for k, t in theirs.items()} == {k: (t.shape, t.dtype) for k, t in ours.items()}
     kept = json.loads((tmp_path / "like" / "config.json").read_text())
     first = json.loads((GOLDEN / case / "config.json").read_text())
@@ -187,12 +187,12 @@ def test_a_hub_id_is_read_from_the_cache(tmp_path, monkeypatch):
     (there / "refs" / "main").write_text("abc123")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert fetch("some/model") == there / "snapshots" / "abc123"
+    assert fetch_checkpoint("some/model") == there / "snapshots" / "abc123"
     assert load("some/model")[0] == load(GOLDEN / "qwen2")[0]
     with pytest.raises(InputError, match="some/other: no such folder, and as a hub id: LocalEntryNotFoundError"):
-        fetch("some/other")
+        fetch_checkpoint("some/other")
     with pytest.raises(InputError, match="no such folder, and not a hub id"):
-        fetch("/no/where")
+        fetch_checkpoint("/no/where")
 
 
 # --- what is refused: (what is done to a good folder, what the message says) ---
@@ -230,7 +230,7 @@ def pickled(folder: Path) -> None:
 def shards(**where):
     def do(folder: Path) -> None:
         (folder / "model.safetensors").rename(folder / "model-1.safetensors")  # which would count before an index
-        names = dict.fromkeys(header(folder / "model-1.safetensors"), "model-1.safetensors")
+        names = dict.fromkeys(read_header(folder / "model-1.safetensors"), "model-1.safetensors")
         tree = {"weight_map": names | {k.replace("__", "."): v for k, v in where.items()}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(tree))
 
@@ -271,13 +271,16 @@ REFUSED = {
     "rope kind": (edit(rope_parameters={"rope_type": "mrope"}), "rope_type 'mrope' is not known"),
     "rope key": (edit(rope_parameters={"rope_type": "linear", "factor": 2, "beta": 1}), "kind linear: unknown beta"),
     "rope factor": (edit(rope_parameters={"rope_type": "llama3"}), "kind llama3: missing factor, low_freq_factor"),
-    "rope number": (edit(rope_parameters={"rope_type": "linear", "factor": "two"}), "something that is no number"),
+    "rope number": (
+        edit(rope_parameters={"rope_type": "linear", "factor": "two"}),
+        "rope: factor is 'two'; wanted a number",
+    ),
     "activation": (edit(hidden_act="mish"), "hidden_act: activation 'mish' is not known"),
     "a size": (edit(vocab_size="DROP"), "config.json: has no vocab_size"),
-    "a type": (edit(num_hidden_layers="two"), "num_hidden_layers: 'two'; wanted: int of 1 or more"),
-    "a bound": (edit(num_hidden_layers=10**30), "num_hidden_layers: 1000.*; wanted: int of 1 or more"),
+    "a type": (edit(num_hidden_layers="two"), "num_hidden_layers is 'two'; wanted an integer from 1 to 10000"),
+    "a bound": (edit(num_hidden_layers=10**30), "num_hidden_layers is 1000.*; wanted an integer from 1 to 10000"),
     "null": (edit(rms_norm_eps=None), "rms_norm_eps is null"),
-    "a string": (edit(rope_scaling="x"), "rope_scaling is 'x'; wanted: dict"),
+    "a string": (edit(rope_scaling="x"), "rope_scaling is 'x'; wanted an object"),
     "part": (edit(rope_parameters={"partial_rotary_factor": 0.5}), "unknown partial_rotary_factor"),
     "unread": (
         edit(
@@ -292,7 +295,7 @@ REFUSED = {
     "heads": (edit(head_dim=None, num_attention_heads=5), "does not divide into 5 heads"),
     "layer types": (
         edit(layer_types=["linear_attention"]),
-        "layer_types .*full_attention, sliding_attention are wanted",
+        "layer_types is .*; wanted 2 of full_attention, sliding_attention",
     ),
     "dtype": (edit(dtype="float8"), "dtype 'float8'"),
     "sizes disagree": (edit(vocab_size=99), "of another shape: model.embed_tokens.weight .*wanted .99"),
@@ -309,7 +312,7 @@ REFUSED = {
     "pickle": (pickled, "pytorch_model.bin is a pickle, which runs code when it is read"),
     "nothing": (lambda f: (f / "model.safetensors").unlink(), "has neither model.safetensors nor"),
     "missing shard": (shards(**{K: "model-0.safetensors"}), "names model-0.safetensors, which is not there"),
-    "escape": (shards(**{K: "../x.safetensors"}), "names the file '../x.safetensors'; a plain name"),
+    "escape": (shards(**{K: "../x.safetensors"}), "names the file '../x.safetensors'; wanted the plain name"),
     "misplaced": (
         shards(more__weight="model-1.safetensors"),
         "places more.weight in model-1.safetensors, which does not",
@@ -319,7 +322,7 @@ REFUSED = {
         "has no weight_map",
     ),
     "no json": (lambda f: (f / "config.json").write_text("{"), "config.json: not readable as JSON"),
-    "twice": (lambda f: (f / "config.json").write_text('{"a": 1, "a": 2}'), "the key 'a' stands twice"),
+    "twice": (lambda f: (f / "config.json").write_text('{"a": 1, "a": 2}'), "duplicate key 'a'"),
 }
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from graftax import InputError
 from graftax.data.sft import encode_example
-from graftax.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
+from graftax.data.tokenizers import load_tokenizer, train_tokenizer
 from graftax.model import Config, init
 from graftax.model.hf import load, save
 from graftax.model.sharding import make_mesh
@@ -21,14 +21,16 @@ from graftax.model.tree import named
 from graftax.peft import LoRA, Subset
 from graftax.train.cli import main
 from graftax.train.config import Run, from_json
-from graftax.train.runs.equivalence import compare
+from graftax.train.runs import commands, resume
+from graftax.train.runs.equivalence import compare_logits
 from graftax.train.runs.export import write_base
-from graftax.train.runs.load import Loaded, export, load_run, resume
-from graftax.train.setup import prepare
+from graftax.train.runs.load import load_run
+from graftax.train.runs.loaded import LoadedRun
+from graftax.train.runs.prepare import prepare
 from tiny import same
 
 TOKENIZER = Path(__file__).parent / "golden" / "tokenizers" / "qwen"
-SMALL = ["--mesh", "8", "1", "1", "--data.T", "64", "--data.batch", "8", "--eval-rows", "2", "--no-score-base"]
+SMALL = ["--mesh", "8", "1", "1", "--data.T", "64", "--data.batch", "8", "--eval-rows", "2", "--no-eval-base-first"]
 
 
 def command(capsys, *args):
@@ -120,16 +122,23 @@ def test_a_run_keeps_the_date_of_its_start(adapter, hf_base, monkeypatch):
     assert load_run(adapter).tokenizer.date == run.date
     monkeypatch.setattr(resume, "today", lambda: "2000-01-01")
     later = dataclasses.replace(run, date="", resume="auto")
-    assert resume.dated(later).date == run.date
-    assert resume.dated(dataclasses.replace(later, resume="8")).date == run.date
-    assert resume.dated(dataclasses.replace(later, date="2001-02-03")).date == "2001-02-03"
-    assert resume.dated(dataclasses.replace(later, resume="never")).date == "2000-01-01"  # a run on top decides anew
+    assert resume.with_date(later).date == run.date
+    assert resume.with_date(dataclasses.replace(later, resume="8")).date == run.date
+    assert resume.with_date(dataclasses.replace(later, date="2001-02-03")).date == "2001-02-03"
+    assert (
+        resume.with_date(dataclasses.replace(later, resume="never")).date == "2000-01-01"
+    )  # a run on top decides anew
     assert load_run(hf_base).tokenizer.date == ""
     manifest = load_run(adapter).manifest
-    phase = SimpleNamespace(run=dataclasses.replace(later, date="2001-02-03"), data_digest="other", facts={}, base="",
-                            tokenizer=SimpleNamespace(digest=manifest["tokenizer"]))  # fmt: skip
+    setup = SimpleNamespace(
+        run=dataclasses.replace(later, date="2001-02-03"),
+        data_digest="other",
+        data_sizes={},
+        base_fingerprint="",
+        tokenizer=SimpleNamespace(digest=manifest["tokenizer"]),
+    )
     with pytest.raises(InputError, match=f'the data changed since step 8: date "{run.date}" -> "2001-02-03"'):
-        resume.same_run(phase, manifest)
+        resume.accepted_changes(setup, manifest)
 
 
 def test_merged_and_exported_are_checked(adapter, hf_base, tmp_path, capsys):
@@ -168,7 +177,7 @@ def test_an_adapter_that_rounding_would_lose_is_not_merged(adapter, tmp_path, ca
     for size, out in ((1e-2, "lost"), (0.0, "as_it_begins")):  # without an effect nothing can be lost
         small = jax.tree.map(lambda x, size=size: x * size, got.trainable)
         tuned = dataclasses.replace(got, trainable=small)
-        monkeypatch.setattr(export, "load_run", lambda f, tuned=tuned, **kw: tuned if f == "x" else load_run(f, **kw))
+        monkeypatch.setattr(commands, "load_run", lambda f, tuned=tuned, **kw: tuned if f == "x" else load_run(f, **kw))
         if size:
             line = refused(capsys, "merge", "x", "--out", tmp_path / out)
             assert "% of the adapter's effect" in line
@@ -185,10 +194,10 @@ def test_the_share_of_an_effect_that_is_kept(merged, kept, capsys):
     args = (base + effect, base + merged * effect, 1.0, "x", base)
     if kept is None:
         with pytest.raises(InputError, match="less than half"):
-            compare(*args)
+            compare_logits(*args)
     else:
-        assert compare(*args)["kept"] == pytest.approx(kept, abs=1e-3)
-    assert "kept" not in compare(*args, noise=1e-4)
+        assert compare_logits(*args)["kept"] == pytest.approx(kept, abs=1e-3)
+    assert "kept" not in compare_logits(*args, noise=1e-4)
 
 
 def test_imported_with_more_tokens(hf_base, rows, tmp_path, capsys):
@@ -208,8 +217,9 @@ def test_imported_with_more_tokens(hf_base, rows, tmp_path, capsys):
     data.write_text(rows.read_text().replace("blue", tokens[1]), "utf-8")
     main(["finetune", "sft", "--base", str(tmp_path / "run"), "--data", str(data), "--method", "prompt", "--steps", "1",
           "--no-tensorboard", "--out", str(tmp_path / "tuned"), *SMALL])  # fmt: skip
-    said = f"the data hold tokens that were added to the base: {tokens[1]!r} (id {n + 1}). Prompt does not train their"
-    said += f" embeddings, which stay those of the mean row; --method tokens --method.ids {n + 1}"
+    said = f"the data contain tokens that were added to the base: {tokens[1]!r} (id {n + 1}). "
+    said += "Prompt does not train their embeddings, which keep the values of the mean row; "
+    said += f"--method tokens --method.ids {n + 1}"
     assert said in capsys.readouterr().err
     tuned = load_run(tmp_path / "tuned")
     assert (tuned.config.V, tuned.manifest["added_tokens"]) == (n + 5, got["tokens"])
@@ -236,7 +246,7 @@ def test_a_native_base_is_exported_with_its_tokenizer(tmp_path, capsys):
     config = Config(V=tokenizer.vocab_size, D=32, L=2, N=4, K=2, H=8, F=48, context=64, scan=False)
     params, run = init(config, jax.random.key(0)), Run(phase="pretrain", model=config)
     manifest = {"step": 3, "base": "", "tokenizer": tokenizer.digest}
-    got = Loaded(tmp_path, run, config, params, Subset("all"), {}, tokenizer, {}, manifest)
+    got = LoadedRun(tmp_path, run, config, params, Subset("all"), {}, tokenizer, {}, manifest)
     write_base(tmp_path / "run", got, params, "made", {})
     command(capsys, "export", tmp_path / "run", "--out", tmp_path / "hf")
     said = json.loads((tmp_path / "hf" / "config.json").read_text())

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from graftax import InputError, peft
-from graftax.model.init import restack
+from graftax.model.layout import restack
 from graftax.model.tree import named
 from graftax.peft import IA3, DoRA, LoRA, LoRAHead, Prompt, RsLoRA, Subset, chain, merging
 from graftax.peft.methods.subset import Gradual

@@ -20,7 +20,7 @@ from graftax.model import (
     shapes_of,
     token_losses,
 )
-from graftax.model.attention import VIRTUAL, attend, attention_mask, causal
+from graftax.model.attention import VIRTUAL, attend, attention_mask, causal_mask
 from graftax.model.generate import sample
 from graftax.model.tree import named
 from tiny import CONFIG, close, make_base, make_batch, same
@@ -38,8 +38,8 @@ def qkv(B=2, T=192, S=192, N=4, K=2, H=8):
 def test_blocked_attention_is_the_definition(T, P, long, monkeypatch):
     """In blocks of queries, packed, with and without keys before the row, values and gradients."""
     if long:  # as rows of 2,048 are
-        monkeypatch.setattr(attention, "LONG", 1)
-        monkeypatch.setattr(attention, "PART", 40)
+        monkeypatch.setattr(attention, "LONG_ROW", 1)
+        monkeypatch.setattr(attention, "PART_QUERIES", 40)
     q, k, v = qkv(T=T, S=T + P)
     positions = jnp.tile(jnp.arange(T) % 80, (2, 1))
     segments = jnp.tile(jnp.arange(T) // 80 + 1, (2, 1)).at[0, -3:].set(0)
@@ -50,7 +50,7 @@ def test_blocked_attention_is_the_definition(T, P, long, monkeypatch):
     for mask in masks:
 
         def value(q, k, v, kernel, mask=mask):
-            return (attend(q, k, v, mask, kernel, ahead=P) ** 2).sum()
+            return (attend(q, k, v, mask, kernel, kv_offset=P) ** 2).sum()
 
         gradient = jax.value_and_grad(value, argnums=(0, 1, 2))
         close(gradient(q, k, v, "xla"), gradient(q, k, v, "reference"), 2e-4)
@@ -73,7 +73,7 @@ def test_visible():
     ] = True
     assert (mask == expected).all()
     assert VIRTUAL == -1
-    assert (causal(2, 4) == jnp.array([[[1, 1, 1, 0], [1, 1, 1, 1]]], bool)).all()
+    assert (causal_mask(2, 4) == jnp.array([[[1, 1, 1, 0], [1, 1, 1, 1]]], bool)).all()
 
 
 def test_matmul_defers_to_a_weight():
@@ -150,7 +150,7 @@ def test_generation_stops_and_refuses(base):
     prompt = [[1, 2, 3]]
     free = generate(base.model, base.params, prompt, 6, pad_to=16)[0]
     assert generate(base.model, base.params, prompt, 6, stop=(free[2],), pad_to=16)[0] == free[: free.index(free[2])]
-    with pytest.raises(InputError, match="60 tokens and 6 behind it exceed the model's context of 64"):
+    with pytest.raises(InputError, match="60 tokens and 6 after it exceed the model's context of 64"):
         generate(base.model, base.params, [[1] * 60], 6)
     with pytest.raises(InputError, match="empty"):
         generate(base.model, base.params, [[]], 6)

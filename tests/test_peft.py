@@ -32,8 +32,8 @@ from graftax.peft.methods.lora import LoRAWeight
 from graftax.peft.methods.pissa import principal
 from graftax.train.config import Optim, Run
 from graftax.train.optim import decay_mask, make_optimizer
-from graftax.train.program import start
-from graftax.train.runs.added_tokens import trained
+from graftax.train.runs.added_tokens import trains_rows
+from graftax.train.setup import initial_layout as start
 from graftax.train.setup import resolve_method
 from graftax.train.step import init_state, make_loss
 from tiny import CONFIG, OPTIM, close, make_base, make_batch, same, shaken, stepper
@@ -362,4 +362,4 @@ def test_factors_of_lokr():
 def test_which_tokens_a_method_trains(method, tied, untied):
     """Of ids 4 and 7: their embeddings, and their logits."""
     for base, expected in ((make_base(), tied), (make_base(tied=False), untied)):
-        assert tuple(tuple(map(int, x)) for x in trained(method, base.params, [4, 7])) == expected
+        assert tuple(tuple(map(int, x)) for x in trains_rows(method, base.params, [4, 7])) == expected

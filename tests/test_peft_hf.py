@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from graftax import InputError, peft
 from graftax.model import Transformer, hf
-from graftax.model.init import restack
+from graftax.model.layout import restack
 from graftax.peft import hf as adapters
 from safetensors.numpy import load_file, save_file
 from tiny import CASES as METHODS

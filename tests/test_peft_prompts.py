@@ -11,8 +11,8 @@ import pytest
 import test_laws as laws
 from graftax import InputError, peft
 from graftax.model import Transformer, forward, generate, presets
-from graftax.model.init import restack
 from graftax.model.layers import MLP, Attention, LayerInputs
+from graftax.model.layout import restack
 from graftax.model.rope import rope_table
 from graftax.model.tree import named
 from graftax.peft import (
@@ -207,8 +207,8 @@ def test_llama_adapter_refuses(base):
         peft.merge(LLaMAAdapter(), base.params, init(LLaMAAdapter()))
     with pytest.raises(InputError, match=r"--method\.layers 0: wanted 1 or more"):
         init(LLaMAAdapter(layers=0))
-    with pytest.raises(InputError, match="behind=True wants heads of 32 together, this base's have 28"):
-        init(LLaMAAdapter(behind=True), variant("gpt2").params)
+    with pytest.raises(InputError, match="after_output_proj=True wants heads of 32 together, this base's have 28"):
+        init(LLaMAAdapter(after_output_proj=True), variant("gpt2").params)
     twice = chain(LLaMAAdapter(), LLaMAAdapter())
     with pytest.raises(InputError, match="layers/attn/prompt has a prompt of an earlier method"):
         twice.bind(base.params, init(twice))

@@ -13,7 +13,7 @@ from graftax import InputError, peft
 from graftax.model import presets, shapes_of
 from graftax.model.quantize import LEVELS, Int8, Quantized, quantize
 from graftax.model.sharding import make_mesh, put_batch, shardings
-from graftax.model.tree import canonical, named, nested
+from graftax.model.tree import name_and_layers, named, nested
 from graftax.model.weight import matmul
 from graftax.peft.sharding import adapter_shardings, frozen_shardings
 from graftax.train.optim import make_optimizer
@@ -131,7 +131,7 @@ def test_layouts_are_the_same_bits():
     for kind in KINDS:
         stacked, unrolled = (named(quantize(make_base(scan=scan).params, kind)) for scan in (True, False))
         for path, w in unrolled.items():
-            name, layers = canonical(path)
+            name, layers = name_and_layers(path)
             whole = stacked[name] if layers is None else jax.tree.map(lambda x, i=layers[0]: x[i], stacked[name])
             assert same(w, whole), path
         changed = [p for p, w in stacked.items() if isinstance(w, Quantized)]
@@ -141,7 +141,7 @@ def test_layouts_are_the_same_bits():
 
 def test_mistakes_are_named():
     odd = {"layers": {"mlp": {"up": jnp.ones((2, 33, 8)), "down": jnp.ones(3)}}}
-    with pytest.raises(InputError, match=r"layers/mlp/up \[2, 33, 8\]: nf4 packs rows in twos, and 33 is odd"):
+    with pytest.raises(InputError, match=r"layers/mlp/up \[2, 33, 8\]: nf4 packs rows in pairs, and 33 is odd"):
         quantize(odd, "nf4")
     with pytest.raises(InputError, match="layers/mlp/down: only a plain matrix can be int8"):
         quantize(odd, "int8")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from graftax import InputError
-from graftax.data.tokenizers.tokenizer import train_tokenizer
+from graftax.data.tokenizers import train_tokenizer
 from graftax.model import Config, hf, init
 from graftax.model.quantize import NF4, Quantized, quantize
 from graftax.model.sharding import make_mesh
@@ -17,12 +17,14 @@ from graftax.model.tree import named
 from graftax.peft import LoRA, Subset
 from graftax.train.cli import main
 from graftax.train.config import Run, from_json
-from graftax.train.loop import train
 from graftax.train.progress import read_metrics
-from graftax.train.runs.checkpoint import CheckpointWriter, fingerprint
+from graftax.train.runs import load
+from graftax.train.runs.checkpoint import CheckpointWriter
 from graftax.train.runs.export import write_base
-from graftax.train.runs.load import load, load_run
+from graftax.train.runs.load import load_run
+from graftax.train.runs.manifest import fingerprint
 from graftax.train.runs.report import nbytes
+from graftax.train.runs.train import train
 from test_train import base, examples, kill_at, pretraining, texts, tuning  # noqa: F401
 from tiny import close, same
 

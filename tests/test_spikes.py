@@ -16,7 +16,7 @@ BASE = make_base()
 @pytest.mark.faults
 @pytest.mark.parametrize("what", ["spike", "nan", "inf"])
 def test_a_bad_step_changes_nothing_but_the_counts(what, monkeypatch):
-    monkeypatch.setattr(steps, "WINDOW", 8)
+    monkeypatch.setattr(steps, "SPIKE_WINDOW", 8)
     tx = optax.adam(1e-4)
     step = jax.jit(make_train_step(BASE.model, Subset("all"), tx, spike=6.0))
     state, batch = init_state(BASE.params, tx, spikes=True), make_batch()

@@ -14,18 +14,18 @@ from graftax.data.columns import chat_of
 from graftax.data.sft import encode_example
 from graftax.model.tree import named
 from graftax.peft import LoRA, Prompt, Subset
-from graftax.train import loop
 from graftax.train.cli import main
 from graftax.train.commands import Eval
 from graftax.train.config import Data, Optim, Run, from_json, to_json
-from graftax.train.evaluate import choose, held_out_losses, row_losses, within
+from graftax.train.evaluate import choose_answers, held_out_losses, row_losses, within_tokens
 from graftax.train.flags import take_json
-from graftax.train.inputs import task_of
-from graftax.train.loop import train
-from graftax.train.optim import schedule
-from graftax.train.runs.checkpoint import CheckpointWriter, fingerprint
+from graftax.train.inputs import load_task
+from graftax.train.optim import lr_schedule
+from graftax.train.runs import train as run_module
+from graftax.train.runs.checkpoint import CheckpointWriter
 from graftax.train.runs.load import load_run
-from graftax.train.runs.manifest import sealed_manifest
+from graftax.train.runs.manifest import encode_manifest, fingerprint
+from graftax.train.runs.train import train
 from tiny import CONFIG, close
 
 MODEL = dataclasses.replace(CONFIG, V=400, context=64)
@@ -67,7 +67,9 @@ def examples(tmp_path_factory):
 
 def tuning(base, examples, method, **changes):
     data = Data(task=str(examples), T=32, batch=8, held_out=0.2)
-    return quick(phase="finetune", base=str(base), method=method, data=data, score_base=False, eval_rows=4, **changes)
+    return quick(
+        phase="finetune", base=str(base), method=method, data=data, eval_base_first=False, eval_rows=4, **changes
+    )
 
 
 @pytest.fixture(scope="session")
@@ -99,11 +101,11 @@ def test_a_run_directory_holds_what_is_promised(base):
 
 def kill_at(monkeypatch, step):
     """Let the run die at the beginning of a step, with the save before it complete."""
-    real, save = loop.compile_step, CheckpointWriter.save
+    real, save = run_module.compile_step, CheckpointWriter.save
     monkeypatch.setattr(CheckpointWriter, "save", lambda self, *args: (save(self, *args), self.wait()))
 
-    def compiled(phase):
-        go, cost = real(phase)
+    def compiled(setup):
+        go, cost = real(setup)
 
         def dying(state, frozen, batch):
             if int(state.step) == step:
@@ -112,7 +114,7 @@ def kill_at(monkeypatch, step):
 
         return dying, cost
 
-    monkeypatch.setattr(loop, "compile_step", compiled)
+    monkeypatch.setattr(run_module, "compile_step", compiled)
 
 
 @pytest.mark.parametrize(
@@ -168,12 +170,12 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path):
     path.write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=r"manifest.json: not what was written"):
         checkpoints.restore(1, "trainable", tree)
-    path.write_text(sealed_manifest(manifest))
+    path.write_text(encode_manifest(manifest))
     with pytest.raises(InputError, match=r"layers/mlp/up is not what was saved"):
         checkpoints.restore(1, "trainable", tree)
     with pytest.raises(InputError, match=r"has an unexpected layers/mlp/up"):
         checkpoints.restore(1, "trainable", {})
-    with pytest.raises(InputError, match=r"float32\[64\], wanted float32\[32\]"):
+    with pytest.raises(InputError, match=r"float32\[64\], expected float32\[32\]"):
         checkpoints.restore(1, "trainable", {"layers/mlp/up": jax.numpy.arange(32.0)})
     checkpoints.close()
 
@@ -237,7 +239,7 @@ def test_a_run_on_all_rows(base, examples, tmp_path, capsys):
     """--data.held-out 0: nothing chooses and nothing judges, which is said once and breaks nothing."""
     run = tuning(base, examples, LoRA(rank=2), out=str(tmp_path / "all"))
     run = dataclasses.replace(
-        run, steps=4, eval_every=2, score_base=True, data=dataclasses.replace(run.data, held_out=0)
+        run, steps=4, eval_every=2, eval_base_first=True, data=dataclasses.replace(run.data, held_out=0)
     )
     summary = json.loads((train(run) / "summary.json").read_text())
     assert set(summary["after"]) == {"held_out_loss", "held_out"}
@@ -251,15 +253,15 @@ def test_a_run_on_all_rows(base, examples, tmp_path, capsys):
     assert "no row was kept back to judge by; give --task FILE" in said.err
     for flag in ("valid", "test"):
         named = dataclasses.replace(run.data, task="snips", **{flag: str(examples)})
-        with pytest.raises(InputError, match=rf"--data\.{flag}: task 'snips' has rows of its own"):
-            task_of(named)
+        with pytest.raises(InputError, match=rf"--data\.{flag}: task 'snips' has its own validation and test rows"):
+            load_task(named)
 
 
 def test_losses_of_few_rows_are_of_rows_all_over():
     rows = [{"ids": np.zeros(8), "n": n} for n in range(10)]
-    assert [row["n"] for row in within(rows, 40)] == [0, 2, 4, 6, 8]
-    assert within(rows, 0) == rows
-    assert within(rows, 1) == rows[:1]
+    assert [row["n"] for row in within_tokens(rows, 40)] == [0, 2, 4, 6, 8]
+    assert within_tokens(rows, 0) == rows
+    assert within_tokens(rows, 1) == rows[:1]
 
 
 def test_commands(adapter, base, capsys):
@@ -275,7 +277,7 @@ def test_commands(adapter, base, capsys):
 
 
 def test_swapping_a_mask_is_one_flag(base, examples, tmp_path, capsys):
-    flags = ["--mesh", "8", "1", "1", "--data.T", "32", "--steps", "2", "--no-score-base", "--eval-rows", "2"]
+    flags = ["--mesh", "8", "1", "1", "--data.T", "32", "--steps", "2", "--no-eval-base-first", "--eval-rows", "2"]
     main(["finetune", "sft", "--base", str(base), "--data", str(examples), "--out", str(tmp_path / "a"),
           "--method.where", "layers/[1:]/mlp/.*", *flags, "--json"])  # fmt: skip
     said = capsys.readouterr()
@@ -296,7 +298,7 @@ def test_bits_per_byte_are_nats_over_ln2_and_bytes(base):
 def test_choosing_takes_the_likeliest_answer(base):
     got = load_run(base)
     rows, choices = [{"prompt": "The", "completion": "a"}, {"prompt": "x = ", "completion": "b"}], ["a", "bc", "The"]
-    chosen = choose(*got.bound, got.tokenizer, rows, choices, batch=6)
+    chosen = choose_answers(*got.bound, got.tokenizer, rows, choices, batch=6)
     for row, choice in zip(rows, chosen, strict=True):
         totals = {}
         for c in choices:
@@ -364,7 +366,7 @@ def test_bad_input_is_one_line_and_writes_nothing(base, examples, texts, tmp_pat
 
 
 def test_wsd_falls_over_its_last_steps_and_ends_at_the_last_rate():
-    rate = schedule(Optim(lr=1.0, schedule="wsd", warmup=2, decay=0.4, end=0.0), 12)
+    rate = lr_schedule(Optim(lr=1.0, schedule="wsd", warmup=2, decay=0.4, end=0.0), 12)
     np.testing.assert_allclose([rate(i) for i in range(12)], [0.5, *[1] * 7, 0.75, 0.5, 0.25, 0], atol=1e-6)
 
 

@@ -7,7 +7,7 @@ import jax
 import pytest
 from graftax import InputError
 from graftax.model import pattern
-from graftax.model.tree import canonical, did_you_mean, match, named, nested, runs, split_layer_index
+from graftax.model.tree import did_you_mean, match_rules, name_and_layers, named, nested, split_layer_index, true_ranges
 from graftax.peft import masks
 from tiny import make_base, same
 
@@ -21,10 +21,10 @@ def test_named_and_nested_are_inverse(base):
 
 
 def test_canonical_names():
-    assert canonical("layers/3/mlp/up") == ("layers/mlp/up", range(3, 4))
-    assert canonical("layers/mlp/up[4:8]") == ("layers/mlp/up", range(4, 8))
-    assert canonical("lora/layers/attn/q[1:2]/a") == ("lora/layers/attn/q/a", range(1, 2))
-    assert canonical("embed/table") == ("embed/table", None)
+    assert name_and_layers("layers/3/mlp/up") == ("layers/mlp/up", range(3, 4))
+    assert name_and_layers("layers/mlp/up[4:8]") == ("layers/mlp/up", range(4, 8))
+    assert name_and_layers("lora/layers/attn/q[1:2]/a") == ("lora/layers/attn/q/a", range(1, 2))
+    assert name_and_layers("embed/table") == ("embed/table", None)
     assert split_layer_index("layers/mlp/up[4:8]") == ("layers/mlp/up", (4, 8))
 
 
@@ -43,7 +43,7 @@ def test_rules_pick_layers_alike_stacked_and_unrolled():
 
 def test_a_rule_that_would_take_for_ever(base, tmp_path, monkeypatch):
     """Somebody else's config.json, or rule: one line that names it, as those of a rule that is no pattern."""
-    monkeypatch.setattr(pattern, "SECONDS", 0.05)
+    monkeypatch.setattr(pattern, "TIME_LIMIT", 0.05)
     began = time.process_time()
     for file in ("runs/x/config.json", tmp_path / "other.json"):  # a second look at it takes no more time
         with pytest.raises(InputError) as caught, pattern.pattern_source(file):
@@ -63,7 +63,7 @@ def test_a_rule_that_would_take_for_ever(base, tmp_path, monkeypatch):
 
 
 def test_first_match_wins_and_layers_may_differ(base):
-    values = match([("layers/[0]/mlp/.*", 1), (".*/mlp/.*", 2), (".*", 3)], base.params)
+    values = match_rules([("layers/[0]/mlp/.*", 1), (".*/mlp/.*", 2), (".*", 3)], base.params)
     assert values["layers/mlp/up"] == [1, 2]
     assert values["layers/attn/q"] == [3, 3]
     assert values["embed/table"] == [3]
@@ -71,13 +71,13 @@ def test_first_match_wins_and_layers_may_differ(base):
 
 def test_an_uncovered_leaf_and_a_rule_without_match_are_errors(base):
     with pytest.raises(InputError, match="no rule covers final_norm/scale"):
-        match([("embed/.*|layers/.*", 1)], base.params)
+        match_rules([("embed/.*|layers/.*", 1)], base.params)
     with pytest.raises(InputError, match=r"'layers/mpl/up' matches no parameter; did you mean layers/mlp/up"):
-        match([("layers/mpl/up", 1), (".*", 2)], base.params)
+        match_rules([("layers/mpl/up", 1), (".*", 2)], base.params)
     with pytest.raises(InputError, match="is not a regular expression"):
-        match([("layers/(", 1)], base.params)
+        match_rules([("layers/(", 1)], base.params)
     with pytest.raises(InputError, match=r"layers/\[7:\]/mlp/.*matches no parameter"):
-        match([("layers/[7:]/mlp/.*", 1)], base.params, default=0)
+        match_rules([("layers/[7:]/mlp/.*", 1)], base.params, default=0)
 
 
 @pytest.mark.parametrize("name", masks.named)
@@ -103,6 +103,6 @@ def test_unknown_mask_names_the_known(base):
 
 
 def test_runs_and_nearest():
-    assert runs([True, True, False, True]) == [(0, 2), (3, 4)]
-    assert runs([]) == []
+    assert true_ranges([True, True, False, True]) == [(0, 2), (3, 4)]
+    assert true_ranges([]) == []
     assert "layers/attn/q" in did_you_mean("layers/att/q", ["layers/attn/q", "embed/table"])

@@ -9,7 +9,7 @@ import pytest
 import test_laws as laws
 from graftax import InputError, peft
 from graftax.model import Rope, Transformer, generate
-from graftax.model.init import restack
+from graftax.model.layout import restack
 from graftax.model.tree import named
 from graftax.peft import LoRA, Prefix, Prompt, Subset
 from tiny import Base, close, make_base, make_batch, shaken, stepper
@@ -88,7 +88,7 @@ def test_learned_positions_end():
         with pytest.raises(InputError, match="a row of 21 positions, but the base has learned 20"):
             peft.apply(base.model, base.params, method, trainable, ids)
         bound, context = method.bind(base.params, trainable), method.context(trainable)
-        with pytest.raises(InputError, match=r"10 tokens and 8 behind it .* context of 17 \(3 virtual"):
+        with pytest.raises(InputError, match=r"10 tokens and 8 after it .* context of 17 \(less 3 virtual"):
             generate(base.model, bound, [[1] * 10], 8, context=context)
     with pytest.raises(InputError, match="a row of 21 positions"):
         base.model.apply({"params": base.params}, jnp.zeros((1, 21), jnp.int32))

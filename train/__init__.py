@@ -1,28 +1,41 @@
-"""Runs: config and recipes, the train step, the loop, checkpoints, evaluation, the command line."""
+"""Training: config and recipes, the train step, the loop; runs, experiments and the command line around them.
 
-import importlib
-from typing import TYPE_CHECKING, Any
+`train` and `load_run` import their modules when called: those take seconds, and need packages (grain, orbax, rich) that
+the command line's help and the environments of train/bench do without.
+"""
+
+from pathlib import Path
+from typing import Any
 
 from .config import Data, Optim, Run
-from .recipes import recipes  # at once: read later, the name would be the module's
+from .optim import make_optimizer
+from .recipes import recipes
+from .step import State, init_state, make_train_step
 
-if TYPE_CHECKING:
-    from .loop import train
-    from .optim import make_optimizer
+
+def train(run: Run) -> Path:
+    """Train to the last step of a run and return its folder; see runs/train.py."""
+    from .runs.train import train
+
+    return train(run)
+
+
+def load_run(folder: str | Path, **options: Any) -> Any:
+    """Load a run folder or a Hugging Face model; see runs/load.py for the options."""
     from .runs.load import load_run
-    from .step import State, init_state, make_train_step
 
-# Read when asked for: graftax.train.bench runs where grain, orbax and rich are not installed.
-_FROM = {"train": "loop", "make_optimizer": "optim", "load_run": "runs", "State": "step", "init_state": "step",
-         "make_train_step": "step"}  # fmt: skip
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _FROM:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_FROM[name]}"), name)
+    return load_run(folder, **options)
 
 
 __all__ = [
-    "Data", "Optim", "Run", "State", "init_state", "load_run", "make_optimizer", "make_train_step", "recipes", "train",
-]  # fmt: skip
+    "Data",
+    "Optim",
+    "Run",
+    "State",
+    "init_state",
+    "load_run",
+    "make_optimizer",
+    "make_train_step",
+    "recipes",
+    "train",
+]

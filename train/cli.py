@@ -1,78 +1,26 @@
 """The command line: `graftax COMMAND ...`. People read stderr; `--json` prints one JSON object on stdout."""
 
 import contextlib
-import dataclasses
 import importlib
 import json
 import os
-import re
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from .. import InputError, __version__
 from ..bounds import is_text
 from ..model.pattern import pattern_source
-from .cluster.distributed import STOPPED, run_processes
-from .config import MALLOC, Run, did_you_mean, from_json, method_class
-from .flags import WORDS, parse, suggestion, take_json
-
-
-def take(args: list[str], flag: str) -> tuple[str | None, list[str]]:
-    """(the value of `--flag value` or `--flag=value`, the other arguments)."""
-    for i, arg in enumerate(args):
-        if arg == flag:
-            if i + 1 == len(args):
-                raise InputError(f"{flag} wants a value")
-            return args[i + 1], args[:i] + args[i + 2 :]
-        if arg.startswith(flag + "="):
-            return arg.split("=", 1)[1], args[:i] + args[i + 1 :]
-    return None, args
-
-
-def run_of(phase: str, args: list[str], also: Sequence[str] = ()) -> Run:
-    """A Run from `RECIPE --method NAME --data FILE --any.field value`; RECIPE may be a run's config.json. `also`: the
-    flags that the caller has taken out of `args`."""
-    from .. import peft
-    from .recipes import recipes
-
-    mine = {name: make for name, make in recipes.items() if make().phase == phase}
-    prog = f"graftax {phase} RECIPE"
-    listed = "\n\n".join(f"{name}: {' '.join((make.__doc__ or '').split())}" for name, make in mine.items())
-    about = (
-        f"Example: graftax {phase} {next(iter(mine))} --optim.lr 3e-4\n\nRecipes (or a run's config.json)\n\n{listed}"
-    )
-    if phase == "finetune":
-        about += "\n\nMethods: --method NAME, then --method.FIELD (masks: --method.where NAME or a rule)\n\n"
-        about += "\n\n".join(f"{n}: {(c.__doc__ or '').splitlines()[0]}" for n, c in sorted(peft.methods.items()))
-    name, rest = (args[0], args[1:]) if args and not args[0].startswith("-") else ("", args)
-    if name.endswith(".json"):
-        run = from_json(Path(name))
-    elif name in mine:
-        run = mine[name]()
-    elif name:
-        hint = f"; it is one of graftax {recipes[name]().phase}" if name in recipes else did_you_mean(name, mine)
-        hint = f"; did you mean {phase} sft --method {name}?" if name in peft.methods else hint
-        raise InputError(f"no {phase} recipe {name!r}{hint}; there are {', '.join(mine)}")
-    else:
-        run = next(iter(mine.values()))()
-        if "--help" not in rest and "-h" not in rest:
-            raise InputError(f"graftax {phase} wants a recipe: {', '.join(mine)}")
-    method, rest = take(rest, "--method")
-    if method is not None:
-        run = dataclasses.replace(run, method=method_class(method)())
-    for i, arg in enumerate(rest):
-        if arg == "--resume" and (i + 1 == len(rest) or rest[i + 1].startswith("-")):
-            rest[i] = "--resume=auto"
-    rest = ["--data.task" if arg == "--data" else re.sub("^--data=", "--data.task=", arg) for arg in rest]
-    return parse(Run, rest, prog, default=run, description=about, also=("--method", "--data", *also))
+from .cluster.distributed import STOPPED
+from .cluster.launch import run_processes
+from .config import MALLOC_ENV, did_you_mean
+from .flags import WORDS, parse, run_of, suggestion, take, take_json
 
 
 def _train(phase: str) -> Callable[[list[str]], Any]:
     def command(args: list[str]) -> Any:
         run = run_of(phase, args)
-        from .loop import train
+        from .runs.train import train
 
         with pattern_source(args[0]) if args[0].endswith(".json") else contextlib.nullcontext():
             folder = train(run)
@@ -101,8 +49,11 @@ def _plan(args: list[str]) -> Any:
     return plan(args)
 
 
-def _experiment(name: str) -> Callable[[list[str]], Any]:
-    return lambda args: getattr(importlib.import_module(f".experiments.{name}", __package__), name)(args)
+def _experiment(module: str, name: str) -> Callable[[list[str]], Any]:
+    def command(args: list[str]) -> Any:
+        return getattr(importlib.import_module(f".experiments.{module}", __package__), name).from_flags(args).run()
+
+    return command
 
 
 COMMANDS: dict[str, tuple[str, Callable[[list[str]], Any]]] = {
@@ -117,33 +68,36 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str]], Any]]] = {
     ),
     "plan": ("what a run needs, before it runs: graftax plan sft --base llama-3.1-8b --topology v5e:4x4", _plan),
     "sweep": (
-        "many variations of a fine-tune at once: graftax sweep sft --base RUN --over optim.lr=1e-3,3e-3",
-        _experiment("sweep"),
+        "train many variations of a fine-tune at once: graftax sweep sft --base RUN --over optim.lr=1e-3,3e-3",
+        _experiment("sweep.command", "Sweep"),
     ),
     "compare": (
-        "methods on one ground, with what noise lets one say: graftax compare --base RUN --task T --methods lora,ia3",
-        _experiment("compare"),
+        "compare methods on tasks, with confidence intervals: graftax compare --base RUN --task T --methods lora,ia3",
+        _experiment("compare", "Compare"),
     ),
     "decide": (
-        "the cheapest way to a target, all ways measured: graftax decide --base RUN --task T --target 'accuracy>=0.8'",
-        _experiment("decide"),
+        "find the cheapest approach to a target score: graftax decide --base RUN --task T --target 'accuracy>=0.8'",
+        _experiment("decide", "Decide"),
     ),
     "eval": ("held-out loss and a task's score of a run: graftax eval RUN", _lazy("Eval")),
     "generate": ("text from a run or a Hugging Face model: graftax generate RUN --prompt TEXT", _lazy("Generate")),
-    "merge": ("fold an adapter into its base, and check: graftax merge RUN --out FOLDER", _lazy("Merge", "export")),
+    "merge": (
+        "fold an adapter into its base, and check: graftax merge RUN --out FOLDER",
+        _lazy("Merge", "runs.commands"),
+    ),
     "import": (
         "a run directory from a Hugging Face model: graftax import FOLDER_OR_HUB_ID --out RUN",
-        _lazy("Import", "export"),
+        _lazy("Import", "runs.commands"),
     ),
     "export": (
         "a Hugging Face folder from a run, checked: graftax export RUN --out FOLDER",
-        _lazy("Export", "export"),
+        _lazy("Export", "runs.commands"),
     ),
     "masks": (
         "what a mask picks of a base, before anything runs: graftax masks RUN_OR_PRESET --where RULE",
         _lazy("Masks"),
     ),
-    "lineage": ("where a run comes from, phase by phase: graftax lineage RUN", _lazy("Lineage", "lineage")),
+    "lineage": ("where a run comes from, phase by phase: graftax lineage RUN", _lazy("Lineage", "runs.commands")),
     "methods": ("the methods, and what each trains on a preset: graftax methods", _lazy("Methods")),
     "tokenizer": ("train a tokenizer: graftax tokenizer SOURCE --out FOLDER", _lazy("Tokenizer")),
 }
@@ -159,9 +113,9 @@ def usage() -> str:
 
 def keep_memory() -> None:
     """On Linux, start over once with an allocator that keeps its memory (config.MALLOC); not with GRAFTAX_MALLOC=0."""
-    if sys.platform != "linux" or os.environ.get("GRAFTAX_MALLOC") == "0" or any(k in os.environ for k in MALLOC):
+    if sys.platform != "linux" or os.environ.get("GRAFTAX_MALLOC") == "0" or any(k in os.environ for k in MALLOC_ENV):
         return
-    os.execve(sys.executable, [sys.executable, "-m", "graftax.train.cli", *sys.argv[1:]], os.environ | MALLOC)
+    os.execve(sys.executable, [sys.executable, "-m", "graftax.train.cli", *sys.argv[1:]], os.environ | MALLOC_ENV)
 
 
 def keep_compilations() -> None:

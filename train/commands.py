@@ -13,22 +13,25 @@ from rich.text import Text
 from .. import InputError, peft
 from ..bounds import Checked, Count, Seed
 from ..data.columns import Columns
-from ..data.errors import RowErrors
+from ..data.fields import text_of
 from ..data.sft import render_prompt
-from ..data.sources import documents, text_of
-from ..data.tasks.base import Task, same_prompts, tasks, whole_task
-from ..data.tokenizers.tokenizer import train_tokenizer
+from ..data.sources import documents
+from ..data.tasks import tasks
+from ..data.tasks.base import Task
+from ..data.tasks.file_task import same_prompts, whole_task
+from ..data.tokenizers import train_tokenizer
 from ..model import Sampling, generate, presets, shapes_of
-from ..model.hf.files import nearest_folder
+from ..model.hf.hub import did_you_mean_folder
 from ..peft import Subset, masks
 from .config import Optim, check_date, did_you_mean
-from .evaluate import choose, held_out_losses, longest_answer, outputs, scored
-from .inputs import check_file, judged, say, task_of, trained_on
+from .evaluate import choose_answers, generate_answers, held_out_losses, longest_reply, scored_rows
+from .inputs import check_examples_file, load_task, report_row_errors, trained_rows, with_answerable_rows
 from .optim import make_optimizer
 from .progress import console
 from .runs import report
-from .runs.export import Verify
-from .runs.load import Loaded, load_run
+from .runs.checkpoint import Verify
+from .runs.load import load_run
+from .runs.loaded import LoadedRun
 
 Arg = Annotated[str, tyro.conf.Positional]
 
@@ -60,41 +63,41 @@ class Eval(Checked):
                               f"bits per byte {v['bits_per_byte']:.4f} (zlib {v['zlib']:.2f})")  # fmt: skip
         return found | (self.score(task, got) if task else {})
 
-    def judged_by(self, got: Loaded) -> Task:
+    def judged_by(self, got: LoadedRun) -> Task:
         """All rows of a file, the test of a named task, or the rows that the run itself was judged by."""
         data = dataclasses.replace(
             got.run.data, root=self.root or got.run.data.root,
             columns=self.columns or (() if self.task in tasks else got.run.data.columns),
             ignore=self.ignore or (() if self.task in tasks else got.run.data.ignore),
         )  # fmt: skip
-        bad, file = RowErrors(data.bad, data.bad_cap), self.task or data.test
+        bad, file = data.row_errors(), self.task or data.test
         if not file or file in tasks:
             named = dataclasses.replace(data, task=file, valid="", test="") if file else data
-            task = task_of(named, bad)
+            task = load_task(named, bad)
         else:
-            trained = trained_on(data, got.run.seed)
-            task = whole_task(check_file(file), bad, trained or [], Columns(data.columns, data.ignore))
+            trained = trained_rows(data, got.run.seed)
+            task = whole_task(check_examples_file(file), bad, trained or [], Columns(data.columns, data.ignore))
             seen = same_prompts(task.test, trained or [])
             if seen or trained is None:
                 said = f"{seen:,} of {len(task.test):,} rows have a prompt that the run was trained on"
                 unknown = "the run's training rows are not here, so it is not known whether these are among them"
                 console.print(f"{task.name}: {said if seen else unknown}", soft_wrap=True)
-        task = judged(task, got.tokenizer, got.config, got.bound[2].length, bad)
-        say(bad)
+        task = with_answerable_rows(task, got.tokenizer, got.config, got.bound[2].length, bad)
+        report_row_errors(bad)
         return task
 
-    def score(self, task: Task, got: Loaded) -> dict[str, Any]:
+    def score(self, task: Task, got: LoadedRun) -> dict[str, Any]:
         """{"scores": of a task, "rows": how many rows have been scored}; {} for a task without any."""
-        args, rows = got.bound, scored(task, got.tokenizer, self.rows)
+        args, rows = got.bound, scored_rows(task, got.tokenizer, self.rows)
         if not rows:
             console.print(f"{task.name}: no row was kept back to judge by; give --task FILE", soft_wrap=True)
             return {}
         if self.choices:
             if task.choices is None:
                 raise InputError(f"--choices: {task.name} has no list of choices; drop the flag")
-            answers = choose(*args, got.tokenizer, rows, task.choices)
+            answers = choose_answers(*args, got.tokenizer, rows, task.choices)
         else:
-            answers = outputs(*args, got.tokenizer, rows, longest_answer(rows, got.tokenizer))
+            answers = generate_answers(*args, got.tokenizer, rows, longest_reply(rows, got.tokenizer))
         scores, total = task.score(rows, answers), len(task.test or task.valid)
         part = f"{len(rows):,} rows" if len(rows) == total else f"{len(rows):,} of {total:,} rows"
         console.print(f"{task.name}, {part}: " + " · ".join(f"{k} {v:.4f}" for k, v in scores.items()))
@@ -129,7 +132,7 @@ class Generate(Checked):
         model, bound, context = got.bound
         tokens, key = got.tokenizer, jax.random.key(self.seed)
         out = generate(
-            model, bound, [ids], self.new, stop=tokens.stops, how=how, key=key,
+            model, bound, [ids], self.new, stop=tokens.stops, sampling=how, key=key,
             allowed_V=tokens.has_token(model.config.V), context=context,
         )  # fmt: skip
         text = got.tokenizer.decode(out[0])
@@ -142,7 +145,7 @@ def shapes_and_config(base: str) -> Any:
     if base in presets:
         return shapes_of(presets[base])
     if not Path(base).exists():
-        near = did_you_mean(base, presets) or nearest_folder(base)
+        near = did_you_mean(base, presets) or did_you_mean_folder(base)
         raise InputError(f"{base!r} is no preset and no run directory{near}; presets: {', '.join(presets)}")
     return load_run(base).merged
 
@@ -159,7 +162,7 @@ class Masks(Checked):
         params, method = shapes_and_config(self.base), Subset(self.where)
         trainable = jax.eval_shape(method.init, jax.random.key(0), params)
         title = f"{self.base} · where {self.where} · names: {', '.join(masks.named)}, last_K"
-        return report.show(console, title, method, params, trainable, make_optimizer(Optim(), trainable, 1))
+        return report.print_parameters(console, title, method, params, trainable, make_optimizer(Optim(), trainable, 1))
 
 
 @dataclasses.dataclass(frozen=True)

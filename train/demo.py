@@ -15,12 +15,12 @@ from ..data.tasks.base import floors
 from ..model import generate
 from ..peft import Method, Subset
 from .config import Data, Optim, Run
-from .inputs import task_of
-from .loop import train
-from .progress import clock, console, read_metrics
+from .inputs import load_task
+from .progress import console, format_time, read_metrics
 from .recipes import recipes
 from .runs.load import load_run
-from .runs.report import size
+from .runs.report import format_bytes
+from .runs.train import train
 
 TASK = "embedded:next_token"
 OPENING = "def read(self, size):\n"
@@ -58,7 +58,7 @@ def demo(config: Demo) -> dict[str, Any]:
     base = recipes["embedded"]()
     train(dataclasses.replace(base, out=str(out / "base"), steps=config.pretrain_steps, seed=config.seed, eval_every=0))
     data = Data(task=TASK, T=192, batch=10)
-    task = task_of(data)
+    task = load_task(data)
     floor = floors(task)
     _title(f"2. Tune it on {TASK}: {len(task.train):,} functions to learn from, {len(task.test)} unseen ones to score")
     console.print("   (the unseen functions stand in no row of pretraining or tuning)")
@@ -76,7 +76,7 @@ def demo(config: Demo) -> dict[str, Any]:
             steps=config.steps,
             seed=config.seed,
             eval_tokens=16384,
-            score_base=not results,
+            eval_base_first=not results,
             tensorboard=False,
         )
         results[name] = json.loads((train(run) / "summary.json").read_text("utf-8"))
@@ -86,7 +86,7 @@ def demo(config: Demo) -> dict[str, Any]:
     plot(out, rows, floor, list(results))
     samples(out, results)
     (out / "table.json").write_text(json.dumps({"floors": floor, "rows": rows}, indent=1) + "\n", "utf-8")
-    console.print(f"\n{clock(time.perf_counter() - began)} in all. Written: {out}/table.json, {out}/score.png, "
+    console.print(f"\n{format_time(time.perf_counter() - began)} in all. Written: {out}/table.json, {out}/score.png, "
                   f"{out}/losses.png, and a run directory a method", soft_wrap=True)  # fmt: skip
     return {"floors": floor, "rows": rows, "out": str(out)}
 
@@ -129,8 +129,9 @@ def show(rows: list[dict[str, Any]], floor: dict[str, float]) -> None:
         view.add_column(head, justify="left" if head == "method" else "right")
     for r in rows:
         view.add_row(
-            r["method"], f"{r['trainable']:,}", f"{r['share']:.2%}", f"{r['relative_step']:.2f}", size(r["peak_bytes"]),
-            size(r["artifact_bytes"]), f"{r['before']:.3f}", f"{r['after']:.3f}", f"{r['forgetting']:+.3f}",
+            r["method"], f"{r['trainable']:,}", f"{r['share']:.2%}", f"{r['relative_step']:.2f}",
+            format_bytes(r["peak_bytes"]), format_bytes(r["artifact_bytes"]), f"{r['before']:.3f}",
+            f"{r['after']:.3f}", f"{r['forgetting']:+.3f}",
         )  # fmt: skip
     console.print(view)
     console.print(

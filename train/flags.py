@@ -5,15 +5,22 @@ import dataclasses
 import difflib
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from .. import InputError, peft
 from ..model import Config
-from .config import Data, Optim, Run
+from .config import Data, Optim, Run, did_you_mean, from_json, method_class
+from .recipes import recipes
 
 # Ours -> theirs (transformers, TRL, HF PEFT, torchtune, vLLM). Of several the first that a command has is named.
 FOREIGN = {
+    "--data.bad-rows": "bad",  # the names that graftax had before
+    "--data.max-bad-rows": "bad-cap",
+    "--eval-base-first": "score-base no-score-base",
+    "--force": "accept",
+    "--max-skipped": "max-bad",
     "--optim.lr": "learning-rate base-learning-rate",
     "--lr": "learning-rate",
     "--optim.warmup": "warmup-ratio warmup-steps num-warmup-steps",
@@ -60,6 +67,7 @@ FOREIGN = {
     "--method lora --method.where": "target-modules lora-target-modules",
     "--method prompt --method.tokens": "num-virtual-tokens",
 }
+RUN_FLAGS = ("--method", "--data")  # flags that `run_and_flags` takes beside the fields of a run
 WORDS = {  # commands, likewise
     "pretrain": "train from-scratch",
     "finetune": "train fine-tune tune sft lora peft dpo",
@@ -71,6 +79,64 @@ WORDS = {  # commands, likewise
     "sweep": "grid search tune hpo",
     "lineage": "history provenance",
 }
+
+
+def take(args: list[str], flag: str) -> tuple[str | None, list[str]]:
+    """(the value of `--flag value` or `--flag=value`, the other arguments)."""
+    for i, arg in enumerate(args):
+        if arg == flag:
+            if i + 1 == len(args):
+                raise InputError(f"{flag} wants a value")
+            return args[i + 1], args[:i] + args[i + 2 :]
+        if arg.startswith(flag + "="):
+            return arg.split("=", 1)[1], args[:i] + args[i + 1 :]
+    return None, args
+
+
+def run_and_flags(phase: str, args: list[str]) -> tuple[Run, list[str]]:
+    """Return the run of `RECIPE --method NAME`, and the flags that are left, which change its fields.
+
+    RECIPE may be a run's config.json. Raises InputError for an unknown recipe or method, and if there is no recipe.
+    """
+    mine = _phase_recipes(phase)
+    name, flags = (args[0], args[1:]) if args and not args[0].startswith("-") else ("", args)
+    if name.endswith(".json"):
+        run = from_json(Path(name))
+    elif name in mine:
+        run = mine[name]()
+    elif name:
+        hint = f"; it is one of graftax {recipes[name]().phase}" if name in recipes else did_you_mean(name, mine)
+        hint = f"; did you mean {phase} sft --method {name}?" if name in peft.methods else hint
+        raise InputError(f"no {phase} recipe {name!r}{hint}; there are {', '.join(mine)}")
+    else:
+        run = next(iter(mine.values()))()
+        if "--help" not in flags and "-h" not in flags:
+            raise InputError(f"graftax {phase} wants a recipe: {', '.join(mine)}")
+    method, flags = take(flags, "--method")
+    if method is not None:
+        run = dataclasses.replace(run, method=method_class(method)())
+    for i, arg in enumerate(flags):
+        if arg == "--resume" and (i + 1 == len(flags) or flags[i + 1].startswith("-")):
+            flags[i] = "--resume=auto"
+    return run, ["--data.task" if arg == "--data" else re.sub("^--data=", "--data.task=", arg) for arg in flags]
+
+
+def run_of(phase: str, args: list[str]) -> Run:
+    """Return the run of `RECIPE --method NAME --data FILE --any.field value`; RECIPE may be a run's config.json."""
+    mine = _phase_recipes(phase)
+    listed = "\n\n".join(f"{name}: {' '.join((make.__doc__ or '').split())}" for name, make in mine.items())
+    about = (
+        f"Example: graftax {phase} {next(iter(mine))} --optim.lr 3e-4\n\nRecipes (or a run's config.json)\n\n{listed}"
+    )
+    if phase == "finetune":
+        about += "\n\nMethods: --method NAME, then --method.FIELD (masks: --method.where NAME or a rule)\n\n"
+        about += "\n\n".join(f"{n}: {(c.__doc__ or '').splitlines()[0]}" for n, c in sorted(peft.methods.items()))
+    run, flags = run_and_flags(phase, args)
+    return parse(Run, flags, f"graftax {phase} RECIPE", default=run, description=about, also=RUN_FLAGS)
+
+
+def _phase_recipes(phase: str) -> dict[str, Callable[[], Run]]:
+    return {name: make for name, make in recipes.items() if make().phase == phase}
 
 
 def parse(

@@ -19,7 +19,7 @@ from typing import Any
 from .. import InputError
 from ..bounds import LARGEST
 from ..data.sft import render_prompt
-from ..model import Sampling, generate, room
+from ..model import Sampling, generate, max_text_length
 from .choices import pair_scores
 from .runs.load import load_run
 
@@ -35,7 +35,7 @@ class Harness:
         got = load_run(run, base=base)
         self.bound, self.tokenizer = got.bound, got.tokenizer
         self.batch = 8 if str(batch_size).startswith("auto") else _whole("batch_size", batch_size, 1)
-        most = min(room(got.config, got.bound[2].length), got.config.context)
+        most = min(max_text_length(got.config, got.bound[2].length), got.config.context)
         self.longest = _whole("max_length", max_length or most, 2, most)
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -133,7 +133,7 @@ class Harness:
         for at in range(0, len(order), self.batch):
             which = order[at : at + self.batch]
             filled = which + which[:1] * (self.batch - len(which))
-            ids = generate(model, bound, [prompts[i] for i in filled], new, stop=stops, how=how, allowed_V=allowed,
+            ids = generate(model, bound, [prompts[i] for i in filled], new, stop=stops, sampling=how, allowed_V=allowed,
                            context=context)  # fmt: skip
             for i, out in zip(which, ids, strict=False):
                 text = self.tokenizer.decode(out)

@@ -1,6 +1,5 @@
-"""Numbers that went wrong: steps that were left out, counted when they are logged, and parameters not finite."""
+"""Numbers that went wrong: steps that were left out, and parameters that are not finite."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,75 +9,60 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import InputError
+from ..atomic import atomic_write
 from ..model.tree import paths
-from .cluster import distributed
 from .config import Run
-from .runs.load import Loaded, load_run
-from .runs.manifest import write_whole
 
 
 class Health:
-    """Counts the steps in a row that changed nothing, and stops the run at `max_bad` of them."""
+    """Count the consecutive steps that changed nothing, and stop the run at `max_skipped` of them."""
 
-    def __init__(self, run: Run, rows: Any, start: int, first: int):
-        self.run, self.rows, self.start, self.first = run, rows, start, first  # the loop began at row `start`
-        self.bad: list[tuple[int, bool]] = []  # (step, whether it was a spike) in a row
+    def __init__(self, run: Run, rows: Any, start_row: int, first_step: int):
+        self.run, self.rows, self.start_row, self.first_step = run, rows, start_row, first_step
+        self.skipped: list[tuple[int, bool]] = []  # the latest consecutive ones: (step, whether its numbers are finite)
 
-    def see(self, step: int, metrics: list[dict[str, Any]]) -> None:
-        """The metrics of the steps up to `step`. InputError, with the rows in bad_rows.json, if too many were bad."""
-        for at, m in enumerate(metrics, step - len(metrics) + 1):
+    def update(self, last_step: int, metrics: list[dict[str, Any]]) -> None:
+        """Take the metrics of the steps up to `last_step`.
+
+        Raises InputError, with the ids of the rows in bad_rows.json, if too many steps in a row were left out.
+        """
+        for step, m in enumerate(metrics, last_step - len(metrics) + 1):
             finite = bool(np.isfinite(m["loss"]) and np.isfinite(m["grad_norm"]))
-            self.bad = [] if m["ok"] else [*self.bad, (at, finite)]
-            if self.run.max_bad and len(self.bad) >= self.run.max_bad:
+            self.skipped = [] if m["ok"] else [*self.skipped, (step, finite)]
+            if self.run.max_skipped and len(self.skipped) >= self.run.max_skipped:
                 self._stop()
 
     def _stop(self) -> None:
-        steps, path = [step for step, _ in self.bad], Path(self.run.out) / "bad_rows.json"
-        spikes = sum(spike for _, spike in self.bad)
-        if distributed.index() == 0:
-            write_whole(path, json.dumps({"steps": {str(s): self._rows(s) for s in steps}}, indent=1) + "\n")
-        what = f"{len(steps) - spikes} not finite" + (f", {spikes} spikes or without targets" if spikes else "")
+        steps, path = [step for step, _ in self.skipped], Path(self.run.out) / "bad_rows.json"
+        spikes = sum(finite for _, finite in self.skipped)
+        if jax.process_index() == 0:
+            atomic_write(path, json.dumps({"steps": {str(s): self._row_ids(s) for s in steps}}, indent=1) + "\n")
+        causes = f"{len(steps) - spikes} not finite" + (f", {spikes} spikes or without targets" if spikes else "")
         raise InputError(
-            f"{self.run.out}: steps {steps[0]}-{steps[-1]} in a row were left out ({what}), so the run stops; their "
-            f"rows are in {path}; look at them, or lower --optim.lr, then go on with --resume (or raise --max-bad)"
+            f"{self.run.out}: steps {steps[0]}-{steps[-1]} in a row were left out ({causes}), so the run stops; their "
+            f"rows are in {path}; check them, or lower --optim.lr, then continue with --resume (or raise --max-skipped)"
         )
 
-    def _rows(self, step: int) -> list[int]:
-        """The ids of a step's rows."""
-        at = self.start + (step - self.first - 1) * self.run.data.batch
-        return [int(self.rows[i]["row"]) for i in range(at, at + self.run.data.batch)]
+    def _row_ids(self, step: int) -> list[int]:
+        first = self.start_row + (step - self.first_step - 1) * self.run.data.batch
+        return [int(self.rows[i]["row"]) for i in range(first, first + self.run.data.batch)]
 
 
-def must_be_finite(trainable: Any, step: int, run: Run) -> None:
-    """InputError naming the first parameter with NaN or infinity in it: such a state is not saved."""
-    for path in not_finite(trainable):
+def check_finite(trainable: Any, step: int, run: Run) -> None:
+    """Raise InputError naming the first parameter that holds NaN or infinity: such a state is not saved."""
+    for path in nonfinite_paths(trainable):
         raise InputError(
-            f"{run.out}: at step {step} {path} is not finite, so nothing was saved of it; lower --optim.lr, then "
-            "go on with --resume"
+            f"{run.out}: at step {step} {path} is not finite, so this step was not saved; lower --optim.lr, then "
+            "continue with --resume"
         )
 
 
-def load_base(run: Run, mesh: Any) -> Loaded:
-    """The base that a run trains on, with a tokenizer whose templates write the run's date.
-
-    Raises InputError for a parameter of the base that holds NaN or infinity.
-    """
-    got = load_run(run.base, mesh, layers=run.layers, quantize=run.quantize, verify=run.verify)
-    if bad := not_finite(got.base):
-        others = f" (and so do {len(bad) - 1} more)" if len(bad) > 1 else ""
-        raise InputError(
-            f"{run.base}: the parameter {bad[0]} holds NaN or infinity{others}, so nothing can be trained on it; copy "
-            "the base again, or take an earlier checkpoint or another base"
-        )
-    return dataclasses.replace(got, tokenizer=dataclasses.replace(got.tokenizer, date=run.date))
-
-
-def not_finite(tree: Any) -> list[str]:
-    """The paths of the arrays of a tree that hold NaN or infinity; each array is read once, where it is."""
-    flat = {path: x for path, x in paths(tree) if jnp.issubdtype(x.dtype, jnp.inexact)}
-    return [path for path, fine in jax.device_get(_finite(flat)).items() if not fine]
+def nonfinite_paths(tree: Any) -> list[str]:
+    """Return the paths of the arrays of a tree that hold NaN or infinity; each array is read once, on its device."""
+    arrays = {path: x for path, x in paths(tree) if jnp.issubdtype(x.dtype, jnp.inexact)}
+    return [path for path, finite in jax.device_get(_finite(arrays)).items() if not finite]
 
 
 @jax.jit
-def _finite(flat: dict[str, Any]) -> dict[str, Any]:
-    return {path: jnp.isfinite(x).all() for path, x in flat.items()}
+def _finite(arrays: dict[str, Any]) -> dict[str, Any]:
+    return {path: jnp.isfinite(x).all() for path, x in arrays.items()}

@@ -1,4 +1,4 @@
-"""Recipes: functions that return a Run. A recipe's docstring says what it is for, what it took, and what came out."""
+"""Recipes: functions that return a Run. A recipe's docstring says what it is for, what it costs, and its results."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,10 +11,14 @@ recipes: dict[str, Callable[[], Run]] = {}
 
 
 def recipe(make: Callable[[], Run]) -> Callable[[], Run]:
-    """Add a recipe under its function's name."""
-    recipes[make.__name__] = lambda: dataclasses.replace(make(), recipe=make.__name__)
-    recipes[make.__name__].__doc__ = make.__doc__
-    return recipes[make.__name__]
+    """Register a recipe under the name of its function."""
+
+    def named() -> Run:
+        return dataclasses.replace(make(), recipe=make.__name__)
+
+    named.__doc__ = make.__doc__
+    recipes[make.__name__] = named
+    return named
 
 
 @recipe
@@ -36,8 +40,8 @@ def embedded() -> Run:
 def five_domains() -> Run:
     """A 5 M-parameter base on web, books, encyclopedia, forum (below --data.root) and code: 20 minutes on two cores.
 
-    graftax pretrain five_domains --data.root DATA gave held-out bits per byte, beside zlib's: web 1.73 (3.04),
-    books 1.89 (3.23), encyclopedia 1.67 (2.50), forum 2.06 (2.74), code 1.62 (2.25).
+    graftax pretrain five_domains --data.root DATA gave these held-out bits per byte (in brackets zlib's): web 1.73
+    (3.04), books 1.89 (3.23), encyclopedia 1.67 (2.50), forum 2.06 (2.74), code 1.62 (2.25).
     """
     weights = {"web": 0.16, "books": 0.2, "encyclopedia": 0.24, "forum": 0.2, "code": 0.2}
     return Run(
@@ -56,7 +60,7 @@ def five_domains() -> Run:
 def sft() -> Run:
     """Tune a base (a run, or a Hugging Face model) on your own examples: --base BASE --data FILE.jsonl.
 
-    Full fine-tuning, unless --method says else.
+    This is full fine-tuning; --method NAME chooses another method.
     """
     return Run(
         phase="finetune",
@@ -69,8 +73,7 @@ def sft() -> Run:
 
 @recipe
 def trial() -> Run:
-    """A short fine-tune, as `compare` and `decide` make many of: evaluated on few tokens, scored on 400 rows."""
-    run = sft()
+    """A short fine-tune, of which `compare` and `decide` run many: evaluated on few tokens, scored on 400 rows."""
     return dataclasses.replace(
-        run, out="runs/trial", eval_rows=400, eval_tokens=4096, score_base=False, tensorboard=False
+        sft(), out="runs/trial", eval_rows=400, eval_tokens=4096, eval_base_first=False, tensorboard=False
     )

@@ -1,196 +1,88 @@
-"""What a fine-tune is judged on: train, valid and test rows, and a score. Held-out prompts never occur in train."""
+"""Tasks: train, validation and test rows with a score. No held-out prompt occurs among the training rows."""
 
-import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ... import InputError
-from ..columns import Columns, chat_of
-from ..dialogue import Chat
-from ..errors import RAISE, RowErrors
-from ..sources import is_held_out
-from ..sources import rows as source_rows
 
-MOST = 1000  # choices of a file of examples
-# {"prompt": str or earlier turns, "completion": str}, maybe "meta" and "where"; of a file also "chat", the whole Chat
-Row = dict[str, Any]
-Score = Callable[[list[Row], list[str]], dict[str, float]]
+# {"prompt": str or a list of earlier messages, "completion": str}, maybe "meta" and "where" (file:line). A row of a
+# file also has "chat", the whole Chat.
+TaskRow = dict[str, Any]
+Score = Callable[[list[TaskRow], list[str]], dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Task:
-    """`score(rows, outputs)` gives named numbers, the headline first. `choices`: all completions, if they are few."""
+    """A task to fine-tune on and to be judged by.
+
+    score: (rows, outputs) -> named numbers, the headline first.
+    choices: all completions, if they are few; else None.
+    dropped: number of train and validation rows left out because their prompt is held out.
+    """
 
     name: str
-    train: list[Row]
-    valid: list[Row]
-    test: list[Row]
+    train: list[TaskRow]
+    valid: list[TaskRow]
+    test: list[TaskRow]
     score: Score
     choices: list[str] | None = None
-    dropped: int = 0  # train and valid rows left out because their prompt is held out
+    dropped: int = 0
 
-    def pairs(self, part: str = "train") -> Iterator[tuple[str, Row]]:
-        """("where", row) of one part, as `sft_rows` takes them."""
+    def pairs(self, part: str = "train") -> Iterator[tuple[str, TaskRow]]:
+        """Yield (where, row) of one part, as `sft_rows` takes them."""
         for n, row in enumerate(getattr(self, part), 1):
             yield row.get("where", f"{self.name}/{part}:{n}"), row
 
 
-def exact_match(rows: list[Row], outputs: list[str]) -> float:
-    """The share of outputs equal to the completion, outer white space aside."""
+def exact_match(rows: list[TaskRow], outputs: list[str]) -> float:
+    """Return the share of outputs that equal the completion, ignoring outer white space."""
     if not rows:
-        raise InputError("exact match: no rows to score; at least one is wanted")
+        raise InputError("exact match: no rows to score; expected at least one")
     return sum(o.strip() == r["completion"].strip() for r, o in zip(rows, outputs, strict=True)) / len(rows)
 
 
-def accuracy(rows: list[Row], outputs: list[str]) -> dict[str, float]:
-    """{"accuracy": exact match}, for a task with choices."""
+def accuracy(rows: list[TaskRow], outputs: list[str]) -> dict[str, float]:
+    """Score of a task with choices: {"accuracy": exact match}."""
     return {"accuracy": exact_match(rows, outputs)}
 
 
-def drop_leaks(rows: list[Row], held: list[Row], key: Callable[[str], str] = str.strip) -> tuple[list[Row], int]:
-    """(rows whose prompt, under `key`, is not among the prompts of `held`, how many were dropped)."""
-    banned = {key(row["prompt"]) for row in held}
-    kept = [row for row in rows if key(row["prompt"]) not in banned]
+def drop_leaks(
+    rows: list[TaskRow], held_out: list[TaskRow], key: Callable[[Any], str] = str.strip
+) -> tuple[list[TaskRow], int]:
+    """Drop the rows whose prompt occurs in `held_out`; prompts are compared by `key`. Return (rows, number dropped)."""
+    leaked = {key(row["prompt"]) for row in held_out}
+    kept = [row for row in rows if key(row["prompt"]) not in leaked]
     return kept, len(rows) - len(kept)
 
 
-def _words(prompt: Any) -> str:
-    """A prompt, or turns, without regard to white space: a copy with another line end is a copy."""
-    return " ".join((prompt if isinstance(prompt, str) else json.dumps(prompt)).split())
-
-
 def floors(task: Task) -> dict[str, float]:
-    """Test exact match of the most frequent train completion, and of unigram naive Bayes (add one)."""
-    words: dict[str, Counter] = defaultdict(Counter)
-    labels: Counter = Counter()
+    """Return the exact match on test of two baselines.
+
+    majority: the most frequent completion of train. naive_bayes: multinomial naive Bayes over the words of the prompt,
+    argmax over c of log n(c) + sum over words w of log((n(w, c) + 1) / (n(c's words) + |vocabulary|)).
+    """
+    word_counts: dict[str, Counter] = defaultdict(Counter)
+    label_counts: Counter = Counter()
     for row in task.train:
-        labels[row["completion"]] += 1
-        words[row["completion"]].update(re.findall(r"\w+", row["prompt"]))
-    vocabulary = set().union(*words.values())
-    totals = {label: sum(words[label].values()) + len(vocabulary) for label in labels}
+        label_counts[row["completion"]] += 1
+        word_counts[row["completion"]].update(re.findall(r"\w+", row["prompt"]))
+    vocabulary = set().union(*word_counts.values())
+    totals = {label: sum(word_counts[label].values()) + len(vocabulary) for label in label_counts}
 
-    def likelihood(label: str, seen: list[str]) -> float:
-        return math.log(labels[label]) + sum(math.log((words[label][w] + 1) / totals[label]) for w in seen)
+    def log_likelihood(label: str, words: list[str]) -> float:
+        counts, total = word_counts[label], totals[label]
+        return math.log(label_counts[label]) + sum(math.log((counts[w] + 1) / total) for w in words)
 
-    def bayes(prompt: str) -> str:
-        seen = [word for word in re.findall(r"\w+", prompt) if word in vocabulary]
-        return max(labels, key=lambda label: likelihood(label, seen))
+    def most_likely(prompt: str) -> str:
+        words = [word for word in re.findall(r"\w+", prompt) if word in vocabulary]
+        return max(label_counts, key=lambda label: log_likelihood(label, words))
 
-    majority = labels.most_common(1)[0][0]
+    majority = label_counts.most_common(1)[0][0]
     return {
         "majority": exact_match(task.test, [majority] * len(task.test)),
-        "naive_bayes": exact_match(task.test, [bayes(row["prompt"]) for row in task.test]),
+        "naive_bayes": exact_match(task.test, [most_likely(row["prompt"]) for row in task.test]),
     }
-
-
-def row_of(chat: Chat, where: str) -> Row:
-    """A task's row of a dialogue. InputError if it does not end with a reply."""
-    *earlier, last = chat.messages
-    if last["role"] != "assistant":
-        said = f"the last message is from {last['role']}"
-        raise InputError(f"{where}: {said}; a reply by assistant is wanted, add one or drop the row")
-    pair = len(earlier) == 1 and earlier[0]["role"] == "user"
-    prompt = earlier[0]["content"] if pair else earlier
-    return {"prompt": prompt, "completion": last["content"] or "", "where": where, "chat": chat}
-
-
-def file_rows(path: Path | str, bad: RowErrors = RAISE, columns: Columns = Columns()) -> list[Row]:  # noqa: B008
-    """All rows of a file of examples, checked. InputError: a bad row, unless `bad` says otherwise, or none left."""
-    rows: list[Row] = []
-    for where, row in source_rows(str(path), bad):
-        with bad:
-            rows.append(row_of(chat_of(row, where, bad, columns), where))
-    if not rows:
-        bad.settle()
-        raise InputError(f"{path}: no row of it can be used; mend the file")
-    return rows
-
-
-def file_task(
-    path: Path | str, fraction: float, seed: int = 0, bad: RowErrors = RAISE, valid: str = "", test: str = "",
-    columns: Columns = Columns(),  # noqa: B008
-) -> Task:  # fmt: skip
-    """The rows of a file to train on, and rows to choose by (valid) and to judge on (test). Score: exact match.
-
-    valid, test: files of such rows. For what is not given, `fraction` of the training file's prompts, by hash, is held
-    out: half of them for each, or all for the one that is missing; if they are too few for both, all are valid.
-
-    InputError: a bad row, unless `bad` says otherwise, or nothing left on one side.
-    """
-    if not 0 <= fraction < 1:
-        raise InputError(f"--data.held-out {fraction:g}: wanted a number of 0 or more, below 1")
-    rows, files = file_rows(path, bad, columns), {"valid": valid, "test": test}
-    free = [part for part, file in files.items() if not file]  # what the training file itself must give
-    parts: dict[str, list[Row]] = {part: file_rows(file, bad, columns) if file else [] for part, file in files.items()}
-    parts["train"] = []
-    for row in rows:
-        said = f"{seed}/{json.dumps(row['prompt'])}"  # by prompt: its repetitions stay on one side
-        held = free and is_held_out(said, fraction)
-        parts[free[-1 if is_held_out(f"test/{said}", 0.5) else 0] if held else "train"].append(row)
-    train, dropped = drop_leaks(parts["train"], parts["valid"] + parts["test"], _words)
-    kept, leaked = drop_leaks(parts["valid"], parts["test"], _words)
-    parts |= {"train": train, "valid": kept}
-    if len(free) == 2 and not (kept and parts["test"]):
-        parts |= {"valid": kept + parts["test"], "test": []}
-    if not train or not parts["valid"]:
-        bad.settle()  # too many bad rows may be why
-    if not train:
-        raise InputError(f"{path}: {len(rows)} rows leave none for training: all prompts are held out; give more rows")
-    if valid and not kept:
-        raise InputError(f"--data.valid {valid}: every prompt is among the test rows too; give other rows")
-    if fraction and not parts["valid"]:
-        raise InputError(f"{path}: {len(rows)} rows leave none for validation at --data.held-out {fraction:g}; give "
-                         "more, or --data.valid FILE, or train on all of them with --data.held-out 0")  # fmt: skip
-    choices = _few(train, parts["valid"] + parts["test"])
-    return Task(Path(path).stem, **parts, score=_exact, choices=choices, dropped=dropped + leaked)
-
-
-def whole_task(
-    path: Path | str, bad: RowErrors = RAISE, train: Sequence[Row] = (), columns: Columns = Columns()  # noqa: B008
-) -> Task:  # fmt: skip
-    """All rows of a file to judge on, by exact match. Its choices are those of `train` if they are this file's too."""
-    rows = file_rows(path, bad, columns)
-    return Task(Path(path).stem, [], [], rows, _exact, _few(train, rows) or _few(rows, []))
-
-
-def same_prompts(rows: Sequence[Row], others: Sequence[Row]) -> int:
-    """How many rows have the prompt of one of the others, white space aside."""
-    return drop_leaks(list(rows), list(others), _words)[1]
-
-
-def _exact(rows: list[Row], outputs: list[str]) -> dict[str, float]:
-    return {"exact_match": exact_match(rows, outputs)}
-
-
-def _few(train: Sequence[Row], held: Sequence[Row]) -> list[str] | None:
-    """The completions, if they are choices: no others are held out, each stands in several rows, all are text alone."""
-    if not all(row["chat"].replies_in_text for row in (*train, *held)):
-        return None
-    known = {row["completion"] for row in train}
-    few = 1 < len(known) <= min(MOST, len(train) / 4) and all(row["completion"] in known for row in held)
-    return sorted(known) if few else None
-
-
-def _lazy(module: str, name: str) -> Callable[[Path], Task]:
-    def make(root: Path) -> Task:
-        from importlib import import_module
-
-        return getattr(import_module(f".{module}", __package__), name)(root)
-
-    return make
-
-
-# Name -> (root of the data folder) -> Task; the embedded ones take no notice of root.
-tasks: dict[str, Callable[[Path], Task]] = {
-    "clinc150": _lazy("public_tasks", "clinc150"),
-    "snips": _lazy("public_tasks", "snips"),
-    "e2e_nlg": _lazy("public_tasks", "e2e_nlg"),
-    "embedded:package": _lazy("embedded_tasks", "package"),
-    "embedded:next_statement": _lazy("embedded_tasks", "next_statement"),
-    "embedded:next_token": _lazy("embedded_tasks", "next_token"),
-}

@@ -1,4 +1,4 @@
-"""Three public data sets as tasks, read from a folder with the layout of data/README.md."""
+"""Three public data sets as tasks, read from a folder laid out as in data/README.md."""
 
 import contextlib
 import csv
@@ -12,125 +12,134 @@ from pathlib import Path
 from typing import Any
 
 from ... import InputError
+from ..documents import is_held_out
 from ..files import read_text
-from ..sources import is_held_out
-from .base import Row, Task, accuracy, drop_leaks, exact_match
+from .base import Task, TaskRow, accuracy, drop_leaks, exact_match
 
-_SLOT = re.compile(r"(\w[\w ]*)\[([^\]]*)\]")
-_VERBATIM = ("name", "near", "eatType", "food", "area")  # the slots whose value a sentence repeats as it is
+_SLOT = re.compile(r"(\w[\w ]*)\[([^\]]*)\]")  # of E2E: name[The Eagle]
+_VERBATIM_SLOTS = ("name", "near", "eatType", "food", "area")  # a sentence repeats their values as they are
 
 
-def _need(path: Path) -> Path:
-    if not path.exists():
-        raise InputError(f"{path}: not there; the data folder's layout is in data/README.md")
-    return path
+def clinc150(root: Path | str) -> Task:
+    """Utterance -> one of 150 intents, without the out-of-scope rows (Larson et al. 2019, arXiv:1909.02027)."""
+    path = Path(root) / "clinc150" / "data_full.json"
+    with _format_errors(path):
+        data = _parse_json(path, read_text(path))
+        train, valid, test = (
+            [{"prompt": text, "completion": intent.replace("_", " ")} for text, intent in data[part]]
+            for part in ("train", "val", "test")
+        )
+    valid, n_valid = drop_leaks(valid, test)
+    train, n_train = drop_leaks(train, test + valid)
+    choices = sorted({row["completion"] for row in train})
+    return Task("clinc150", train, valid, test, accuracy, choices, n_train + n_valid)
+
+
+def snips(root: Path | str) -> Task:
+    """Utterance -> `Intent | slot = value | ...`, slots in the order of the utterance (arXiv:1805.10190).
+
+    5 % of the training file's prompts are held out for validation, by hash; the data set's own validation files are the
+    test rows.
+    """
+    folder = Path(root) / "snips"
+    with _format_errors(folder):
+        paths = sorted(folder.glob("*.json"))
+    parts: dict[str, list[TaskRow]] = {"train": [], "validate": []}
+    for path in paths:
+        part, _, intent = path.stem.removesuffix("_full").partition("_")
+        # This one file is latin-1; the other 13 are UTF-8.
+        text = path.read_text("latin-1") if path.name == "train_PlayMusic_full.json" else read_text(path)
+        with _format_errors(path):
+            parts[part] += [_frame(intent, item["data"]) for item in _parse_json(path, text)[intent]]
+    if not parts["train"] or not parts["validate"]:
+        raise InputError(f"{folder}: no train_*.json or no validate_*.json; expected the layout of data/README.md")
+    rows, dropped = drop_leaks(parts["train"], parts["validate"])
+    valid = [row for row in rows if is_held_out(row["prompt"], 0.05)]
+    train = [row for row in rows if not is_held_out(row["prompt"], 0.05)]
+    return Task("snips", train, valid, parts["validate"], score_frames, None, dropped)
+
+
+def e2e_nlg(root: Path | str) -> Task:
+    """Meaning representation -> sentence (Novikova et al. 2017, arXiv:1706.09254).
+
+    Train has a row per reference sentence; valid and test have a row per representation, with all its references in
+    `meta`. The three parts share no representation.
+    """
+    path = Path(root) / "e2e_nlg" / "e2e-dataset.zip"
+    with _format_errors(path), zipfile.ZipFile(path) as archive:
+        names = ("trainset", "devset", "testset_w_refs")
+        pairs, valid, test = (_read_csv(archive.read(f"e2e-dataset/{name}.csv")) for name in names)
+    test = _by_meaning(test)
+    valid, n_valid = drop_leaks(_by_meaning(valid), test)
+    train = [{"prompt": meaning, "completion": text} for meaning, text in pairs]
+    train, n_train = drop_leaks(train, test + valid)
+    return Task("e2e_nlg", train, valid, test, score_sentences, None, n_train + n_valid)
+
+
+def score_frames(rows: list[TaskRow], outputs: list[str]) -> dict[str, float]:
+    """Return the exact match of whole frames, and of the intents alone."""
+    intents = [output.split("|")[0].strip() for output in outputs]
+    expected = [{"completion": row["completion"].split("|")[0]} for row in rows]
+    return {"frame_exact_match": exact_match(rows, outputs), "intent_accuracy": exact_match(expected, intents)}
+
+
+def score_sentences(rows: list[TaskRow], outputs: list[str]) -> dict[str, float]:
+    """Return the corpus BLEU (0 to 100) over all references, and per slot the share of values that outputs repeat."""
+    import sacrebleu
+
+    references = [row["meta"]["references"] for row in rows]
+    most = max(map(len, references))
+    padded = [refs + [None] * (most - len(refs)) for refs in references]
+    bleu = sacrebleu.corpus_bleu(list(outputs), [list(refs) for refs in zip(*padded, strict=True)])
+    scores = {"bleu": bleu.score}
+    for slot in _VERBATIM_SLOTS:
+        hits = [
+            row["meta"]["slots"][slot].casefold() in output.casefold()
+            for row, output in zip(rows, outputs, strict=True)
+            if slot in row["meta"]["slots"]
+        ]
+        if hits:
+            scores[f"slot_{slot}"] = sum(hits) / len(hits)
+    return scores
+
+
+def _frame(intent: str, spans: list[dict[str, str]]) -> TaskRow:
+    slots = [f" | {span['entity']} = {span['text'].strip()}" for span in spans if "entity" in span]
+    return {"prompt": "".join(span["text"] for span in spans).strip(), "completion": intent + "".join(slots)}
+
+
+def _read_csv(raw: bytes) -> list[tuple[str, str]]:
+    """Return the (meaning representation, sentence) pairs of one file."""
+    table = csv.DictReader(io.StringIO(raw.decode("utf-8-sig"), newline=""))
+    return [(row["mr"].strip(), row["ref"].strip()) for row in table]
+
+
+def _by_meaning(pairs: list[tuple[str, str]]) -> list[TaskRow]:
+    references: dict[str, list[str]] = defaultdict(list)
+    for meaning, text in pairs:
+        references[meaning].append(text)
+    return [
+        {"prompt": m, "completion": refs[0], "meta": {"references": refs, "slots": dict(_SLOT.findall(m))}}
+        for m, refs in references.items()
+    ]
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """What is there but not as it should be is one line too."""
+def _format_errors(path: Path) -> Iterator[None]:
+    """Raise InputError if a file is missing, or if its content is not as expected."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder; data/README.md describes the layout of the data folder")
     try:
         yield
     except InputError:
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OSError, zipfile.BadZipFile) as e:
-        raise InputError(f"{path}: not as data/README.md describes it ({type(e).__name__}: {e}); get it again") from e
+        problem = f"not as data/README.md describes it ({type(e).__name__}: {e})"
+        raise InputError(f"{path}: {problem}; download it again") from e
 
 
-def _json(path: Path, text: str) -> Any:
+def _parse_json(path: Path, text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as e:
         raise InputError(f"{path}:{e.lineno}: not valid JSON ({e.msg} at column {e.colno})") from None
-
-
-def clinc150(root: Path | str) -> Task:
-    """Utterance -> one of 150 intents (Larson et al. 2019, arXiv 1909.02027); in-scope rows only."""
-    path = _need(Path(root) / "clinc150" / "data_full.json")
-    with _reading(path):
-        data = _json(path, read_text(path))
-        parts = {
-            part: [{"prompt": text, "completion": intent.replace("_", " ")} for text, intent in data[part]]
-            for part in ("train", "val", "test")
-        }
-    valid, lost = drop_leaks(parts["val"], parts["test"])
-    train, dropped = drop_leaks(parts["train"], parts["test"] + valid)
-    choices = sorted({row["completion"] for row in train})
-    return Task("clinc150", train, valid, parts["test"], accuracy, choices, dropped + lost)
-
-
-def snips(root: Path | str) -> Task:
-    """Utterance -> `Intent | slot = value | ...`, slots in the order of the utterance (arXiv 1805.10190)."""
-    folder = _need(Path(root) / "snips")
-    found: dict[str, list[Row]] = {"train": [], "validate": []}
-    for path in sorted(folder.glob("*.json")):
-        part, _, rest = path.stem.partition("_")
-        intent = rest.removesuffix("_full")
-        # This one file is latin-1; the other 13 are UTF-8.
-        text = path.read_text("latin-1") if path.name == "train_PlayMusic_full.json" else read_text(path)
-        with _reading(path):
-            found[part] += [_frame(intent, item["data"]) for item in _json(path, text)[intent]]
-    if not found["train"] or not found["validate"]:
-        raise InputError(f"{folder}: no train_*.json or no validate_*.json in it; the layout is in data/README.md")
-    kept, dropped = drop_leaks(found["train"], found["validate"])
-    parts = {True: [], False: []}
-    for row in kept:
-        parts[is_held_out(row["prompt"], 0.05)].append(row)
-    return Task("snips", parts[False], parts[True], found["validate"], score_frames, None, dropped)
-
-
-def _frame(intent: str, spans: list[dict[str, str]]) -> Row:
-    slots = [f" | {span['entity']} = {span['text'].strip()}" for span in spans if "entity" in span]
-    return {"prompt": "".join(span["text"] for span in spans).strip(), "completion": intent + "".join(slots)}
-
-
-def score_frames(rows: list[Row], outputs: list[str]) -> dict[str, float]:
-    """Whole frames equal, and intents equal."""
-    intents = [o.split("|")[0].strip() for o in outputs]
-    wanted = [{"completion": row["completion"].split("|")[0]} for row in rows]
-    return {"frame_exact_match": exact_match(rows, outputs), "intent_accuracy": exact_match(wanted, intents)}
-
-
-def e2e_nlg(root: Path | str) -> Task:
-    """Meaning representation -> sentence (Novikova et al. 2017, arXiv 1706.09254). Train: a row a reference; valid and
-    test: a row a representation, all its references in meta. The three share no representation.
-    """
-    path = _need(Path(root) / "e2e_nlg" / "e2e-dataset.zip")
-    with _reading(path), zipfile.ZipFile(path) as archive:
-        names = {"train": "trainset", "valid": "devset", "test": "testset_w_refs"}
-        read = {part: _pairs(archive.read(f"e2e-dataset/{name}.csv")) for part, name in names.items()}
-    test = _by_meaning(read["test"])
-    valid, lost = drop_leaks(_by_meaning(read["valid"]), test)
-    train = [{"prompt": meaning, "completion": text} for meaning, text in read["train"]]
-    train, dropped = drop_leaks(train, test + valid)
-    return Task("e2e_nlg", train, valid, test, score_sentences, None, dropped + lost)
-
-
-def _pairs(raw: bytes) -> list[tuple[str, str]]:
-    table = csv.DictReader(io.StringIO(raw.decode("utf-8-sig"), newline=""))
-    return [(row["mr"].strip(), row["ref"].strip()) for row in table]
-
-
-def _by_meaning(pairs: list[tuple[str, str]]) -> list[Row]:
-    texts: dict[str, list[str]] = defaultdict(list)
-    for meaning, text in pairs:
-        texts[meaning].append(text)
-    return [
-        {"prompt": m, "completion": refs[0], "meta": {"references": refs, "slots": dict(_SLOT.findall(m))}}
-        for m, refs in texts.items()
-    ]
-
-
-def score_sentences(rows: list[Row], outputs: list[str]) -> dict[str, float]:
-    """Corpus BLEU over all references, and the share of slot values that the sentence repeats, by slot."""
-    import sacrebleu
-
-    most = max(len(row["meta"]["references"]) for row in rows)
-    padded = [row["meta"]["references"] + [None] * (most - len(row["meta"]["references"])) for row in rows]
-    scores = {"bleu": sacrebleu.corpus_bleu(list(outputs), [list(refs) for refs in zip(*padded, strict=True)]).score}
-    pairs = [(row["meta"]["slots"], output) for row, output in zip(rows, outputs, strict=True)]
-    for slot in _VERBATIM:
-        asked = [(slots[slot].casefold(), output.casefold()) for slots, output in pairs if slot in slots]
-        if asked:
-            scores[f"slot_{slot}"] = sum(value in output for value, output in asked) / len(asked)
-    return scores

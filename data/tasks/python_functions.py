@@ -1,6 +1,6 @@
-"""Supervised tasks over the functions of the standard library: no download, and nothing of the test in the corpus.
+"""Tasks over the functions of the standard library: no download, and no test function in the embedded corpus.
 
-The docstrings give the test floors on Python 3.11 (majority, naive Bayes): what a bag of words reaches.
+The docstrings give the floors on test with Python 3.11: majority and naive Bayes, which a bag of words reaches.
 """
 
 import ast
@@ -13,52 +13,51 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from .. import clean
-from ..python_library import Function, functions, normal
-from .base import Row, Task, accuracy, drop_leaks
+from ..python_library import Function, functions, is_short, normal
+from .base import Task, TaskRow, accuracy, drop_leaks
 
-CHARS = 300  # about 100 tokens
+CHARS = 300  # most characters of a prompt: about 100 tokens
+_CUTS_PER_FUNCTION = 4
 PACKAGES = (
     *("asyncio", "collections", "email", "http", "importlib", "logging"),
     *("multiprocessing", "tkinter", "unittest", "urllib", "wsgiref", "xml"),
 )
 STATEMENTS = ("for", "if", "raise", "return", "self", "try")
 TOKENS = ("name", "keyword", "string", "newline", "(", ")", ".", ",", "=", ":")
+Cuts = list[tuple[int, str]]  # (offset in the source, label of what follows)
 
 
 def package(root: Path | None = None) -> Task:
     """Function -> its package, one of 12. Floors .196, .822: words alone nearly settle it."""
-    pairs = ((f, head(source)) for f, source in _sources() if f.package in PACKAGES)
-    return _task("package", PACKAGES, ((f, text, f.package) for f, text in pairs), None)
+    labelled = ((f, _head(source), f.package) for f, source in _sources() if f.package in PACKAGES)
+    return _task("package", PACKAGES, labelled, None)
 
 
 def next_statement(root: Path | None = None) -> Task:
-    """The beginning of a function, up to where a statement starts -> its first word, one of 6, balanced.
+    """The beginning of a function, up to the start of a statement -> its first word, one of 6, balanced.
 
     Floors .167, .383; a table of the previous two lines' first words and indents reaches only .45.
     """
-    return _task("next_statement", STATEMENTS, _cuts(_statement_cuts), {"train": 800, "valid": 30, "test": 100})
+    return _task("next_statement", STATEMENTS, _prompts(statement_cuts), {"train": 800, "valid": 30, "test": 100})
 
 
 def next_token(root: Path | None = None) -> Task:
-    """The beginning of a function, up to where a token starts -> the token's kind, one of 10, balanced.
+    """The beginning of a function, up to the start of a token -> the token's kind, one of 10, balanced.
 
     Floors .100, .183; a table of the last two tokens reaches .51: order decides, as in language modelling.
     """
-    return _task("next_token", TOKENS, _cuts(_token_cuts), {"train": 700, "valid": 20, "test": 60})
+    return _task("next_token", TOKENS, _prompts(token_cuts), {"train": 700, "valid": 20, "test": 60})
 
 
-def head(source: str) -> str:
-    """The first whole lines that fit `CHARS`."""
+def _head(source: str) -> str:
+    """Return the first whole lines that fit in `CHARS`."""
     return next(iter(clean.cut(source, CHARS)), "") if len(source) > CHARS else source
 
 
 def _sources() -> Iterator[tuple[Function, str]]:
-    """Functions long enough to ask about, with their source less the docstring (it would fill the prompt)."""
+    """Yield the functions that are not too short, and their source without the docstring, too long for a prompt."""
     for function in functions():
-        if function.source.count("\n") < 3 or len(function.source) < 100:
-            continue
-        source = _without_docstring(function)
-        if source:
+        if not is_short(function.source) and (source := _without_docstring(function)):
             yield function, source
 
 
@@ -81,44 +80,45 @@ def _parse(source: str) -> ast.stmt | None:
         return None
 
 
-def _cuts(find: Callable[[str], list[tuple[int, str]]]) -> Iterator[tuple[Function, str, str]]:
-    """(function, prompt, label) for at most 4 places of each function, spread by a hash."""
+def _prompts(find_cuts: Callable[[str], Cuts]) -> Iterator[tuple[Function, str, str]]:
+    """Yield (function, prompt, label) for a few cuts of each function, chosen by a hash."""
     for function, source in _sources():
-        places = [(at, label) for at, label in find(source) if at <= CHARS]
-        for at, label in sorted(places, key=lambda place: _hash(f"{function.id} {place[0]}"))[:4]:
+        cuts = [(at, label) for at, label in find_cuts(source) if at <= CHARS]
+        for at, label in sorted(cuts, key=lambda cut: _hash(f"{function.id} {cut[0]}"))[:_CUTS_PER_FUNCTION]:
             yield function, source[:at], label
 
 
-def _starts(source: str) -> list[int]:
-    starts = [0]
+def _line_offsets(source: str) -> list[int]:
+    offsets = [0]
     for line in clean.lines(source):
-        starts.append(starts[-1] + len(line))
-    return starts
+        offsets.append(offsets[-1] + len(line))
+    return offsets
 
 
-def _statement_cuts(source: str) -> list[tuple[int, str]]:
-    """(offset, first word) of the statements that stand first on their line, from the second on."""
+def statement_cuts(source: str) -> Cuts:
+    """Return the cuts before statements that begin their line, from the second statement of the body on."""
     node = _parse(source)
     if node is None or not source.isascii():  # ast counts columns in bytes
         return []
-    starts, found = _starts(source), []
-    for inner in sorted((n for n in ast.walk(node) if isinstance(n, ast.stmt)), key=lambda n: n.lineno)[2:]:
-        line, at = starts[inner.lineno - 1], starts[inner.lineno - 1] + inner.col_offset
+    offsets, cuts = _line_offsets(source), []
+    for statement in sorted((n for n in ast.walk(node) if isinstance(n, ast.stmt)), key=lambda n: n.lineno)[2:]:
+        line = offsets[statement.lineno - 1]
+        at = line + statement.col_offset
         word = next((word for word in STATEMENTS if source.startswith(word, at)), None)
         following = source[at + len(word) : at + len(word) + 1] if word else "x"
         if not source[line:at].strip() and not (following.isalnum() or following == "_"):
-            found.append((at, word))
-    return found
+            cuts.append((at, word))
+    return cuts
 
 
-def _token_cuts(source: str) -> list[tuple[int, str]]:
-    """(offset, kind) of the tokens after the eighth, where the prompt has something to go by."""
+def token_cuts(source: str) -> Cuts:
+    """Return the cuts before tokens, from the ninth on: the prompt holds some context then."""
     try:
         tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
     except (SyntaxError, tokenize.TokenError):
         return []
-    starts = _starts(source)
-    return [(starts[t.start[0] - 1] + t.start[1], kind) for t in tokens[8:] if (kind := _kind(t)) in TOKENS]
+    offsets = _line_offsets(source)
+    return [(offsets[t.start[0] - 1] + t.start[1], kind) for t in tokens[8:] if (kind := _kind(t)) in TOKENS]
 
 
 def _kind(token: tokenize.TokenInfo) -> str:
@@ -132,17 +132,20 @@ def _hash(text: str) -> bytes:
 
 
 def _task(
-    name: str, choices: tuple[str, ...], found: Iterable[tuple[Function, str, str]], most: dict[str, int] | None
+    name: str, choices: tuple[str, ...], labelled: Iterable[tuple[Function, str, str]], caps: dict[str, int] | None
 ) -> Task:
-    """Rows by the functions' parts, at most `most[part]` of a label; a prompt is in one part and there once."""
-    parts: dict[str, dict[str, Row]] = defaultdict(dict)
-    taken: Counter = Counter()
-    for function, prompt, label in sorted(found, key=lambda item: _hash(f"{item[0].id} {len(item[1])}")):
-        if (most and taken[function.part, label] >= most[function.part]) or normal(prompt) in parts[function.part]:
+    """Return a task of (function, prompt, label), split by the functions' parts.
+
+    caps: most rows per label of each part. A prompt occurs in one part, and once.
+    """
+    parts: dict[str, dict[str, TaskRow]] = defaultdict(dict)  # part -> normal form of the prompt -> row
+    counts: Counter = Counter()
+    for function, prompt, label in sorted(labelled, key=lambda item: _hash(f"{item[0].id} {len(item[1])}")):
+        rows, key = parts[function.part], normal(prompt)
+        if (caps and counts[function.part, label] >= caps[function.part]) or key in rows:
             continue
-        taken[function.part, label] += 1
-        row = {"prompt": prompt, "completion": label, "meta": {"id": function.id}}
-        parts[function.part][normal(prompt)] = row
+        counts[function.part, label] += 1
+        rows[key] = {"prompt": prompt, "completion": label, "meta": {"id": function.id}}
     test = list(parts["test"].values())
     valid, _ = drop_leaks(list(parts["valid"].values()), test, normal)
     train, dropped = drop_leaks(list(parts["train"].values()), test + valid, normal)

@@ -1,86 +1,77 @@
-"""Tokens added to a tokenizer: special ones, which no text gives, and such as are made of their text."""
+"""Add tokens to a tokenizer: special ones, which no text gives, and ordinary ones, which their text gives."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ... import InputError
-from .hf_files import CONFIG
-from .huggingface import from_files, model_of
-from .sentencepiece_bpe import append, user_pieces
-from .tokenizer import SPECIAL, Tokenizer, from_sentencepiece
+from .hf_files import TokenizerFiles
+from .huggingface import from_files, load_backend
+from .sentencepiece import append_pieces, from_sentencepiece, user_pieces
+from .tokenizer import CONFIG, SPECIAL, Tokenizer
 
 
 def add_tokens(tokenizer: Tokenizer, names: Sequence[str]) -> tuple[Tokenizer, dict[str, int]]:
-    """(`tokenizer` with tokens `names`, the id of each); those that it has stay as they are.
+    """Return (`tokenizer` with the tokens `names`, {name: id}). Tokens that it already has stay as they are.
 
-    A token that a chat is written with, which is a role's marker or one that the chat template names, is special: no
-    text of a row gives it. Any other is made of its text wherever that stands: in rows, documents and prompts.
+    A token of the chat format (a role's marker, or one that the chat template names) becomes special: no text of a row
+    gives it. Any other is given by its text wherever that stands: in rows, documents and prompts.
     """
-    tokenizer = _extended(tokenizer, {name: name in SPECIAL or name in tokenizer.template for name in names})
-    special, plain = tokenizer.special, text_tokens(tokenizer)
+    tokenizer = _extend(tokenizer, {name: name in SPECIAL or name in tokenizer.template for name in names})
+    ordinary = text_tokens(tokenizer)
     for name in names:  # a byte-level decoder takes some letters that are not ASCII for bytes
-        if name in plain and name not in tokenizer.decode([*tokenizer.encode("a"), plain[name]]):
-            raise InputError(f"added token {name!r}: this tokenizer would not give its text back; take ASCII letters")
-    return tokenizer, {name: (special | plain)[name] for name in names}
+        if name in ordinary and name not in tokenizer.decode([*tokenizer.encode("a"), ordinary[name]]):
+            raise InputError(f"added token {name!r}: this tokenizer would not decode it to its text; use ASCII letters")
+    return tokenizer, {name: (tokenizer.special | ordinary)[name] for name in names}
 
 
 def add_special(tokenizer: Tokenizer, names: Sequence[str]) -> Tokenizer:
-    """`tokenizer` with special tokens `names` under new ids at the end; those that it has stay as they are.
+    """Return `tokenizer` with the special tokens `names` under new ids at the end; those that it has stay as they are.
 
-    The table of embeddings needs as many more rows. InputError: a name that is blank or an ordinary piece.
+    The embedding table needs as many more rows. Raises InputError if a name is blank or an ordinary piece.
     """
-    return _extended(tokenizer, dict.fromkeys(names, True))
+    return _extend(tokenizer, dict.fromkeys(names, True))
 
 
-def _extended(tokenizer: Tokenizer, tokens: dict[str, bool]) -> Tokenizer:
-    """`tokenizer` with {token: whether it is special}."""
-    bad = next((name for name in tokens if not name.strip()), None)
-    if bad is not None:
-        raise InputError(f"added token {bad!r}: a text that is not blank is wanted")
+def text_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """Return {text: id} of the added tokens that are not special: their text gives them."""
+    if tokenizer.encode_marked is None:
+        return user_pieces(tokenizer.data)
+    added = load_backend(_files(tokenizer))[0].get_added_tokens_decoder()
+    return {token.content: i for i, token in added.items() if not token.special}
+
+
+def _files(tokenizer: Tokenizer) -> TokenizerFiles:
+    folder = Path(tokenizer.template_file).parent  # for messages
+    return TokenizerFiles(folder, tokenizer.file, tokenizer.data, tokenizer.files)
+
+
+def _extend(tokenizer: Tokenizer, tokens: dict[str, bool]) -> Tokenizer:
+    """Return `tokenizer` with the tokens {text: special}; a Hugging Face tokenizer becomes a tokenizer.json."""
+    blank = next((name for name in tokens if not name.strip()), None)
+    if blank is not None:
+        raise InputError(f"added token {blank!r}: expected text that is not blank")
     known = tokenizer.special | text_tokens(tokenizer)
     new = {name: special for name, special in tokens.items() if name not in known}
     if not new:
         return tokenizer
-    path = Path(tokenizer.template_file).parent  # for messages
+    files = _files(tokenizer)
     if tokenizer.encode_marked is None:
-        return from_sentencepiece(path / tokenizer.file, append(tokenizer.data, new))
-    data, ids = _append(tokenizer, new)
-    return from_files(path, tokenizer.file, data, _listed(tokenizer, ids, new))
-
-
-def text_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """{text: id} of the tokens beside the vocabulary proper that are no special ones: their text gives them."""
-    if tokenizer.encode_marked is None:
-        return user_pieces(tokenizer.data)
-    return {
-        token.content: i for i, token in model_of(tokenizer)[0].get_added_tokens_decoder().items() if not token.special
-    }
-
-
-def _append(tokenizer: Tokenizer, new: dict[str, bool]) -> tuple[bytes, dict[str, int]]:
-    """(the main file, the ids of the tokens `new`). Only tokenizer.json itself takes them; others have a list."""
+        return from_sentencepiece(files.path, append_pieces(tokenizer.data, new))
     from tokenizers import AddedToken
 
-    model, _ = model_of(tokenizer)
-    old = next((name for name in new if model.token_to_id(name) is not None), None)
-    if old is not None:
-        raise InputError(f"added token {old!r}: already an ordinary piece of this vocabulary; take another name")
+    model, names = load_backend(files)
+    ordinary = next((name for name in new if model.token_to_id(name) is not None), None)
+    if ordinary is not None:
+        raise InputError(f"added token {ordinary!r}: already an ordinary piece of this vocabulary; take another name")
+    config: dict[str, Any] = names | files.json(CONFIG)
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
     for name, special in new.items():
         token = AddedToken(name, special=special, normalized=False)
         (model.add_special_tokens if special else model.add_tokens)([token])
-    ids = {name: model.token_to_id(name) for name in new}
-    return (model.to_str(pretty=True).encode() if tokenizer.file == "tokenizer.json" else tokenizer.data), ids
-
-
-def _listed(tokenizer: Tokenizer, ids: dict[str, int], special: dict[str, bool]) -> dict[str, bytes]:
-    """The files beside the main one with `ids`, where they list tokens or have to."""
-    _, folder = model_of(tokenizer)
-    if "added_tokens_decoder" not in folder.config and tokenizer.file == "tokenizer.json":
-        return tokenizer.files
-    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
-    new = {i: {"content": name, **flags, "special": special[name]} for name, i in ids.items()}
-    listed = {str(i): token for i, token in (folder.added | new).items()}
-    # With such a list transformers reads no special_tokens_map.json: the names have to be here too.
-    config = folder.names | folder.config | {"added_tokens_decoder": listed}
-    return tokenizer.files | {CONFIG: json.dumps(config, indent=2).encode()}
+        if config.get("added_tokens_decoder"):
+            listed = {"content": name, **flags, "special": special}
+            config["added_tokens_decoder"][str(model.token_to_id(name))] = listed
+    beside = tokenizer.files | {CONFIG: json.dumps(config, indent=2).encode()}
+    return from_files(TokenizerFiles(files.folder, "tokenizer.json", model.to_str(pretty=True).encode(), beside))

@@ -1,6 +1,6 @@
-"""Which characters of a rendered chat are the assistant's words that are learnt.
+"""Find which characters of a rendered chat are learnt words of the assistant.
 
-Part of the child process of chat_worker.py: it imports the standard library alone.
+Runs in the child process of chat_worker.py and imports the standard library only.
 """
 
 import json
@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 Span = tuple[int, int]
+Render = Callable[[list, bool], str]  # (messages, add_generation_prompt) -> text
+Words = list[tuple[str, bool]]  # (text, required: whether a template that keeps a turn's meaning writes it unchanged)
 
 
 class Refused(Exception):
-    """Why no mask can be had."""
+    """Why there is no mask for a chat."""
 
 
 def marked_spans(text: str, marks: list[tuple[int, str]]) -> list[Span]:
-    """What {% generation %} marks, as HF finds it."""
+    """Return the spans that {% generation %} marks, as transformers finds them; `marks` are (start, words)."""
     for start, words in marks:
         if not text.startswith(words, start):
             raise Refused("{% generation %} is inside a macro or a filter, so where its words are is not known")
@@ -25,8 +27,8 @@ def marked_spans(text: str, marks: list[tuple[int, str]]) -> list[Span]:
     return [(start, start + len(words)) for start, words in marks if words]
 
 
-def learnt_marks(render: Callable[[list, bool], str], env: Any, turns: list, learnt: list[bool]) -> list[Any]:
-    """The marks of the turns that are learnt: each turn has those that come in with it."""
+def learnt_marks(render: Render, env: Any, turns: list, learnt: list[bool]) -> list[Any]:
+    """Return the marks of the turns that are learnt. The marks of a turn are those that appear when it is added."""
     if all(learnt[n] for n, turn in enumerate(turns) if turn["role"] == "assistant"):
         return env.marks
     marks, before, kept = env.marks, 0, []
@@ -41,40 +43,41 @@ def learnt_marks(render: Callable[[list, bool], str], env: Any, turns: list, lea
 
 
 def derived_spans(
-    render: Callable[[list, bool], str], turns: list, text: str, special: re.Pattern, learnt: list[bool],
-    usual: Callable[[list, bool], str] | None = None,
-) -> list[Span]:  # fmt: skip
-    """What each turn that is learnt adds to the prompt before it, with the token that ends it. `text` is of all.
+    render: Render,
+    turns: list,
+    text: str,
+    special: re.Pattern,
+    learnt: list[bool],
+    usual: Render | None = None,
+) -> list[Span]:
+    """Return what each learnt turn adds to the prompt before it, with the token that ends it. `text` is of all turns.
 
-    usual: `render` without the row's own variables. Some say how the last reply begins, and not the ones before it.
+    usual: `render` without the row's own variables. Some of these say how the last reply begins, but not earlier ones.
     """
     spans = []
     for n, turn in enumerate(turns):
         if not learnt[n]:
             continue
-        before = render(turns[:n], True)
+        prompt = render(turns[:n], True)
         after = text if n + 1 == len(turns) else render(turns[: n + 1], False)
         try:
-            ends = _ends(before, after, words_of(turn), special, lambda n=n: _headed(render, turns[:n]))
-            begins = before if usual is None or text.startswith(before) else usual(turns[:n], True)
-            spans.append(_in_all(text, begins, len(before), after, ends, special))
+            ends = _possible_ends(prompt, after, words_of(turn), special, lambda n=n: _has_header(render, turns[:n]))
+            before = prompt if usual is None or text.startswith(prompt) else usual(turns[:n], True)
+            spans.append(_span_in_chat(text, before, after, len(prompt), ends, special))
         except Refused as e:
             hint = "{% generation %} in the template would say which words to learn"
             raise Refused(f"message {n}: the template {e}; {hint}") from None
     return spans
 
 
-Words = list[tuple[str, bool]]  # (text, whether a template that keeps a turn's meaning writes it as it stands)
-
-
 def words_of(turn: dict[str, Any]) -> Words:
-    """The texts of a turn in the order in which templates write them: thoughts, content, calls."""
+    """Return the texts of a turn in the order in which templates write them: thoughts, content, calls."""
     thoughts = [(turn[key].strip(), False) for key in ("reasoning_content", "reasoning", "thinking") if key in turn]
-    found = [*thoughts, ((turn["content"] or "").strip(), True)]
+    words = [*thoughts, ((turn["content"] or "").strip(), True)]
     for call in turn.get("tool_calls", ()):
-        inner = call.get("function", call)
-        found += [(inner["name"], True), *((text, False) for text in _texts(inner["arguments"]))]
-    return [(text, sure) for text, sure in found if text]
+        function = call.get("function", call)
+        words += [(function["name"], True), *((text, False) for text in _texts(function["arguments"]))]
+    return [(text, required) for text, required in words if text]
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -89,60 +92,68 @@ def _texts(value: Any) -> Iterator[str]:
         yield value if isinstance(value, str) else json.dumps(value)
 
 
-def _found(text: str, words: Words, start: int, special: re.Pattern) -> tuple[int, int]:
-    """(where the first of `words` begins behind `start`, where the last ends), special tokens aside; (-1, start) if
-    one that is sure to be there is not."""
+def _find_words(text: str, words: Words, start: int, special: re.Pattern) -> Span:
+    """Return where `words`, in order and outside special tokens, begin and end behind `start`.
+
+    Returns (-1, start) if a required one is missing.
+    """
     plain, first, end = special.sub(lambda match: "\0" * len(match[0]), text), -1, start
-    for word, sure in words:
+    for word, required in words:
         at = plain.find(word, end)
         if at >= 0:
             first, end = at if first < 0 else first, at + len(word)
-        elif sure:
+        elif required:
             return -1, start
     return (first if words else start), end
 
 
-def _headed(render: Callable[[list, bool], str], turns: list) -> bool:
-    """Whether a template begins a reply with something that no generation prompt has."""
+def _has_header(render: Render, turns: list) -> bool:
+    """Return whether the template begins a reply with text that it does not write as a generation prompt."""
     before, words = render(turns, False), "graftax answers"
     if before != render(turns, True):
         return False
-    begun = render([*turns, {"role": "assistant", "content": words}], False)[len(before) :].partition(words)
-    return not begun[1] or bool(begun[0].strip())
+    header, separator, _ = render([*turns, {"role": "assistant", "content": words}], False)[len(before) :].partition(
+        words
+    )
+    return not separator or bool(header.strip())
 
 
-def _ends(before: str, after: str, words: Words, special: re.Pattern, headed: Callable[[], bool]) -> list[int]:
-    """Where the turn in `after` may end: after each of the special tokens, side by side, that follow its words.
+def _possible_ends(
+    prompt: str, after: str, words: Words, special: re.Pattern, has_header: Callable[[], bool]
+) -> list[int]:
+    """Return where the turn in `after` may end: after each of the adjacent special tokens that follow its words.
 
-    Without one it is where white space begins, which is not learnt.
+    Without one it ends where trailing white space begins, which is not learnt.
     """
-    if not after.startswith(before):
+    if not after.startswith(prompt):
         raise Refused("does not write a reply where its generation prompt ends")
-    start = len(before)
-    at, end = _found(after, words, start, special)
-    found = list(special.finditer(after, end))
+    start = len(prompt)
+    first, end = _find_words(after, words, start, special)
+    tokens = list(special.finditer(after, end))
     run = 1
-    while run < len(found) and found[run].start() == found[run - 1].end():
+    while run < len(tokens) and tokens[run].start() == tokens[run - 1].end():
         run += 1
-    unclear = run < len(found) and (at < 0 or not words)
-    if (at < 0 or after[start:at].strip() or unclear) and headed():
+    unclear = run < len(tokens) and (first < 0 or not words)
+    if (first < 0 or after[start:first].strip() or unclear) and has_header():
         raise Refused("takes no notice of add_generation_prompt, so where a reply begins is not known")
-    if at < 0 and (unclear or not found):
+    if first < 0 and (unclear or not tokens):
         raise Refused("changes the words of this turn, and where it ends is not clear")
-    return [one.end() for one in found[:run]] or [max(start, len(after.rstrip()))]
+    return [token.end() for token in tokens[:run]] or [max(start, len(after.rstrip()))]
 
 
-def _in_all(text: str, before: str, own: int, after: str, ends: list[int], special: re.Pattern) -> Span:
-    """The turn that begins at `own` in `after`, in the whole conversation, where it follows `before`: a template may
-    write it differently there (Qwen3 drops thoughts)."""
-    start = len(before)
+def _span_in_chat(text: str, before: str, after: str, begin: int, ends: list[int], special: re.Pattern) -> Span:
+    """Return the span in `text`, the whole chat, of the turn after[begin:end], whose end is one of `ends`.
+
+    A template may write a turn differently once others follow (Qwen3 drops thoughts). It then follows `before`.
+    """
     for end in reversed(ends):
         if text.startswith(after[:end]):
-            return own, end
-    ends_with, found = special.search(after, own), special.search(text, start)
-    close = after[ends_with.start() : ends[-1]] if ends_with else ""
-    if not text.startswith(before) or not close or not found or not text.startswith(close, found.start()):
+            return begin, end
+    start = len(before)
+    first, match = special.search(after, begin), special.search(text, start)
+    close = after[first.start() : ends[-1]] if first else ""
+    if not text.startswith(before) or not close or not match or not text.startswith(close, match.start()):
         raise Refused("writes the turns before it differently once later ones follow")
-    if text[start : found.start()].strip() not in after[own : ends[-1]]:
+    if text[start : match.start()].strip() not in after[begin : ends[-1]]:
         raise Refused("writes this turn differently once later ones follow")
-    return start, found.start() + len(close)
+    return start, match.start() + len(close)

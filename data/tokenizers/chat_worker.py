@@ -1,9 +1,9 @@
-"""Renders chat templates in a process of its own, which a hostile template may stall, fill or crash; see chat.py.
+"""The child process of chat.py: renders chat templates, which may stall, fill or crash it.
 
-It imports the standard library, jinja2 and chat_spans.py alone. stdin: one line {"template", "variables", "date",
-"special", "prompt", "spans", "seconds", "bytes"}, then one line a conversation, {"messages", "tools", "variables",
-"learnt"}. stdout: {"names"} once the template compiles, all that its source names, or {"error"} and no more; then one
-line each, {"text", "spans", "marked"} or {"error"}.
+It imports the standard library, jinja2 and chat_spans.py only. stdin: a line {"template", "variables", "date",
+"special", "prompt", "spans", "seconds", "bytes"}, then a line for each conversation, {"messages", "tools", "variables",
+"learnt"}. stdout: {"names"} once the template compiles, with all that its source names, or {"error"} and no more; then
+a line for each conversation, {"text", "spans", "marked"} or {"error"}.
 """
 
 import datetime
@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 if __name__ == "__main__":
-    sys.path += sys.argv[1:]  # where jinja2 and this file are: the interpreter was started with neither
+    sys.path += sys.argv[1:]  # the folders of jinja2 and of this file: the interpreter starts without them
     from chat_spans import Refused, derived_spans, learnt_marks, marked_spans  # type: ignore[import-not-found]
 else:
     from .chat_spans import Refused, derived_spans, learnt_marks, marked_spans
@@ -28,12 +28,13 @@ from jinja2.utils import Namespace
 
 
 class Generation(ext.Extension):
-    """{% generation %} ... {% endgeneration %}: as if it were not there, and noted down."""
+    """{% generation %} ... {% endgeneration %}: renders its content and records where it is."""
 
     tags = {"generation"}  # noqa: RUF012
     environment: Any
 
     def parse(self, parser: Any) -> Any:
+        """Parse a block into a call of `mark`."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         self.environment.marked = True
@@ -41,45 +42,26 @@ class Generation(ext.Extension):
 
     @pass_eval_context
     def mark(self, context: Any, caller: Callable[[], str]) -> str:
+        """Render the block, and record its text and where it starts."""
         text = caller()
         self.environment.marks.append((sum(map(len, self.environment.parts)), text))
         return text
 
 
-class Sandbox(ImmutableSandboxedEnvironment):
-    """`marked`: the template has {% generation %}; `parts`: what came out so far; `marks`: (start, text) of blocks."""
-
-    def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
-        self.marked, self.parts, self.marks = False, [], []
-        self.filters["tojson"] = tojson
-        more: Any = {
-            "raise_exception": raise_exception,
-            "dict": Dict(),
-            "namespace": Names,
-        }
-        self.globals.update(more)
-
-    def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
-        """jinja2's own is undefined, and an undefined value prints as nothing: here an attempt is an error."""
-        raise SecurityError(f"attribute {attribute!r} of a {type(obj).__name__}")
-
-
-# The rest of transformers' environment. Its `dict` and `namespace` give no way to attributes of Python's own.
-
-
-class Names(Namespace):
-    """`namespace(...)` without names that begin with an underscore."""
+class SafeNamespace(Namespace):
+    """`namespace(...)` as in transformers: no names that begin with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any):  # so that `namespace(self=...)` works
-        own, *rest = args
-        given = dict(*rest, **kwargs)
-        for name in given:
-            Names._check(name)
-        Namespace.__init__(own, given)
+        """Make a namespace from mappings and keyword arguments."""
+        self, *rest = args
+        values = dict(*rest, **kwargs)
+        for name in values:
+            SafeNamespace._check(name)
+        Namespace.__init__(self, values)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        Names._check(name)
+        """Set an attribute."""
+        SafeNamespace._check(name)
         Namespace.__setitem__(self, name, value)
 
     @staticmethod
@@ -88,62 +70,84 @@ class Names(Namespace):
             raise SecurityError(f"namespace attribute {name!r}")
 
 
-class Dict:
-    """`dict(...)` and `dict.fromkeys(...)`, not the class."""
+class SafeDict:
+    """`dict(...)` and `dict.fromkeys(...)` as in transformers: not the class itself."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict:
+        """Return `dict(...)`."""
         return dict(*args, **kwargs)
 
     def fromkeys(self, *args: Any) -> dict:
+        """Return `dict.fromkeys(...)`."""
         return dict.fromkeys(*args)
 
 
-def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+class Sandbox(ImmutableSandboxedEnvironment):
+    """The environment of transformers, with a fixed date.
+
+    marked: the template has {% generation %}. parts: the output so far. marks: (start, text) of marked blocks.
+    """
+
+    def __init__(self, date: str) -> None:
+        """Make the environment; `date` is in ISO format."""
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
+        self.marked, self.parts, self.marks = False, [], []
+        self.filters["tojson"] = _tojson
+        more: Any = {
+            "raise_exception": _raise_exception,
+            "dict": SafeDict(),
+            "namespace": SafeNamespace,
+            "strftime_now": datetime.datetime.fromisoformat(date).strftime,
+        }
+        self.globals.update(more)
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
+        """Raise: jinja2 returns an undefined value, which prints as nothing."""
+        raise SecurityError(f"attribute {attribute!r} of a {type(obj).__name__}")
+
+
+def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def raise_exception(message):
+def _raise_exception(message):
     raise TemplateError(message)
 
 
 def renderer(header: dict[str, Any]) -> tuple[Sandbox, Callable[..., str]]:
-    """(the environment, (messages, add_generation_prompt, further variables) -> text).
-
-    Templates that write a date get the one of the run, so that its rows are the same on another day.
-    """
-    env = Sandbox()
-    now: Any = datetime.datetime.fromisoformat(header["date"]).strftime
-    env.globals["strftime_now"] = now
+    """Return (the environment, a function (messages, add_generation_prompt, further variables) -> text)."""
+    env = Sandbox(header["date"])
     template = env.from_string(header["template"])
 
     def render(messages: list, prompt: bool, variables: dict[str, Any] = {}) -> str:  # noqa: B006
-        arm(header["seconds"])
+        limit_time(header["seconds"])
         env.parts, env.marks = [], []
-        given = {"tools": None, "documents": None, **variables, "messages": messages, "add_generation_prompt": prompt}
-        for part in template.generate(header["variables"] | given):
+        usual = {"tools": None, "documents": None}
+        chat = {"messages": messages, "add_generation_prompt": prompt}
+        for part in template.generate(header["variables"] | usual | variables | chat):
             env.parts.append(part)
         return "".join(env.parts)
 
     return env, render
 
 
-def names(env: Sandbox, template: str) -> list[str]:
-    """Every variable, attribute and constant text in a template's source."""
+def names_in(env: Sandbox, template: str) -> list[str]:
+    """Return every variable, attribute and constant text in a template's source."""
     tree = env.parse(template)
-    found = {node.name for node in tree.find_all(nodes.Name)} | {node.attr for node in tree.find_all(nodes.Getattr)}
+    names = {node.name for node in tree.find_all(nodes.Name)} | {node.attr for node in tree.find_all(nodes.Getattr)}
     texts = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
-    return sorted(found | texts)
+    return sorted(names | texts)
 
 
-def arm(seconds: float) -> None:
-    """The kernel ends this process after so much of its own time, whatever it is doing then."""
+def limit_time(seconds: float) -> None:
+    """Have the kernel end this process after so many further seconds of CPU time, whatever it is doing then."""
     if hasattr(signal, "setitimer"):
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def limit_memory(size: int) -> None:
-    """At most `size` bytes of addresses, where the system can say so."""
+    """Limit the address space to `size` bytes, if the system can."""
     try:
         import resource
 
@@ -156,32 +160,31 @@ def limit_memory(size: int) -> None:
 
 
 def reason(e: BaseException) -> str:
-    """One line for what went wrong in a template."""
-    said = "".join(c if c.isprintable() else "?" for c in " ".join(str(e)[:400].split()))
+    """Return one line that says what went wrong in a template."""
+    message = "".join(c if c.isprintable() else "?" for c in " ".join(str(e)[:400].split()))
     if isinstance(e, TemplateSyntaxError):
-        return f"line {e.lineno}: {said}"
+        return f"line {e.lineno}: {message}"
     if isinstance(e, SecurityError):
-        return f"it reaches for what a template may not ({said})"
+        return f"it reaches for what a template may not ({message})"
     if isinstance(e, MemoryError):
         return "it needs too much memory"
-    return said if type(e) in (Refused, TemplateError) else f"{type(e).__name__}: {said}"
+    return message if type(e) in (Refused, TemplateError) else f"{type(e).__name__}: {message}"
 
 
 def answer(env: Sandbox, render: Callable[..., str], header: dict, special: re.Pattern, line: bytes) -> dict:
-    """The reply to one conversation."""
+    """Return the reply to one conversation."""
     chat = json.loads(line)
     turns, learnt = chat["messages"], chat["learnt"]
     usual = partial(render, variables={"tools": chat["tools"]})
-    one = partial(render, variables={"tools": chat["tools"], **chat["variables"]})
-    text = one(turns, header["prompt"])
+    render = partial(render, variables={"tools": chat["tools"], **chat["variables"]})
+    text = render(turns, header["prompt"])
     if len(text) > (16 << 20) + 64 * len(line):
         raise Refused(f"{len(text)} characters come of {len(line)}")
-    if not header["spans"]:
-        return {"text": text, "spans": [], "marked": False}
-    if env.marked:
-        spans = marked_spans(text, learnt_marks(one, env, turns, learnt))
-    else:
-        spans = derived_spans(one, turns, text, special, learnt, usual)
+    spans = []
+    if header["spans"] and env.marked:
+        spans = marked_spans(text, learnt_marks(render, env, turns, learnt))
+    elif header["spans"]:
+        spans = derived_spans(render, turns, text, special, learnt, usual)
     return {"text": text, "spans": spans, "marked": env.marked}
 
 
@@ -190,19 +193,19 @@ def main() -> None:
     header = json.loads(sys.stdin.buffer.readline())
     limit_memory(header["bytes"])
     try:
-        arm(header["seconds"])
+        limit_time(header["seconds"])
         env, render = renderer(header)
         special = re.compile(header["special"])
-        print(json.dumps({"names": names(env, header["template"])}), flush=True)  # the template compiles
-    except Exception as e:  # MemoryError and RecursionError too
+        print(json.dumps({"names": names_in(env, header["template"])}), flush=True)  # the template compiles
+    except Exception as e:  # also MemoryError and RecursionError
         print(json.dumps({"error": reason(e)}), flush=True)
         return
     for line in sys.stdin.buffer:
         try:
-            said = json.dumps(answer(env, render, header, special, line))
+            reply = json.dumps(answer(env, render, header, special, line))
         except Exception as e:
-            said = json.dumps({"error": reason(e)})
-        print(said, flush=True)
+            reply = json.dumps({"error": reason(e)})
+        print(reply, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
-"""What a Hugging Face folder says about its tokenizer: names of special tokens, added tokens, the chat template.
+"""The files of a Hugging Face tokenizer: which belong to it, and the facts that transformers does not return.
 
-Several files of several ages may hold the same fact. The one that transformers 5 takes counts: the default template of
-additional_chat_templates/ before chat_template.jinja before tokenizer_config.json; tokenizer.json before the files of
-slow tokenizers; added_tokens_decoder before the flags in tokenizer.json, added_tokens.json and special_tokens_map.json;
-generation_config.json before config.json. A broken file is one line that names it.
+Two files may hold the same fact; the precedence is that of transformers 5. A broken file raises an InputError that
+names it.
 """
 
 import json
@@ -12,161 +10,118 @@ from pathlib import Path
 from typing import Any
 
 from ... import InputError
+from .tokenizer import CONFIG, GENERATION
 
-CONFIG, GENERATION, TEMPLATE = "tokenizer_config.json", "generation_config.json", "chat_template.jinja"
-MAIN = ("tokenizer.json", "tokenizer.model", "vocab.json")  # the first one there is the tokenizer
-BESIDE = (CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json")
-FILES = (*MAIN, "merges.txt", *BESIDE, GENERATION)
-
-_MODEL_TYPES = {
+TEMPLATE, PROCESSOR_TEMPLATE = "chat_template.jinja", "chat_template.json"
+SPECIAL_MAP, ADDED_TOKENS, MERGES = "special_tokens_map.json", "added_tokens.json", "merges.txt"
+MAIN = ("tokenizer.json", "tokenizer.model", "vocab.json")  # a folder's tokenizer is in the first of these it holds
+BESIDE = (CONFIG, SPECIAL_MAP, ADDED_TOKENS, TEMPLATE, PROCESSOR_TEMPLATE)
+_CLASSES = {  # model_type of config.json -> tokenizer class, where tokenizer_config.json names none
     **dict.fromkeys(("llama", "mistral"), "LlamaTokenizer"),
     **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer"),
     **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), "Qwen2Tokenizer"),
     "gpt2": "GPT2Tokenizer",
 }
-_DEFAULTS = {  # what these classes of transformers call their tokens where no file does
-    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
-    "GemmaTokenizer": {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"},
-    "Qwen2Tokenizer": {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
-    "GPT2Tokenizer": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"},
-}
 
 
 @dataclass(frozen=True)
-class Folder:
-    """The facts. `names`: {"eos_token": "</s>", ...}, also what a template may write; `added`: by id."""
+class TokenizerFiles:
+    """The main file of a tokenizer and those beside it, as bytes."""
 
-    path: Path  # for messages only
-    files: dict[str, bytes]
-    config: dict[str, Any]
-    kind: str  # the class of transformers, without "Fast"; "" if unknown
-    names: dict[str, str]
-    added: dict[int, dict[str, Any]]
-    template: str
-    template_file: str
-    ends: tuple[int, ...]  # eos_token_id of generation_config.json
+    folder: Path  # where they were read; for messages
+    main: str  # name of the main file
+    data: bytes  # its content
+    beside: dict[str, bytes]  # {name: content}
 
+    @property
+    def path(self) -> Path:
+        """The path of the main file."""
+        return self.folder / self.main
 
-def collect(path: Path, main: str) -> dict[str, bytes]:
-    """The files of the folder `path` that go with the tokenizer `main`, which is not among them."""
-    others = MAIN[: MAIN.index(main) + 1]  # what would be taken before `main`, where `main` was asked for by name
-    found = {}
-    for name in FILES:
-        if name in others or not (path / name).is_file():
-            continue
+    def json(self, name: str) -> dict[str, Any]:
+        """Return the JSON object in a file; {} if there is no such file."""
+        return _parse(self.folder / name, self.data if name == self.main else self.beside.get(name, b"{}"))
+
+    def listed_tokens(self) -> dict[int, dict[str, Any]]:
+        """Return {id: {"content", "special", ...}}: added_tokens_decoder, or without it added_tokens.json."""
+        listed, path = self.json(CONFIG).get("added_tokens_decoder"), self.folder / CONFIG
+        if listed is None:
+            listed, path = self.json(ADDED_TOKENS), self.folder / ADDED_TOKENS
+            listed = {i: {"content": token} for token, i in listed.items()}
         try:
-            found[name] = (path / name).read_bytes()
-        except OSError as e:
-            raise InputError(f"{path / name}: cannot be read ({e.strerror})") from None
-    if (template := path / "additional_chat_templates" / "default.jinja").is_file():
-        found[TEMPLATE] = _utf8(template, template.read_bytes()).encode()
-    elif TEMPLATE not in found and any(template.parent.glob("*.jinja")) and _template(path, found)[0]:
+            tokens = {int(i): dict(token) for i, token in listed.items()}
+        except (AttributeError, TypeError, ValueError):
+            raise InputError(f"{path}: added tokens are no table of ids and tokens") from None
+        if empty := [i for i, token in tokens.items() if not token_text(token)]:
+            raise InputError(f"{path}: added token {empty[0]} has no content")
+        return tokens
+
+    def template(self) -> tuple[str, str]:
+        """Return (the chat template, the path of its file), or ("", "").
+
+        chat_template.json comes last: transformers reads it for processors only.
+        """
+        if TEMPLATE in self.beside:
+            return _utf8(self.folder / TEMPLATE, self.beside[TEMPLATE]), str(self.folder / TEMPLATE)
+        for name, config in [(name, self.json(name)) for name in (CONFIG, PROCESSOR_TEMPLATE)]:
+            path, template = self.folder / name, config.get("chat_template")
+            if isinstance(template, list):
+                template = {str(item.get("name")): item.get("template") for item in template if isinstance(item, dict)}
+            if isinstance(template, dict):
+                if "default" not in template:
+                    raise InputError(f"{path}: chat templates {sorted(template)}; expected one named default")
+                template = template["default"]
+            if template is not None and not isinstance(template, str):
+                raise InputError(f"{path}: chat_template is a {type(template).__name__}; expected text")
+            if template is not None:
+                return template, str(path) if template else ""
+        return "", ""
+
+    def eos_ids(self) -> tuple[int, ...]:
+        """Return the eos_token_id of generation_config.json: one id, several, or none."""
+        return _eos_ids(self.folder / GENERATION, self.json(GENERATION))
+
+
+def read_files(path: Path) -> TokenizerFiles:
+    """Read the main file `path` and the files beside it that belong to the same tokenizer.
+
+    Files that `load_tokenizer` would prefer to `path` are left out. config.json is not a file of the tokenizer; what it
+    alone says is added to the others: the tokenizer class and the ids that end a text.
+    """
+    folder, data = path.parent, _read(path)
+    main = "tokenizer.model" if path.suffix != ".json" else path.name if path.name in MAIN else "tokenizer.json"
+    names = (*MAIN[MAIN.index(main) + 1 :], MERGES, *BESIDE, GENERATION)
+    beside = {name: _read(folder / name) for name in names if (folder / name).is_file()}
+    files = TokenizerFiles(folder, main, data, beside)
+    additional = folder / "additional_chat_templates"
+    if (additional / "default.jinja").is_file():
+        beside[TEMPLATE] = _utf8(additional / "default.jinja", _read(additional / "default.jinja")).encode()
+    elif TEMPLATE not in beside and any(additional.glob("*.jinja")) and files.template()[0]:
         raise InputError(
-            f"{template.parent}: because of its templates transformers does not read the one of {CONFIG}, and none of "
-            f"them is {template.name}; copy the one that is meant to {path / TEMPLATE}"
+            f"{additional}: transformers reads the templates here instead of the one in {CONFIG}, and none of them is "
+            f"default.jinja; copy the template to use to {folder / TEMPLATE}"
         )
-    return _with_config(path, found)
-
-
-def _with_config(path: Path, files: dict[str, bytes]) -> dict[str, bytes]:
-    """The files with what config.json alone says, which is no file of the tokenizer: the class of a GPT-2's, the ids
-    that end a text where there is no generation_config.json."""
-    if not (path / "config.json").is_file():
-        return files
-    try:
-        model = parse(path, {"config.json": (path / "config.json").read_bytes()}, "config.json")
-    except OSError as e:
-        raise InputError(f"{path / 'config.json'}: cannot be read ({e.strerror})") from None
-    config, kind = parse(path, files, CONFIG), model.get("model_type")
-    if not config.get("tokenizer_class") and isinstance(kind, str) and kind in _MODEL_TYPES:
-        files = files | {CONFIG: json.dumps(config | {"tokenizer_class": _MODEL_TYPES[kind]}).encode()}
-    if GENERATION not in files and (ends := _ends(model, path / "config.json")):
-        files = files | {GENERATION: json.dumps({"eos_token_id": ends}).encode()}
+    if (folder / "config.json").is_file():
+        model = _parse(folder / "config.json", _read(folder / "config.json"))
+        config, model_type = files.json(CONFIG), model.get("model_type")
+        if not config.get("tokenizer_class") and isinstance(model_type, str) and model_type in _CLASSES:
+            beside[CONFIG] = json.dumps(config | {"tokenizer_class": _CLASSES[model_type]}).encode()
+        if GENERATION not in beside and (ids := _eos_ids(folder / "config.json", model)):
+            beside[GENERATION] = json.dumps({"eos_token_id": ids}).encode()
     return files
 
 
-def parse(path: Path, files: dict[str, bytes], name: str) -> dict[str, Any]:
-    """A JSON object, {} where there is no such file."""
-    try:
-        value = json.loads(files.get(name, b"{}").decode("utf-8"))
-        json.dumps(value, ensure_ascii=False).encode()  # "\ud800" is valid JSON, and no text
-    except (ValueError, RecursionError) as e:
-        reason = "nested too deep" if isinstance(e, RecursionError) else e
-        raise InputError(f"{path / name}: not valid JSON ({reason})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path / name}: a {type(value).__name__}; a JSON object is wanted")
-    return value
-
-
-def read_folder(path: Path, files: dict[str, bytes]) -> Folder:
-    """The facts that `files` hold. InputError: one of them is broken."""
-    config = parse(path, files, CONFIG)
-    name = config.get("tokenizer_class")
-    kind = name.removesuffix("Fast") if isinstance(name, str) else ""
-    # transformers reads the map only where tokenizer_config.json is of the old kind, and then prefers it.
-    old = "added_tokens_decoder" not in config
-    given = config | (parse(path, files, "special_tokens_map.json") if old else {})
-    named = {k: _text(v) for k, v in (_DEFAULTS.get(kind, {}) | given).items() if k.endswith("_token")}
-    names = {k: v for k, v in named.items() if v}
-    template, template_file = _template(path, files)
-    return Folder(
-        path=path,
-        files=files,
-        config=config,
-        kind=kind,
-        names=names,
-        added=_added(path, files, given, set(names.values())),
-        template=template,
-        template_file=template_file,
-        ends=_ends(parse(path, files, GENERATION), path / GENERATION),
-    )
-
-
-def _text(token: Any) -> str:
-    """A token is a string or {"content": ...}."""
+def token_text(token: Any) -> str:
+    """Return the text of a token, which files write as a string or as {"content": ...}; "" for anything else."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else ""
 
 
-def _added(path: Path, files: dict[str, bytes], given: dict[str, Any], named: set[str]) -> dict[int, dict[str, Any]]:
-    """{id: {"content", "special", ...}} by tokenizer_config.json, or by the older added_tokens.json."""
-    listed = given.get("added_tokens_decoder")
-    source = CONFIG if isinstance(listed, dict) else "added_tokens.json"
-    if not isinstance(listed, dict):
-        more = given.get("additional_special_tokens") or given.get("extra_special_tokens") or []
-        special = named | {_text(token) for token in (more if isinstance(more, list) else [])}
-        old = parse(path, files, "added_tokens.json")
-        listed = {i: {"content": token, "special": token in special} for token, i in old.items()}
+def _read(path: Path) -> bytes:
     try:
-        found = {int(i): dict(token) for i, token in listed.items()}
-    except (TypeError, ValueError):
-        raise InputError(f"{path / source}: added tokens are no table of ids and tokens") from None
-    bad = next((i for i, token in found.items() if not _text(token)), None)
-    if bad is not None:
-        raise InputError(f"{path / source}: added token {bad} has no content")
-    return dict(sorted(found.items()))
-
-
-def _template(path: Path, files: dict[str, bytes]) -> tuple[str, str]:
-    """(the template, the file it is in); ("", "") if there is none."""
-    name = TEMPLATE
-    if name in files:
-        return _utf8(path / name, files[name]), str(path / name)
-    processor = parse(path, files, "chat_template.json").get("chat_template")  # transformers' tokenizers do not read it
-    name, found = CONFIG, parse(path, files, CONFIG).get("chat_template")
-    if found is None:
-        name, found = "chat_template.json", processor
-    if isinstance(found, list):
-        found = {str(one.get("name")): one.get("template") for one in found if isinstance(one, dict)}
-    if isinstance(found, dict):
-        if "default" not in found:
-            raise InputError(f"{path / name}: chat templates {sorted(found)}; one named default is wanted")
-        found = found["default"]
-    if found is None or found == "":
-        return "", ""
-    if not isinstance(found, str):
-        raise InputError(f"{path / name}: chat_template is a {type(found).__name__}; text is wanted")
-    return found, str(path / name)
+        return path.read_bytes()
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror}); expected the file of a tokenizer") from None
 
 
 def _utf8(path: Path, data: bytes) -> str:
@@ -176,10 +131,21 @@ def _utf8(path: Path, data: bytes) -> str:
         raise InputError(f"{path}: not UTF-8 ({e})") from None
 
 
-def _ends(tree: dict[str, Any], where: Path) -> tuple[int, ...]:
-    """The ids that end a text by a generation_config.json, or a config.json."""
-    found = tree.get("eos_token_id")
-    ends = [] if found is None else found if isinstance(found, list) else [found]
-    if not all(type(i) is int for i in ends):
-        raise InputError(f"{where}: eos_token_id is {found!r}; an id or a list of ids is wanted")
-    return tuple(ends)
+def _parse(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data.decode("utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()  # "\ud800" is valid JSON, but not Unicode text
+    except (ValueError, RecursionError) as e:
+        reason = "nested too deep" if isinstance(e, RecursionError) else e
+        raise InputError(f"{path}: not valid JSON ({reason})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: a {type(value).__name__}; expected a JSON object")
+    return value
+
+
+def _eos_ids(path: Path, config: dict[str, Any]) -> tuple[int, ...]:
+    value = config.get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(i) is int for i in ids):
+        raise InputError(f"{path}: eos_token_id is {value!r}; expected an id or a list of ids")
+    return tuple(ids)

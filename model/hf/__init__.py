@@ -1,7 +1,8 @@
-"""Other people's checkpoints: Hugging Face model folders to (Config, params), and back."""
+"""Checkpoints of Hugging Face models: convert a model folder or hub id to (Config, params), and back."""
 
-from .checkpoint import load, save
 from .config import config_from_hf, config_to_hf
-from .files import fetch
+from .hub import fetch_checkpoint
+from .load import load
+from .save import save
 
-__all__ = ["config_from_hf", "config_to_hf", "fetch", "load", "save"]
+__all__ = ["config_from_hf", "config_to_hf", "fetch_checkpoint", "load", "save"]

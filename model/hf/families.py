@@ -1,11 +1,18 @@
-"""The Hugging Face families: what each one's config.json says, and what it calls its tensors."""
+"""The Hugging Face families: one configuration table and one name table each.
+
+Add a family by an entry of `families`: how its config.json maps to Config, and how its tensor names map to our paths.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-# Keys that no logit depends on: bookkeeping, generation, the dropout and initialisation of training from scratch.
-NEUTRAL = """
+from ..config import Config
+from ..init import shapes_of
+from ..tree import is_stacked, named
+
+# Keys that no logit depends on: bookkeeping, generation, dropout and initialisation of training from scratch.
+IGNORED_KEYS = """
 model_type architectures transformers_version torch_dtype dtype auto_map name_or_path bos_token_id eos_token_id
 pad_token_id sep_token_id unk_token_id decoder_start_token_id tokenizer_class use_cache cache_implementation
 return_dict output_hidden_states output_attentions problem_type id2label label2id num_labels chunk_size_feed_forward
@@ -19,13 +26,14 @@ summary_proj_to_labels summary_first_dropout n_ctx reorder_and_upcast_attn unslo
 is_llama_config transformers.js_config n_special predict_special_tokens output_past max_sequence_length
 gradient_checkpointing conversational
 """
-# Keys of published files that say what is so anyway.
-ONLY = {"full_attn_mod": 1, "interpolate_factor": 1}
-# Switches that no family here has on, besides those that have a field for them.
-OFF = ("is_encoder_decoder", "add_cross_attention", "is_decoder", "tie_encoder_decoder", "cross_attention_hidden_size",
-        "quantization_config", "use_bidirectional_attention", "attention_bias", "mlp_bias", "use_sliding_window",
-        "use_parallel_residual", "qk_layernorm", "use_qk_norm", "use_mrope", "rope_interleaved",
-        "clip_qkv", "lm_head_bias")  # fmt: skip
+# Keys of published files that are understood only with these values, which change nothing.
+NO_EFFECT = {"full_attn_mod": 1, "interpolate_factor": 1}
+# Switches that must be off, except in families that have a field for them.
+MUST_BE_OFF = (
+    "is_encoder_decoder", "add_cross_attention", "is_decoder", "tie_encoder_decoder", "cross_attention_hidden_size",
+    "quantization_config", "use_bidirectional_attention", "attention_bias", "mlp_bias", "use_sliding_window",
+    "use_parallel_residual", "qk_layernorm", "use_qk_norm", "use_mrope", "rope_interleaved", "clip_qkv", "lm_head_bias",
+)  # fmt: skip
 
 _SIZES = {
     "vocab_size": "V", "hidden_size": "D", "num_hidden_layers": "L", "num_attention_heads": "N",
@@ -40,19 +48,19 @@ _GPT2_SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What a family's config.json says and leaves unsaid. `keys`: theirs -> ours, two of ours joined by a space."""
+    """A family: how its config.json maps to Config, and how its tensor names map to our paths."""
 
-    architecture: str
-    keys: Mapping[str, str]
+    architecture: str  # the class in transformers
+    keys: Mapping[str, str]  # key of config.json -> field of Config; two fields are joined by a space
     defaults: Mapping[str, Any]  # of transformers, for keys that a config.json may leave out
-    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what every model of the family has
-    must: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keys of which one value is understood
-    window: Callable[[int, Mapping[str, Any]], bool] | None = None  # (layer, config.json): whether it has a window
-    neutral: tuple[str, ...] = ()
-    mixed: bool = False  # whether layer_types may differ from `window`
-    scaled: bool = False  # embeddings are multiplied by sqrt(D)
-    names: Mapping[str, str] = dataclasses.field(default_factory=lambda: LLAMA_NAMES)  # theirs -> ours, see above
-    conv1d: bool = False  # matrices lie as [in, out], as ours do
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields that every model of the family has
+    required: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keys that are understood with one value
+    has_window: Callable[[int, Mapping[str, Any]], bool] | None = None  # (layer, config.json) -> bool
+    ignored: tuple[str, ...] = ()  # further keys without effect
+    reads_layer_types: bool = False  # layer_types overrides `has_window`
+    scaled_embeddings: bool = False  # embeddings are multiplied by sqrt(D)
+    names: Mapping[str, str] = dataclasses.field(default_factory=lambda: LLAMA_NAMES)  # tensor name -> path, see below
+    conv1d: bool = False  # matrices are stored as [in, out], like ours
 
 
 def _without(keys: Mapping[str, Any], *names: str) -> dict[str, Any]:
@@ -71,7 +79,7 @@ _GEMMA2_KEYS = {**_without(_SIZES, "hidden_act"), **_BIAS, "hidden_activation": 
                 "query_pre_attn_scalar": "query_scale", "attn_logit_softcapping": "attn_cap",
                 "final_logit_softcapping": "logit_cap"}  # fmt: skip
 
-# Tensors: theirs -> ours, {} the layer; several of ours joined by a space are stacked along the output axis.
+# Name tables: tensor name -> path. {} is the layer; paths joined by a space are concatenated along the output axis.
 _ATTENTION = {
     f"model.layers.{{}}.self_attn.{p}_proj.{kind}": f"layers/attn/{p}{ours}"
     for p in "qkvo"
@@ -86,10 +94,10 @@ _OUTER = {"model.embed_tokens.weight": "embed/table", "lm_head.weight": "head/ma
 
 
 def _norms(**names: str) -> dict[str, str]:
-    """Norms of a layer by their names, and the last one; each with its bias, if it has one."""
-    whole = {f"model.layers.{{}}.{k}": f"layers/{v}" for k, v in names.items()} | {"model.norm": "final_norm"}
+    """Name table of the norms of a layer, and of the final norm; each with its bias, if it has one."""
+    norms = {f"model.layers.{{}}.{k}": f"layers/{v}" for k, v in names.items()} | {"model.norm": "final_norm"}
     parts = (("weight", "scale"), ("bias", "bias"))
-    return {f"{k}.{theirs}": f"{v}/{ours}" for k, v in whole.items() for theirs, ours in parts}
+    return {f"{hf}.{hf_part}": f"{path}/{part}" for hf, path in norms.items() for hf_part, part in parts}
 
 
 LLAMA_NAMES = {**_OUTER, **_ATTENTION, **_MLP,
@@ -119,7 +127,7 @@ _GPT2_NAMES = {
     )
     for kind, ours in zip(("weight", "bias"), parts, strict=True)
 }
-# What old checkpoints hold besides parameters: tables that are computed.
+# Buffers of old checkpoints: tables that transformers computes.
 BUFFERS = r".*\.rotary_emb\.inv_freq|(transformer\.)?h\.\d+\.attn\.(masked_)?bias"
 
 
@@ -128,45 +136,85 @@ def _qwen_window(i: int, tree: Mapping[str, Any]) -> bool:
 
 
 families: dict[str, Family] = {
-    "llama": Family("LlamaForCausalLM", {**_SIZES, **_BIAS, "mlp_bias": "mlp_bias"}, _LLAMA),
+    "llama": Family("LlamaForCausalLM", keys={**_SIZES, **_BIAS, "mlp_bias": "mlp_bias"}, defaults=_LLAMA),
     "mistral": Family(
-        "MistralForCausalLM", _SIZES, {**_LLAMA, "max_position_embeddings": 131072, "sliding_window": 4096},
-        window=lambda i, tree: True),
-    "qwen2": Family("Qwen2ForCausalLM", _SIZES, _QWEN, {"qkv_bias": True}, window=_qwen_window, mixed=True),
+        "MistralForCausalLM", keys=_SIZES,
+        defaults={**_LLAMA, "max_position_embeddings": 131072, "sliding_window": 4096},
+        has_window=lambda i, tree: True),
+    "qwen2": Family(
+        "Qwen2ForCausalLM", keys=_SIZES, defaults=_QWEN, fixed={"qkv_bias": True},
+        has_window=_qwen_window, reads_layer_types=True),
     "qwen3": Family(
-        "Qwen3ForCausalLM", {**_SIZES, **_BIAS}, {**_QWEN, "head_dim": 128}, {"qk_norm": "head"}, window=_qwen_window,
-        mixed=True),
+        "Qwen3ForCausalLM", keys={**_SIZES, **_BIAS}, defaults={**_QWEN, "head_dim": 128}, fixed={"qk_norm": "head"},
+        has_window=_qwen_window, reads_layer_types=True),
     "gemma": Family(
-        "GemmaForCausalLM", {**_SIZES, **_BIAS}, {**_GEMMA, "hidden_act": "gelu_pytorch_tanh",
-        "hidden_activation": None}, {"norm_offset": 1.0}, scaled=True),
+        "GemmaForCausalLM", keys={**_SIZES, **_BIAS},
+        defaults={**_GEMMA, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": None},
+        fixed={"norm_offset": 1.0}, scaled_embeddings=True),
     "gemma2": Family(
-        "Gemma2ForCausalLM", _GEMMA2_KEYS, {**_GEMMA2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
-        {"norm_offset": 1.0, "norm_at": "both"}, scaled=True, names=_GEMMA2_NAMES, mixed=True,
-        neutral=("hidden_act", "sliding_window_size"),
-        window=lambda i, tree: i % 2 == 0),
+        "Gemma2ForCausalLM", keys=_GEMMA2_KEYS, names=_GEMMA2_NAMES,
+        defaults={**_GEMMA2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        fixed={"norm_offset": 1.0, "norm_at": "both"}, scaled_embeddings=True,
+        ignored=("hidden_act", "sliding_window_size"),
+        has_window=lambda i, tree: i % 2 == 0, reads_layer_types=True),
     "gemma3_text": Family(
-        "Gemma3ForCausalLM", _without(_GEMMA2_KEYS, "attn_logit_softcapping"), {**_GEMMA2,
-        "max_position_embeddings": 131072, "sliding_window_pattern": 6, "rope_theta": 1_000_000.0,
-        "rope_local_base_freq": 10_000.0},
-        {"norm_offset": 1.0, "norm_at": "both", "qk_norm": "head"}, scaled=True, names=_GEMMA2_NAMES,
-        neutral=("hidden_act", "attn_logit_softcapping"),  # the model never looks at that cap
-        mixed=True, window=lambda i, tree: (i + 1) % tree["sliding_window_pattern"] != 0),
+        "Gemma3ForCausalLM", keys=_without(_GEMMA2_KEYS, "attn_logit_softcapping"), names=_GEMMA2_NAMES,
+        defaults={**_GEMMA2, "max_position_embeddings": 131072, "sliding_window_pattern": 6,
+                  "rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0},
+        fixed={"norm_offset": 1.0, "norm_at": "both", "qk_norm": "head"}, scaled_embeddings=True,
+        ignored=("hidden_act", "attn_logit_softcapping"),  # the model never reads that cap
+        has_window=lambda i, tree: (i + 1) % tree["sliding_window_pattern"] != 0, reads_layer_types=True),
     "gpt2": Family(
-        "GPT2LMHeadModel", _GPT2_SIZES, {"n_inner": None, "n_positions": 1024, "layer_norm_epsilon": 1e-5,
-        "activation_function": "gelu_new", "tie_word_embeddings": True},
-        {"norm": "layer", "gated": False, "rope": None, "learned_positions": True, "fused_qkv": True, "qkv_bias": True,
-         "o_bias": True, "mlp_bias": True}, {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False},
-        names=_GPT2_NAMES, conv1d=True),
+        "GPT2LMHeadModel", keys=_GPT2_SIZES, names=_GPT2_NAMES, conv1d=True,
+        defaults={"n_inner": None, "n_positions": 1024, "layer_norm_epsilon": 1e-5, "activation_function": "gelu_new",
+                  "tie_word_embeddings": True},
+        fixed={"norm": "layer", "gated": False, "rope": None, "learned_positions": True, "fused_qkv": True,
+               "qkv_bias": True, "o_bias": True, "mlp_bias": True},
+        required={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}),
     "phi3": Family(
-        "Phi3ForCausalLM", _SIZES, {**_LLAMA, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
-        "original_max_position_embeddings": 4096, "sliding_window": None}, names=_PHI3_NAMES,
-        window=lambda i, tree: True),
+        "Phi3ForCausalLM", keys=_SIZES, names=_PHI3_NAMES,
+        defaults={**_LLAMA, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+                  "original_max_position_embeddings": 4096, "sliding_window": None},
+        has_window=lambda i, tree: True),
     "olmo2": Family(
-        "Olmo2ForCausalLM", {**_SIZES, **_BIAS}, {**_LLAMA, "rms_norm_eps": 1e-5},
-        {"norm_at": "post", "qk_norm": "full"}, names=_OLMO2_NAMES),
+        "Olmo2ForCausalLM", keys={**_SIZES, **_BIAS}, names=_OLMO2_NAMES, defaults={**_LLAMA, "rms_norm_eps": 1e-5},
+        fixed={"norm_at": "post", "qk_norm": "full"}),
     "stablelm": Family(
-        "StableLmForCausalLM", {**_without(_SIZES, "rms_norm_eps"), "layer_norm_eps": "norm_eps",
-        "use_qkv_bias": "qkv_bias"}, {**_LLAMA, "max_position_embeddings": 4096, "layer_norm_eps": 1e-5,
-        "use_qkv_bias": False, "partial_rotary_factor": 0.25}, {"norm": "layer"},
-        {"use_parallel_residual": False, "qk_layernorm": False}),
+        "StableLmForCausalLM",
+        keys={**_without(_SIZES, "rms_norm_eps"), "layer_norm_eps": "norm_eps", "use_qkv_bias": "qkv_bias"},
+        defaults={**_LLAMA, "max_position_embeddings": 4096, "layer_norm_eps": 1e-5, "use_qkv_bias": False,
+                  "partial_rotary_factor": 0.25},
+        fixed={"norm": "layer"}, required={"use_parallel_residual": False, "qk_layernorm": False}),
 }  # fmt: skip
+
+
+class Source(NamedTuple):
+    """The place of one layer of a parameter: in a tensor, from an offset along its output axis."""
+
+    name: str
+    offset: int
+    transposed: bool  # [out, in] on disk, [in, out] here
+
+
+def tensor_sources(config: Config) -> tuple[dict[str, list[Source]], dict[str, tuple[int, ...]]]:
+    """({path: the source of each layer}, {tensor name: shape}) of a config whose family is known."""
+    family, shapes = families[config.family], named(shapes_of(dataclasses.replace(config, scan=True)))
+    sources: dict[str, list[Source]] = {}
+    tensors: dict[str, tuple[int, ...]] = {}
+    for hf_name, joined in family.names.items():
+        paths = joined.split()
+        if not all(path in shapes for path in paths):
+            continue
+        stacked = is_stacked(paths[0])
+        parts = [shapes[path].shape[stacked:] for path in paths]
+        matrix = len(parts[0]) == 2 and not paths[0].startswith("embed/")
+        transposed = matrix and (not family.conv1d or paths[0] == "head/matrix")
+        shape = (*parts[0][:-1], sum(part[-1] for part in parts))
+        for layer in range(config.L) if stacked else [0]:
+            name, offset = hf_name.format(layer), 0
+            tensors[name] = shape[::-1] if transposed else shape
+            for path, part in zip(paths, parts, strict=True):
+                sources.setdefault(path, []).append(Source(name, offset, transposed))
+                offset += part[-1]
+    assert not set(shapes) - set(sources), f"{config.family} has no name for {set(shapes) - set(sources)}"
+    return sources, tensors

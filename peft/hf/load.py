@@ -13,7 +13,7 @@ import numpy as np
 
 from ... import InputError
 from ...model import Config
-from ...model.hf.files import header, read_json
+from ...model.hf.files import read_header, read_json
 from ...model.pattern import Pattern
 from ..base import Method, chain
 from ..hf_spec import AdapterConfig, HFModel, Key, Module, Picked, Tensors
@@ -81,7 +81,7 @@ def read_tensors(folder: Path, integers: tuple[str, ...] = ()) -> Tensors:
         pickles = [path.name for path in folder.glob("*.bin")]
         why = f"; {pickles[0]} is a pickle, which can run code: save it with safe_serialization=True" if pickles else ""
         raise InputError(f"{folder}: has no {FILE}{why}")
-    header(file)
+    read_header(file)
     from safetensors.flax import load_file
 
     tensors = {name: np.asarray(x) for name, x in load_file(file).items()}

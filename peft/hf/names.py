@@ -8,7 +8,7 @@ from ... import InputError
 from ...model import Config, shapes_of
 from ...model.hf.config import config_to_hf
 from ...model.hf.families import families
-from ...model.pattern import pattern
+from ...model.pattern import compile_pattern
 from ...model.tree import did_you_mean, is_stacked, named
 from ..hf_spec import AdapterConfig, HFModel, Module, ends_with
 
@@ -65,7 +65,7 @@ def target_modules(c: AdapterConfig, model: HFModel, defaults: Mapping[str, Any]
         picked = [m for m in model.modules.values() if m.kind == "matrix" and m.path != "head/matrix"]
     else:
         picked = [m for m in model.modules.values() if _matches(m.name, targets) and _in_layers(m.name, targets, c)]
-    saved = [pattern(rf"(^|.*\.){name}($|\..*)") for name in c["modules_to_save"] or ()]
+    saved = [compile_pattern(rf"(^|.*\.){name}($|\..*)") for name in c["modules_to_save"] or ()]
     excluded = c["exclude_modules"] or ()
     picked = [m for m in picked if not _matches(m.name, excluded) and not any(p.match(m.name) for p in saved)]
     if not picked:
@@ -97,7 +97,7 @@ def _is_inside(module: str, name: str) -> bool:
 
 def _matches(module: str, names: Any) -> bool:
     """Return whether a pattern matches the whole path of a module, or a list holds the path or its end."""
-    return pattern(names).fullmatch(module) if isinstance(names, str) else ends_with(module, names)
+    return compile_pattern(names).fullmatch(module) if isinstance(names, str) else ends_with(module, names)
 
 
 def _in_layers(module: str, targets: Any, c: AdapterConfig) -> bool:
@@ -107,6 +107,6 @@ def _in_layers(module: str, targets: Any, c: AdapterConfig) -> bool:
         return True
     names = c["layers_pattern"] or [r"[^.]*"]
     for name in [names] if isinstance(names, str) else names:
-        if match := pattern(rf"(?:^|.*?\.){name}\.(\d+)\.").match(module):
+        if match := compile_pattern(rf"(?:^|.*?\.){name}\.(\d+)\.").match(module):
             return int(match[1]) in ([only] if isinstance(only, int) else only)
     return False

@@ -10,8 +10,9 @@ import numpy as np
 
 from ... import InputError
 from ...model import Config, shapes_of
-from ...model.hf.files import empty, split_revision
-from ...model.tree import match
+from ...model.hf.files import output_folder
+from ...model.hf.hub import split_revision
+from ...model.tree import match_rules
 from ..base import Chain, Method
 from ..hf_spec import AdapterConfig, HFModel, HFSpec, Module
 from .fixed import write_fixed
@@ -32,7 +33,7 @@ def save(
     that `load` read the method from. Raises InputError for a method that HF PEFT has no type for, and for tables that
     are in neither of the two (`dataclasses.replace` drops a file's); nothing is written then.
     """
-    folder, model = empty(folder), hf_model(config)
+    folder, model = output_folder(folder), hf_model(config)
     adapter_config = _config_of(method, trainable, model, base)
     tensors = named_tensors(config, method, trainable)
     method, trainable = to_exportable(method, trainable, config)
@@ -152,7 +153,7 @@ def _varying_keys(mains: list[Link], spec: HFSpec, model: HFModel) -> AdapterCon
         values: dict[Module, Any] = {}
         for link in mains:
             default, rules = getattr(link.method, x.field), getattr(link.method, x.rules, ())
-            rows = match(rules, model.shapes, default=default) if rules else {}
+            rows = match_rules(rules, model.shapes, default=default) if rules else {}
             for path, layer in [place for place in link.places if place in model.at]:
                 row = rows.get(path, [default])
                 values[model.at[path, layer]] = row[layer or 0] if len(row) > 1 else row[0]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ... import InputError
-from ...model.tree import canonical, is_stacked, split_layer_index
+from ...model.tree import is_stacked, name_and_layers, split_layer_index
 from ..base import Chain, Method
 from ..hf_spec import AdapterFile, Entry, HFModel, HFTensor, Place, Tensors
 
@@ -40,7 +40,7 @@ def links(method: Method, trainable: Any) -> list[Link]:
 
 def iter_places(key: str, arrays: Any) -> Iterator[tuple[int | None, Place]]:
     """Yield (index into the arrays, place) of each layer that a key of a trainable tree holds."""
-    path, layers = canonical(key)
+    path, layers = name_and_layers(key)
     if not is_stacked(split_layer_index(key)[0]):
         yield None, (path, layers[0] if layers else None)
         return

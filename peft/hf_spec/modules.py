@@ -6,8 +6,8 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from ...model.config import Config
-from ...model.pattern import pattern
-from ...model.tree import runs
+from ...model.pattern import compile_pattern
+from ...model.tree import true_ranges
 
 Place = tuple[str, int | None]  # path of a parameter without its layer, and the layer
 
@@ -57,7 +57,7 @@ class HFModel:
         rules, L = [], self.config.L
         for path, row in rows.items():
             for value in dict.fromkeys(row.values()):
-                for start, stop in [(0, L)] if None in row else runs([row.get(i) == value for i in range(L)]):
+                for start, stop in [(0, L)] if None in row else true_ranges([row.get(i) == value for i in range(L)]):
                     part = None not in row and (start, stop) != (0, L)
                     rules.append((path.replace("layers/", f"layers/[{start}:{stop}]/") if part else path, value))
         return tuple(rules)
@@ -90,10 +90,14 @@ def ends_with(module: str, names: Iterable[str]) -> bool:
 
 def by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """Return the value of the first key that matches the end of a module's path, from a dot on."""
-    return next((x for key, x in (patterns or {}).items() if pattern(rf"(.*\.)?({key})$").match(module)), default)
+    return next(
+        (x for key, x in (patterns or {}).items() if compile_pattern(rf"(.*\.)?({key})$").match(module)), default
+    )
 
 
 def by_suffix(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
     """Return the value of the first key that matches the end of a longer path, else that of the path itself."""
     values = patterns or {}
-    return next((x for key, x in values.items() if pattern(rf".*\.{key}$").match(module)), values.get(module, default))
+    return next(
+        (x for key, x in values.items() if compile_pattern(rf".*\.{key}$").match(module)), values.get(module, default)
+    )

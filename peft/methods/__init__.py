@@ -1,4 +1,4 @@
-"""The methods: one file for each family. `by_name` maps a method's command-line name to its class.
+"""The methods, one file a family. `by_name` maps a method's command-line name to its class.
 
 A new method is one file here and its class in the list below; the laws in tests/ then hold it without an edit.
 """
@@ -14,7 +14,8 @@ from .hra import HRA
 from .ia3 import IA3
 from .loha import LoHa
 from .lokr import LoKr
-from .lora import LoRA, LoRABias, LoRAFA, LoRAHead, LoRAPlus, RsLoRA
+from .lora import LoRA
+from .lora_variants import LoRABias, LoRAFA, LoRAHead, LoRAPlus, RsLoRA
 from .miss import MiSS, MiSSBat
 from .oft import BOFT, OFT
 from .pissa import OLoRA, PiSSA

@@ -99,6 +99,6 @@ class Parallel(Houlsby):
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
         flat = dict(named(params))
         for path, _, arrays in iter_full_arrays(params, trainable):
-            beside = f"{path.rpartition('/')[0]}/beside"
-            flat[beside] = ParallelAdapterWeight(**arrays, w=flat.get(beside), scale=self.scale)
+            parallel = f"{path.rpartition('/')[0]}/parallel_adapter"
+            flat[parallel] = ParallelAdapterWeight(**arrays, w=flat.get(parallel), scale=self.scale)
         return nested(flat)

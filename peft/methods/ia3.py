@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ...model import Weight
-from ...model.pattern import pattern
+from ...model.pattern import compile_pattern
 from ..base import Method
 from ..hf_spec import COLUMN, NAMES, ROW, HFSpec, Key
 from ..targets import init_matrices, replace_biases, wrap_weights
@@ -30,7 +30,7 @@ def _where(c: Any, modules: Any, model: Any) -> dict[str, str]:
     if names is None:
         names = ["mlp.c_proj"] if model.family == "gpt2" else ["down_proj"]
     if isinstance(names, str):
-        inner = [m for m in modules if pattern(names).fullmatch(m.name)]
+        inner = [m for m in modules if compile_pattern(names).fullmatch(m.name)]
     else:
         inner = [m for m in modules if m.name.endswith(tuple(names))]
     outer = [m for m in modules if m not in inner]

@@ -147,15 +147,15 @@ class GatedPrompt(Weight):
 
     prompt: Array  # [P, D]
     gate: Array  # [1]
-    behind: bool = static(default=False)  # after the output projection
+    after_output_proj: bool = static(default=False)  # after the output projection
 
 
 def _read_adapter(c: Any, values: Any, module: Any, model: Any) -> dict[str, bool]:
-    behind = model.family == "gpt2"
-    if model.config.o_bias and not behind:
-        raise InputError("the output of attention has a bias in this base, which HF PEFT adds a second time behind an "
+    after_output_proj = model.family == "gpt2"
+    if model.config.o_bias and not after_output_proj:
+        raise InputError("the output of attention has a bias in this base, which HF PEFT adds a second time after an "
                          "adaption prompt; that is not here")  # fmt: skip
-    return {"behind": behind}
+    return {"after_output_proj": after_output_proj}
 
 
 class LLaMAAdapter(Method):
@@ -172,7 +172,7 @@ class LLaMAAdapter(Method):
 
     tokens: Size = 10
     layers: Count = 30  # the topmost ones, all if there are fewer
-    behind: bool = False  # added after o, as HF PEFT does in GPT-2
+    after_output_proj: bool = False  # added after o, as HF PEFT does in GPT-2
 
     hf = HFSpec(
         "ADAPTION_PROMPT",
@@ -190,8 +190,10 @@ class LLaMAAdapter(Method):
 
     def arrays(self, key: Array, target: Target) -> dict[str, Array]:
         width, D = target.shape
-        if self.behind and width != D:
-            raise InputError(f"llamaadapter: behind=True wants heads of {D} together, this base's have {width}")
+        if self.after_output_proj and width != D:
+            raise InputError(
+                f"llamaadapter: after_output_proj=True wants heads of {D} together, this base's have {width}"
+            )
         return {"prompt": jax.random.normal(key, (self.tokens, D)), "gate": jnp.zeros(1)}
 
     def init(self, key: Array, params: Any) -> dict[str, Any]:
@@ -200,7 +202,7 @@ class LLaMAAdapter(Method):
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
         flat = named(params)
-        new = {path[:-1] + "prompt": GatedPrompt(**arrays, behind=self.behind)
+        new = {path[:-1] + "prompt": GatedPrompt(**arrays, after_output_proj=self.after_output_proj)
                for path, _, arrays in iter_full_arrays(params, trainable)}  # fmt: skip
         if taken := next((path for path in new if path in flat), ""):
             raise InputError(f"chain: {taken} has a prompt of an earlier method; keep one of them")

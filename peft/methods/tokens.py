@@ -9,7 +9,7 @@ from jax import Array
 from ... import InputError
 from ...model import Weight, static
 from ...model.tree import named, replace
-from ...model.weight import stack
+from ...model.weight import weight_chain
 from ..base import Method
 from ..hf_spec import IDENTITY, IDS, NAMES, PREFIX, TRANSPOSED, Companion, HFSpec, HFTensor, Key, ends_with
 from .prompt import check_ids
@@ -34,7 +34,7 @@ class TokensTable(Weight):
 
     @property
     def tied(self) -> bool:
-        """Whether the transpose has the rows of the lookup, so that one table does both."""
+        """True if the transpose has the rows of the lookup, so that one table does both."""
         return getattr(self.w, "tied", not isinstance(self.w, Weight))
 
 
@@ -155,7 +155,7 @@ class Head(Method):
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
         table = named(params)["embed/table"]
-        if any(isinstance(w, Weight) and w.projects for w in stack(table)):
+        if any(isinstance(w, Weight) and w.projects for w in weight_chain(table)):
             raise InputError("chain: head replaces the output projection, which an earlier method has taken; put head "
                              "first, or let only one of them have it")  # fmt: skip
         return replace(params, {"embed/table": OwnHead(table, **trainable["embed/table"])})
@@ -203,7 +203,7 @@ class Lookup(Method):
 
     def bind(self, params: Any, trainable: Any) -> dict[str, Any]:
         table = named(params)["embed/table"]
-        if not all(w.projects for w in stack(table)[:-1]):
+        if not all(w.projects for w in weight_chain(table)[:-1]):
             raise InputError("chain: lookup replaces the table that an earlier method has taken; put lookup first, or "
                              "let only one of them have it")  # fmt: skip
         return replace(params, {"embed/table": OwnTable(table, **trainable["embed/table"])})

@@ -28,11 +28,14 @@ with atheris.instrument_imports(include=["graftax"]):
     from graftax.data.errors import RowErrors
     from graftax.data.sft import sft_rows
     from graftax.data.sources import documents
-    from graftax.data.tasks.base import file_task
-    from graftax.data.tokenizers import huggingface  # noqa: F401  (else imported late, and not instrumented)
-    from graftax.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
+    from graftax.data.tasks.file_task import file_task
+    from graftax.data.tokenizers import (
+        huggingface,  # noqa: F401  (else imported late, and not instrumented)
+        load_tokenizer,
+        train_tokenizer,
+    )
     from graftax.model import hf
-    from graftax.model.hf.files import DTYPES, index
+    from graftax.model.hf.files import DTYPES, read_index
     from graftax.peft import hf as adapters
     from graftax.train.config import Data, Optim, Run, from_json, to_json
     from graftax.train.runs.checkpoint import CheckpointWriter
@@ -50,9 +53,9 @@ def jsonl(data: bytes) -> None:
     for suffix in (".jsonl", ".json", ".csv", ".txt"):
         path = HERE / f"rows{suffix}"
         path.write_bytes(data)
-        for policy in ("error", "skip", "replace"):
+        for policy in ("error", "skip", "repair"):
             with refused():
-                list(documents(str(path), bad=RowErrors(policy, 1)))
+                list(documents(str(path), errors=RowErrors(policy, 1)))
             with refused():
                 bad = RowErrors(policy, 1)
                 sft_rows(file_task(path, 0.5, 0, bad).pairs(), TOKENIZER, 16, 0, False, bad)
@@ -85,7 +88,7 @@ def safetensors(data: bytes) -> None:
     listed.unlink(missing_ok=True)
     (listed if data[:1] == b"{" else path).write_bytes(data)
     with refused():
-        for tensor in index(path.parent).values():
+        for tensor in read_index(path.parent).values():
             if tensor.dtype in DTYPES and tensor.shape:
                 for _ in tensor.chunks(0, tensor.shape[0]):
                     pass

@@ -64,7 +64,7 @@ def make(out: Path) -> None:
             if name == "gpt2" and case == "ia3":
                 method = peft.IA3(where="layers/attn/qkv")
             if name == "gpt2" and case == "llamaadapter":
-                method = dataclasses.replace(method, behind=True)
+                method = dataclasses.replace(method, after_output_proj=True)
             if not peft.hf.type_of(method) and not isinstance(method, peft.Chain):
                 continue
             try:

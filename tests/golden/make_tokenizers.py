@@ -1,10 +1,9 @@
-"""Makes tests/golden/tokenizers: tiny tokenizers of four families, and what transformers gives for them.
+"""Make tests/golden/tokenizers: tiny tokenizers of four families, and what transformers returns for them.
 
     cd /tmp && python <graftax>/tests/golden/make_tokenizers.py
 
-in an environment with transformers, sentencepiece and protobuf (graftax needs none but sentencepiece of these), and
-from another folder than the repository, whose `peft` would hide the package. Nothing is downloaded. Run it again only
-to change what is tested: the files it wrote are the definition of "what HF gives" (transformers 5.23, tokenizers 0.23).
+Run it from another folder than the repository, whose `peft` would hide the package. Nothing is downloaded. Run it again
+only to change what is tested: the files were written by transformers 5.23 and tokenizers 0.23.
 """
 
 import io

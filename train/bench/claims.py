@@ -21,9 +21,10 @@ from ... import InputError, peft
 from ...peft import Subset
 from ...peft.methods.lora import LoRA
 from ..config import Data, Optim, Run
+from ..machine import cpu_name
 from ..recipes import recipes
 from .peer import threads
-from .table import RESULTS, cpu, write
+from .table import RESULTS, write
 
 FULL = tuple(2.5e-4 * 2**i for i in range(7))  # rates; of LoRA ten times these
 RANKS, WHERE = (2, 8, 32), ("attention", "mlp", "linear")
@@ -72,10 +73,10 @@ def around(rate: float) -> list[float]:
 
 def swept(run: Run, name: str, over: Sequence[str], out: Path, params: Any) -> Line:
     """A sweep, or what it found when it ran."""
-    from ..experiments.sweep.command import Sweep, execute
+    from ..experiments.sweep.command import Sweep
 
     run = dataclasses.replace(run, out=str(out / name.replace(" ", "_")), resume="auto")
-    execute(Sweep(run, tuple(over)))
+    Sweep(run, tuple(over)).run()
     rows = [json.loads(line) for line in (Path(run.out) / "results.jsonl").read_text("utf-8").splitlines()]
     losses: dict[float, list[float]] = {}
     for row in rows:
@@ -169,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
             said = {"linear": "everywhere"}.get(where, where)
             group.append(swept(lora(rank, where), f"{said} rank {rank}", (rates, seeds), out, params))
         groups.append(group)
-    about = (f"{time.strftime('%Y-%m-%d')}, {threads()} cores, {cpu()}, jax {version('jax')}: {args.task}, "
+    about = (f"{time.strftime('%Y-%m-%d')}, {threads()} cores, {cpu_name()}, jax {version('jax')}: {args.task}, "
              f"{args.steps} steps of 3 x 160 tokens, {args.seeds} seeds")  # fmt: skip
     text = "\n".join([f"{about}.\n", "### (a)\n", rates_table(full, ranks), "\n### (b)\n", places_table(groups), ""])
     print(text)

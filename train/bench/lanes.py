@@ -15,11 +15,12 @@ from ...model import Config, Transformer, init, presets
 from ...peft import partition
 from ...peft.methods.lora import LoRA
 from ..config import Data, Optim, Run
-from ..experiments.sweep.groups import batch_shapes, lane_step
+from ..experiments.sweep.programs import batch_shapes, lane_step
+from ..machine import cpu_name
 from ..optim import make_optimizer
 from ..step import init_state
 from .peer import threads
-from .table import RESULTS, cpu, write
+from .table import RESULTS, write
 
 LANES = (1, 2, 4, 8, 16)
 # (name, architecture, rows, tokens of a row): one that fills two cores, and one that does not.
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32", help="of the products and of the frozen base")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args(argv)
-    device = cpu() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
+    device = cpu_name() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
     said = [f"{time.strftime('%Y-%m-%d')}, {threads()} cores, {device}, jax {version('jax')}, {args.dtype}.\n"]
     for name, config, B, T in WORK:
         config = dataclasses.replace(config, dtype=args.dtype, param_dtype=args.dtype)

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...model import presets
-from ...model.hf.checkpoint import config_to_hf, sources
-from ...model.hf.files import write
+from ...model.hf.config import config_to_hf
+from ...model.hf.families import tensor_sources
+from ...model.hf.files import write_tensors
 
 _READ = r"""
 import json, re, sys, time
@@ -37,10 +38,10 @@ def make(folder: Path, preset: str) -> None:
     """A checkpoint of random bfloat16 numbers; every tensor is made when it is written."""
     config = presets[preset]
     rng = np.random.default_rng(0)
-    _, tensors = sources(config)
+    _, tensors = tensor_sources(config)
     kinds = {name: (shape, np.dtype(jnp.bfloat16)) for name, shape in tensors.items()}
     noise = (0.02 * rng.standard_normal(1 << 20)).astype(jnp.bfloat16)
-    write(folder, kinds, lambda name: np.resize(noise, tensors[name]), 2_000_000_000)
+    write_tensors(folder, kinds, lambda name: np.resize(noise, tensors[name]), 2_000_000_000)
     (folder / "config.json").write_text(json.dumps(config_to_hf(config, "bfloat16")), "utf-8")
 
 

@@ -22,10 +22,10 @@ from ...model.quantize import quantize
 from ...model.sharding import put_batch, shardings
 from ...peft import methods
 from ..config import Data, Run
+from ..machine import cpu_name
 from ..plan.planner import architecture, planned
 from ..plan.topology import target
-from ..program import KEYS, base_shapes, layout, lower
-from .table import cpu
+from ..setup import BATCH_DTYPES, base_shapes, layout, lower
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "plan.md"
 
@@ -86,7 +86,7 @@ def measure(case: Case) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         laid = layout(run, mesh, base_shapes(run, config))
         struct = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
-        frozen, state = jax.tree.map(struct, laid.made, laid.where)
+        frozen, state = jax.tree.map(struct, laid.shapes, laid.shardings)
         phase = SimpleNamespace(run=run, mesh=mesh, model=Transformer(config), method=run.method, frozen=frozen,
                                 state=state, tx=laid.tx)  # fmt: skip
         lowered, options = lower(phase)
@@ -94,7 +94,7 @@ def measure(case: Case) -> dict[str, Any]:
         params = jax.jit(init, static_argnums=0, out_shardings=shardings(mesh, shapes_of(config)))(
             config, jax.random.key(0))  # fmt: skip
         params = quantize(params, run.quantize) if run.quantize else params
-        frozen, state = jax.jit(laid.begin, out_shardings=laid.where)(params)
+        frozen, state = jax.jit(laid.begin, out_shardings=laid.shardings)(params)
         held = sum(x.nbytes for x in jax.tree.leaves((frozen, state)))
         params = jax.block_until_ready((frozen, state)) and None
         before = resident("VmRSS")
@@ -102,7 +102,8 @@ def measure(case: Case) -> dict[str, Any]:
         put, shape = put_batch(mesh), (run.data.batch, run.data.T)
         for i in range(3):
             rows = np.random.default_rng(i).integers(1, config.V, shape)
-            batch = {k: np.ones(shape, v) if k in ("weights", "segments") else rows.astype(v) for k, v in KEYS.items()}
+            ones = ("weights", "segments")
+            batch = {k: np.ones(shape, v) if k in ones else rows.astype(v) for k, v in BATCH_DTYPES.items()}
             batch["positions"] = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
             state, metrics = step(state, frozen, put(batch))
             jax.block_until_ready(metrics)
@@ -149,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
         old = RESULTS.read_text("utf-8")
         begin, end = "<!-- begin -->\n", "<!-- end -->"
         before, after = old.split(begin)[0], old.split(end)[1]
-        libraries = f"{cpu()}; jax {jax.__version__}.\n\n"
+        libraries = f"{cpu_name()}; jax {jax.__version__}.\n\n"
         RESULTS.write_text(f"{before}{begin}{libraries}{text}\n{end}{after}", "utf-8")
 
 

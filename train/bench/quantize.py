@@ -13,14 +13,14 @@ import numpy as np
 
 from ...model import forward, presets, shapes_of
 from ...model.quantize import MATRICES, kinds, quantize
-from ...model.tree import canonical, named
+from ...model.tree import name_and_layers, named
 from ...peft.methods.lora import LoRA
 from ..config import Data, Optim, Run
 from ..evaluate import held_out_losses, mean_loss
-from ..loop import train
 from ..progress import read_metrics
 from ..runs.load import load_run
 from ..runs.report import nbytes
+from ..runs.train import train
 
 
 def sizes(shapes: Any) -> list[str]:
@@ -29,7 +29,7 @@ def sizes(shapes: Any) -> list[str]:
     lines, first = [], (0, 0)
     for kind in ("", *kinds):
         made = named(jax.eval_shape(partial(quantize, kind=kind), half) if kind else half)
-        matrices = nbytes([w for path, w in made.items() if re.fullmatch(MATRICES, canonical(path)[0])])
+        matrices = nbytes([w for path, w in made.items() if re.fullmatch(MATRICES, name_and_layers(path)[0])])
         first = first if kind else (matrices, nbytes(made))
         mb = [f"{n / 1e6:,.2f} MB ({n / of:.4f})" for n, of in zip((matrices, nbytes(made)), first, strict=True)]
         lines.append(f"| {kind or 'bfloat16'} | {' | '.join(mb)} |")
@@ -65,7 +65,8 @@ def tuned(base: str, root: str, task: str, steps: int) -> list[str]:
             run = Run(
                 recipe="quantize", phase="finetune", base=base, out=f"{out}/run", method=LoRA(), quantize=kind,  # type: ignore[arg-type]
                 data=Data(task=task, root=root, T=192, batch=8), optim=Optim(lr=5e-3, warmup=0.1, weight_decay=0.05),
-                steps=steps, log_every=steps // 4, eval_rows=1, eval_tokens=8192, score_base=False, tensorboard=False,
+                steps=steps, log_every=steps // 4, eval_rows=1, eval_tokens=8192, eval_base_first=False,
+                tensorboard=False,
             )  # fmt: skip
             train(run)
             found = read_metrics(Path(run.out))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import InputError
-from ..config import MALLOC
+from ..config import MALLOC_ENV
 from .cases import Case
 
 WARM_UP = 2  # rounds that are not counted
@@ -130,5 +130,5 @@ def check_torch(python: str) -> str:
 
 def environment(malloc: str) -> dict[str, str]:
     """The environment of every contender: the same allocator, and no grabbing of a whole GPU."""
-    env = {k: v for k, v in os.environ.items() if k not in MALLOC}
-    return env | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | (MALLOC if malloc == "keep" else {})
+    env = {k: v for k, v in os.environ.items() if k not in MALLOC_ENV}
+    return env | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | (MALLOC_ENV if malloc == "keep" else {})

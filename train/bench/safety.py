@@ -91,10 +91,10 @@ def steps(preset: str, B: int, T: int, rounds: int) -> tuple[dict[str, Any], Sta
                    "bare": call("bare", bare_step(model, method, tx))}, rounds)  # fmt: skip
     step = statistics.median(found["checked"])
     with tempfile.TemporaryDirectory() as work, Stop() as stop, CheckpointWriter(Path(work)) as checkpoints:
-        stop.begin(0)
+        stop.begin_steps(0)
         began = time.perf_counter()
         for i in range(10_000):
-            checkpoints.check(), stop.may(i + 1), faults.at("step", i)
+            checkpoints.check(), stop.may_step(i + 1), faults.at("step", i)
         host = (time.perf_counter() - began) / 10_000
     said = {"step_ms": round(step * 1e3, 1), "step_over_bare": round(ratio(found, "checked", "bare"), 4),
             "best_step_over_best_bare": round(min(found["checked"]) / min(found["bare"]), 4),

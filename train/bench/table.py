@@ -4,11 +4,10 @@ import datetime
 import math
 import os
 import platform
-import re
 import statistics
-import sys
 from pathlib import Path
 
+from ..machine import cpu_name
 from .peer import threads
 from .race import Result, ratio
 
@@ -66,16 +65,7 @@ def machine(results: list[Result]) -> str:
         versions |= r.facts["versions"]
     load = f", load {os.getloadavg()[0]:.1f} at the end" if hasattr(os, "getloadavg") else ""
     said = " ".join(f"{name} {version}" for name, version in versions.items())
-    return f"{datetime.date.today()}, {cpu()}, {threads()} cores{load}; {said}."
-
-
-def cpu() -> str:
-    """The processor's name."""
-    if sys.platform == "linux":
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        if found:
-            return found[1]
-    return platform.processor() or platform.machine()
+    return f"{datetime.date.today()}, {cpu_name()}, {threads()} cores{load}; {said}."
 
 
 def section(results: list[Result], malloc: str) -> str:

@@ -1,227 +1,242 @@
-"""A comparison under way: costs, then rates on seed 0, then more seeds at the best rate, then the test."""
+"""The steps of a comparison: costs, then learning rates on seed 0, then more seeds at the best rate, then the test.
+
+`graftax compare` and `graftax decide` share it. Every result is a line of results.jsonl, and is not computed again.
+"""
 
 import dataclasses
-import json
 import math
 import time
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 
 from ... import InputError, peft
 from ...model import Context
-from ...model.hf.files import read_json
 from ...peft import Method, Subset
-from ..bench.peer import threads
-from ..bench.table import cpu
+from ...strict_json import read_json
 from ..cluster.signals import Stop
-from ..config import Run, from_json
-from ..progress import clock, console
-from ..runs.checkpoint import CheckpointWriter, versions
-from ..runs.lineage import code, values
-from ..runs.manifest import write_whole
+from ..config import from_json
+from ..machine import cpu_cores, cpu_name
+from ..progress import console, format_time
+from ..runs.checkpoint import CheckpointWriter
+from ..runs.lineage import code_version, trained_digest
+from ..runs.manifest import versions
 from .base_cache import BaseCache
-from .results_log import Line, ResultsLog, found
-from .step_costs import costs
-from .sweep.command import Sweep, carry_out
-from .sweep.results import diverged, told
-from .sweep.trials import Trial
+from .results_log import Line, ResultsLog, select
+from .step_costs import measure_costs
+from .sweep.command import Sweep
+from .sweep.results import result_row
+from .sweep.trials import Trial, trial_folder
 from .task_evaluator import TaskEvaluator
+from .trainings import Entry, Trainings
 
-LEAST = 20  # steps that a budget must leave for a training
-SPARE = 0.85  # part of a budget that is planned with
+LEAST_STEPS = 20  # that a budget must leave for a training
+BUDGET_SHARE = 0.85  # share of a budget that is planned with
 
 
-class Entry(NamedTuple):
-    """What takes part: a method, maybe on a part of the training examples."""
+class Key(NamedTuple):
+    """One training of a comparison."""
 
-    method: Method
-    examples: int = 0  # 0: all
+    task: str
+    name: str  # of the entry
+    factor: float
+    seed: int
 
 
 class MethodComparison:
-    """What is compared, and what is known of it."""
+    """A comparison of entries {name: entry} on the tasks of some evaluators, in the folder of its experiment."""
 
     def __init__(
-        self, plan: Any, entries: dict[str, Entry], exams: list[TaskEvaluator], ground: BaseCache, stop: Stop, file: str
-    ):  # fmt: skip
-        self.plan, self.entries, self.exams, self.ground, self.stop = plan, entries, exams, ground, stop
-        self.out, self.file = Path(plan.run.out), file
-        self.ledger = ResultsLog(self.out / "results.jsonl")
-
-    def go(self, command: str, began: float) -> None:
-        """All of it, or what is left; began: when, by time.monotonic, as a budget counts from there."""
-        self.prepare(command)
-        self.train(self.steps(began))
-        self.test()
-
-    def prepare(self, command: str) -> None:
-        """What is compared, what the base does untuned, and what a step of each method costs."""
-        plan, ledger, base = self.plan, self.ledger, self.ground.base(self.plan.run)
-        size = sum(x.size for x in jax.tree.leaves(base.base))
-        if not ledger.lines:
-            tasks = {e.name: {"metric": e.metric, "rows": len(e.rows), "part": e.part, "digest": e.digest,
-                              "shown": e.shown()} for e in self.exams}  # fmt: skip
-            ledger.add({
-                "kind": "setup", "command": command, "date": time.strftime("%Y-%m-%d"), "out": plan.run.out,
-                "base": plan.run.base, "fingerprint": base.fingerprint, "parameters": size, "tasks": tasks,
-                "reference": self.reference,
-                "methods": list(self.entries), "factors": list(plan.factors), "seeds": plan.seeds,
-                "rows": [plan.run.data.batch, plan.run.data.T], "rate": plan.run.optim.lr,
-                "machine": f"{threads()} cores, {cpu()}", "versions": versions(), "code": code(),
-            })  # fmt: skip
-        self._same(ledger.find(kind="setup")[0], base.fingerprint)
-        for exam in self.exams:
-            self.stop.check()
-            if not ledger.find(kind="base", task=exam.name):
-                console.print(f"{exam.label}: {len(exam.rows)} test rows by the base as it is", soft_wrap=True)
-                began, run = time.perf_counter(), plan.run_of(exam.name, Entry(Subset()), 1.0)
-                before = self.ground.before(run)
-                evaluating = time.perf_counter() - began
-                sheet = exam.timed((*self.ground.model(run), Context()))
-                ledger.add({"kind": "base", "task": exam.name, **before, **sheet, "evaluating": evaluating})
-        same: dict[Method, list[str]] = {}
-        for name, entry in self.entries.items():
-            if not ledger.find(kind="cost", method=name):
-                same.setdefault(entry.method, []).append(name)
-        if same:
-            console.print(f"costs of {len(same)} methods, a step each in turns")
-            runs = {names[0]: plan.run_of(self.exams[0].name, Entry(method), 1.0) for method, names in same.items()}
-            for line, names in zip(
-                costs(runs, self.ground, self.stop, bool(plan.run.quantize)), same.values(), strict=True
-            ):
-                for name in names:
-                    ledger.add(line | {"method": name})
+        self,
+        trainings: Trainings,
+        entries: dict[str, Entry],
+        evaluators: list[TaskEvaluator],
+        cache: BaseCache,
+        stop: Stop,
+    ):
+        self.trainings, self.entries, self.evaluators, self.cache, self.stop = (
+            trainings,
+            entries,
+            evaluators,
+            cache,
+            stop,
+        )
+        self.experiment = trainings.experiment
+        self.config, self.out = self.experiment.config, self.experiment.out
+        self.log = ResultsLog(self.out / "results.jsonl")
 
     def check(self) -> None:
-        """InputError for what would be found too late: rows that do not fit, nothing that chooses a rate, a method that
-        finds nothing in the base. Before anything is written."""
-        for exam in self.exams:
-            run = self.plan.run_of(exam.name, Entry(Subset()), 1.0)
-            if not self.ground.rows(run)[2]:
-                raise InputError(f"--task {exam.name}: no validation rows, so that nothing chooses a rate; give "
+        """Raise InputError for rows that do not fit, tasks without validation rows, and methods that match nothing in
+        the base, before anything is written."""
+        for evaluator in self.evaluators:
+            if not self.cache.rows(self.trainings.make_run(evaluator.name, Entry(Subset())))[2]:
+                raise InputError(f"--task {evaluator.name}: no validation rows to choose a learning rate by; give "
                                  "--data.valid FILE, or --data.held-out above 0")  # fmt: skip
         for name, entry in self.entries.items():
             try:
-                peft.count(entry.method, self.ground.model(self.plan.run)[1])
+                peft.count(entry.method, self.cache.model(self.config)[1])
             except InputError as error:
                 raise InputError(f"{name}: {error}") from None
 
-    @property
-    def reference(self) -> str:
-        """What times are compared with: full fine-tuning, but of a quantised base, which nothing trains all of."""
-        return next(iter(self.entries)) if self.plan.run.quantize else "full"
+    def prepare(self) -> None:
+        """Log the setup, the untuned base's scores, and the cost of a step of each method."""
+        if not self.log.lines:
+            self.log.add(self._setup_line())
+        self._check_unchanged()
+        for evaluator in self.evaluators:
+            self.stop.check()
+            if not self.log.select(kind="base", task=evaluator.name):
+                self._score_base(evaluator)
+        names: dict[Method, list[str]] = {}  # entries with the same method have the same cost
+        for name, entry in self.entries.items():
+            if not self.log.select(kind="cost", method=name):
+                names.setdefault(entry.method, []).append(name)
+        if names:
+            console.print(f"measuring a training step of {len(names)} methods")
+            task = self.evaluators[0].name
+            runs = {some[0]: self.trainings.make_run(task, Entry(method)) for method, some in names.items()}
+            costs = measure_costs(runs, self.cache, self.stop, bool(self.config.quantize))
+            for cost, some in zip(costs, names.values(), strict=True):
+                for name in some:
+                    self.log.add(cost | {"method": name})
 
-    def _same(self, setup: Line, fingerprint: str) -> None:
-        """InputError if what was found before is of another base, or of other rows."""
-        here = {"the base": fingerprint} | {f"the test of {e.label}": e.digest for e in self.exams}
-        then = {"the base": setup["fingerprint"]} | {
-            f"the test of {e.label}": setup["tasks"][e.name].get("digest", e.digest) for e in self.exams
+    def _setup_line(self) -> Line:
+        config, base = self.config, self.cache.base(self.config)
+        tasks = {e.name: {"metric": e.metric, "rows": len(e.rows), "part": e.part, "digest": e.digest,
+                          "shown": e.shown_rows()} for e in self.evaluators}  # fmt: skip
+        # Times are relative to full fine-tuning, which a quantised base does not have.
+        reference = next(iter(self.entries)) if config.quantize else "full"
+        return {
+            "kind": "setup", "command": self.experiment.command, "date": time.strftime("%Y-%m-%d"), "out": config.out,
+            "base": config.base, "fingerprint": base.fingerprint,
+            "parameters": sum(x.size for x in jax.tree.leaves(base.base)), "tasks": tasks, "reference": reference,
+            "methods": list(self.entries), "factors": list(self.trainings.factors), "seeds": self.trainings.seeds,
+            "rows": [config.data.batch, config.data.T], "rate": config.optim.lr,
+            "machine": f"{cpu_cores()} cores, {cpu_name()}", "versions": versions(), "code": code_version(),
         }  # fmt: skip
-        for what, digest in here.items():
-            if digest != then[what]:
-                raise InputError(f"--resume: {what} is not what it was when {self.out} began (sha256 {digest[:12]}, "
-                                 f"was {then[what][:12]}); put it back, or take another --out")  # fmt: skip
 
-    def steps(self, began: float) -> int:
-        """The steps of a training: what --steps says, or what the budget leaves."""
-        plan, path = self.plan, self.out / self.file
-        if plan.run.steps:
-            return plan.run.steps
-        said = read_json(path)
-        if "steps" not in said:
-            cells = len(plan.factors) + plan.seeds - 1
-            lines = [self.ledger.find(kind="base", task=exam.name)[0] for exam in self.exams]
-            costs = [self.ledger.find(kind="cost", method=name)[0] for name in self.entries]
-            fixed = len(costs) * sum(cells * line["evaluating"] + plan.seeds * line["seconds"] for line in lines)
-            fixed += 3 * sum(line["compile_seconds"] for line in costs) + time.monotonic() - began
-            a_step = cells * len(lines) * sum(line["seconds"] for line in costs)
-            steps = math.floor((plan.budget * 60 * SPARE - fixed) / a_step)
-            if steps < LEAST:
-                need = math.ceil((fixed + LEAST * a_step) / 60 / SPARE)
-                raise InputError(f"--budget {plan.budget:g}: {len(costs) * len(lines) * cells} trainings of {LEAST} "
-                                 f"steps, with what they are evaluated and scored on, need about {need} minutes; give "
-                                 "more, or fewer methods, tasks, seeds, or rows")  # fmt: skip
-            said["steps"] = steps
-            write_whole(path, json.dumps(said, indent=1) + "\n")
-            console.print(f"--budget {plan.budget:g}: {steps} steps a training, {clock(fixed)} for all else")
-        elif said["budget"] != plan.budget:
-            console.print(f"--budget {plan.budget:g}: changes nothing any more, a training has {said['steps']} steps")
-        return said["steps"]
+    def _check_unchanged(self) -> None:
+        """Raise InputError if the logged results are of another base, or of other test rows."""
+        setup = self.log.select(kind="setup")[0]
+        digests = {"the base": (setup["fingerprint"], self.cache.base(self.config).fingerprint)}
+        for e in self.evaluators:
+            digests[f"the test of {e.label}"] = setup["tasks"][e.name].get("digest", e.digest), e.digest
+        for name, (then, now) in digests.items():
+            if then != now:
+                raise InputError(f"--resume: {name} has changed since {self.out} began (sha256 {now[:12]}, was "
+                                 f"{then[:12]}); restore it, or take another --out")  # fmt: skip
 
-    def train(self, steps: int) -> None:
-        """Both sweeps; a line for each cell of the first, and for each seed's run of the second."""
-        made = [(exam.name, name, factor, 0) for name in self.entries for exam in self.exams
-                for factor in self.plan.factors]  # fmt: skip
-        for (task, name, factor, _), cell in zip(made, self._sweep("search", made, steps), strict=True):
-            if not self.ledger.find(kind="search", task=task, method=name, factor=factor):
-                self.ledger.add({"kind": "search", "task": task, "method": name, "factor": factor, **_found(cell)})
-        best = {(e.name, name): chosen(self.ledger.lines, e.name, name) for name in self.entries for e in self.exams}
-        more = [(task, name, line["factor"], seed) for (task, name), line in best.items() if line
-                for seed in range(1, self.plan.seeds)]  # fmt: skip
-        runs = {(*pair, 0): line for pair, line in best.items() if line}
-        for (task, name, _, seed), cell in zip(more, self._sweep("seeds", more, steps) if more else [], strict=True):
-            runs[task, name, seed] = _found(cell)
-        self.runs = {key: runs[key] for key in sorted(runs, key=lambda k: (list(self.entries).index(k[1]), k))}
+    def _score_base(self, evaluator: TaskEvaluator) -> None:
+        console.print(f"{evaluator.label}: {len(evaluator.rows)} test rows by the untuned base", soft_wrap=True)
+        start, run = time.perf_counter(), self.trainings.make_run(evaluator.name, Entry(Subset()))
+        losses = self.cache.base_losses(run)
+        seconds = time.perf_counter() - start
+        scores = evaluator.timed_score((*self.cache.model(run), Context()))
+        self.log.add({"kind": "base", "task": evaluator.name, **losses, **scores, "evaluate_seconds": seconds})
 
-    def _sweep(self, stage: str, made: list[Any], steps: int) -> list[Trial]:
-        """The cells of a sweep of its own, done."""
-        out, cells = self.out / stage, []
-        for n, (task, name, factor, seed) in enumerate(made):
-            run = self.plan.run_of(task, self.entries[name], factor, seed, steps)
-            values = {"data.task": task, "method": name, "optim.lr": f"{run.optim.lr:g}", "seed": str(seed)}
-            cells.append(Trial(n, values, dataclasses.replace(run, out=str(out / "cells" / f"{n:03d}"))))
-        shared = dataclasses.replace(self.plan.run, out=str(out), steps=steps)
-        shared = dataclasses.replace(shared, resume="auto" if out.exists() else "never")
-        console.print(f"{stage}: {len(cells)} trainings of {steps} steps")
-        return carry_out(Sweep(shared, (), lanes=self.plan.lanes), cells, self.ground, self.stop)
+    def train(self, start: float) -> None:
+        """Run both sweeps, with a `search` line for each trial of the first. `start`: see `decide_steps`."""
+        steps = self.decide_steps(start)
+        tasks = [evaluator.name for evaluator in self.evaluators]
+        search = [Key(task, name, factor, 0) for name in self.entries for task in tasks
+                  for factor in self.trainings.factors]  # fmt: skip
+        for key, trial in self._sweep("search", search, steps):
+            if not self.log.select(kind="search", task=key.task, method=key.name, factor=key.factor):
+                self.log.add({"kind": "search", "task": key.task, "method": key.name, "factor": key.factor,
+                              **_training_line(trial)})  # fmt: skip
+        best = {(task, name): best_rate(self.log.lines, task, name) for name in self.entries for task in tasks}
+        runs = {(task, name, 0): line for (task, name), line in best.items() if line}
+        seeds = [Key(task, name, line["factor"], seed) for (task, name), line in best.items() if line
+                 for seed in range(1, self.trainings.seeds)]  # fmt: skip
+        for key, trial in self._sweep("seeds", seeds, steps):
+            runs[key.task, key.name, key.seed] = _training_line(trial)
+        order = list(self.entries)
+        self.runs = {key: runs[key] for key in sorted(runs, key=lambda key: (order.index(key[1]), key))}
+
+    def decide_steps(self, start: float) -> int:
+        """Return the steps of a training: those of --steps, or what the budget leaves, kept for --resume.
+
+        `start` is when the budget began, by time.monotonic. Raises InputError if the budget is too short.
+        """
+        trainings = self.trainings
+        if not trainings.budget:
+            return self.config.steps
+        settings = read_json(self.experiment.file)
+        if "steps" in settings:
+            if settings["budget"] != trainings.budget:
+                console.print(
+                    f"--budget {trainings.budget:g}: has no effect now, a training has {settings['steps']} steps"
+                )
+            return settings["steps"]
+        trials = len(trainings.factors) + trainings.seeds - 1  # of each method and task
+        bases = [self.log.select(kind="base", task=evaluator.name)[0] for evaluator in self.evaluators]
+        costs = [self.log.select(kind="cost", method=name)[0] for name in self.entries]
+        scoring = sum(trials * line["evaluate_seconds"] + trainings.seeds * line["seconds"] for line in bases)
+        other = len(costs) * scoring + 3 * sum(line["compile_seconds"] for line in costs) + time.monotonic() - start
+        all_steps = trials * len(bases) * sum(line["seconds"] for line in costs)  # seconds of one step of each training
+        steps = math.floor((trainings.budget * 60 * BUDGET_SHARE - other) / all_steps)
+        if steps < LEAST_STEPS:
+            minutes = math.ceil((other + LEAST_STEPS * all_steps) / 60 / BUDGET_SHARE)
+            raise InputError(f"--budget {trainings.budget:g}: {len(costs) * len(bases) * trials} trainings of "
+                             f"{LEAST_STEPS} steps, with their evaluation, need about {minutes} minutes; give more, or "
+                             "fewer methods, tasks, seeds, or rows")  # fmt: skip
+        self.experiment.write_settings(settings | {"steps": steps})
+        console.print(f"--budget {trainings.budget:g}: {steps} steps a training, {format_time(other)} for all else")
+        return steps
+
+    def _sweep(self, stage: str, keys: list[Key], steps: int) -> Iterator[tuple[Key, Trial]]:
+        """Train the runs of some keys as a sweep of its own, OUT/STAGE."""
+        if not keys:
+            return iter(())
+        out, trials = self.out / stage, []
+        for i, key in enumerate(keys):
+            run = self.trainings.make_run(key.task, self.entries[key.name], key.factor, key.seed, steps)
+            run = dataclasses.replace(run, out=str(trial_folder(out, i)))
+            values = {"data.task": key.task, "method": key.name, "optim.lr": f"{run.optim.lr:g}", "seed": str(key.seed)}
+            trials.append(Trial(i, values, run))
+        resume = "auto" if out.exists() else "never"
+        shared = dataclasses.replace(self.config, out=str(out), steps=steps, resume=resume)
+        console.print(f"{stage}: {len(trials)} trainings of {steps} steps")
+        sweep = Sweep(shared, (), lanes=self.trainings.lanes)
+        return zip(keys, sweep.train_trials(trials, self.cache, self.stop), strict=True)
 
     def test(self) -> None:
-        """Each chosen run's answers to the test."""
-        left = [key for key in self.runs if not self._tested(*key)]
-        began = time.monotonic()
+        """Score the chosen runs on the test rows."""
+        left = [key for key in self.runs
+                if not self.log.select(kind="test", task=key[0], method=key[1], seed=key[2])]  # fmt: skip
+        start = time.monotonic()
         for i, (task, name, seed) in enumerate(left):
             self.stop.check()
-            line, exam = self.runs[task, name, seed], next(e for e in self.exams if e.name == task)
-            kept = {k: line[k] for k in line if k not in ("kind", "factor")}
-            row = {"kind": "test", "task": task, "method": name, "seed": seed, **kept}
-            row |= {"examples": n} if (n := self.entries[name].examples) else {}
-            if line["status"] == "done":
-                row |= exam.timed(self.ground.tuned(self._run_of(line["folder"])))
-            self.ledger.add(row)
-            rest = (time.monotonic() - began) / (i + 1) * (len(left) - i - 1)
-            said = f"{exam.metric} {row['score']:.4f}" if "score" in row else line["status"]
-            console.print(f"test {i + 1}/{len(left)}: {exam.label} {name} seed {seed}: {said} · {clock(rest)} left")
-
-    def _tested(self, task: str, name: str, seed: int) -> list[Line]:
-        return self.ledger.find(kind="test", task=task, method=name, seed=seed)
-
-    def _run_of(self, folder: str) -> Run:
-        return dataclasses.replace(from_json(self.out / folder / "config.json"), out=str(self.out / folder))
+            training, evaluator = self.runs[task, name, seed], next(e for e in self.evaluators if e.name == task)
+            kept = {key: training[key] for key in training if key not in ("kind", "factor")}
+            line = {"kind": "test", "task": task, "method": name, "seed": seed, **kept}
+            if examples := self.entries[name].examples:
+                line["examples"] = examples
+            if training["status"] == "done":
+                folder = self.out / training["folder"]
+                run = dataclasses.replace(from_json(folder / "config.json"), out=str(folder))
+                line |= evaluator.timed_score(self.cache.tuned(run))
+            self.log.add(line)
+            score = f"{evaluator.metric} {line['score']:.4f}" if "score" in line else line["status"]
+            rest = format_time((time.monotonic() - start) / (i + 1) * (len(left) - i - 1))
+            console.print(f"test {i + 1}/{len(left)}: {evaluator.label} {name} seed {seed}: {score} · {rest} left")
 
 
-def chosen(lines: list[Line], task: str, method: str) -> Line | None:
-    """The rate with the least validation loss; None if none has any."""
-    tried = found(lines, kind="search", task=task, method=method, status="done")
-    return min(tried, key=lambda line: line["valid_loss"], default=None)
+def best_rate(lines: list[Line], task: str, method: str) -> Line | None:
+    """Return the `search` line with the least validation loss; None if every learning rate diverged."""
+    finished = select(lines, kind="search", task=task, method=method, status="done")
+    return min(finished, key=lambda line: line["valid_loss"], default=None)
 
 
-def _found(cell: Trial) -> Line:
-    """What a cell found, and what it is known by."""
-    folder = Path(cell.run.out)
-    line = {"lr": cell.run.optim.lr, "steps": cell.run.steps, "status": "diverged",
-            "folder": str(Path(*folder.parts[-3:]))}  # fmt: skip
-    after, before = (told(cell).get(part, {}) for part in ("after", "before"))
-    if diverged(cell):
-        return line
-    made = {"valid_loss": after.get("valid_loss", math.nan), "loss": told(cell)["loss"]}
-    if "held_out_loss" in after and "held_out_loss" in before:
-        made["forgetting"] = after["held_out_loss"] - before["held_out_loss"]
-    if not all(map(math.isfinite, made.values())):
-        return line
-    line |= {"status": "done", **made}
-    manifest = CheckpointWriter(folder / "checkpoints").manifest(cell.run.steps)
-    digests = {"trainable": values(manifest), "rows": manifest["rows_digest"], "data": manifest["data"],
+def _training_line(trial: Trial) -> dict[str, Any]:
+    """Return the learning rate, losses and digests of a trial."""
+    run, row = trial.run, result_row(trial)
+    line = {"lr": run.optim.lr, "steps": run.steps, "folder": "/".join(trial.folder.parts[-3:])}
+    if row["status"] != "done" or "valid_loss" not in row:
+        return line | {"status": "diverged"}
+    losses = {key: row[key] for key in ("valid_loss", "loss", "forgetting") if key in row}
+    manifest = CheckpointWriter(trial.folder / "checkpoints").manifest(run.steps)
+    digests = {"trainable": trained_digest(manifest), "rows": manifest["rows_digest"], "data": manifest["data"],
                "tokenizer": manifest["tokenizer"]}  # fmt: skip
-    return line | {"digests": digests}
+    return line | {"status": "done", **losses, "digests": digests}

@@ -1,4 +1,4 @@
-"""Which training examples stand before a question: drawn by lot, the nearest by words, or by the base's own states."""
+"""Selection of worked examples for a prompt: random ones, the nearest by BM25, or the nearest by embedding."""
 
 import logging
 import time
@@ -11,38 +11,46 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...model import Transformer, forward
-from ...model.sharding import fetch
-from .prompts import asked
+from ...model.sharding import to_host
+from .prompts import question_text
 
 Row = dict[str, Any]
+BATCH = 64  # questions that are embedded at a time
 
 
 def token_flops(config: Any, parameters: int, T: float) -> float:
-    """FLOPs of reading one token behind T / 2 others: 2 a matrix's parameter, and attention's two products."""
+    """Return the FLOPs of reading one token after T / 2 others: 2 per matrix parameter, and attention's products."""
     matrices = parameters - (0 if config.tied else config.V * config.D)
     return 2.0 * matrices + 4.0 * config.L * config.N * config.H * T / 2
 
 
-def text_bytes(train: Sequence[Row]) -> int:
-    """Of the examples as text."""
-    return sum(len((asked(row) + row["completion"]).encode()) for row in train)
+def text_bytes(rows: Sequence[Row]) -> int:
+    """Return the size of examples stored as text."""
+    return sum(len((question_text(row) + row["completion"]).encode()) for row in rows)
 
 
 class RandomExamples:
-    """The same for every question, drawn once. The others are like it: `nearest`, and what they cost."""
+    """The same random examples for every question. Subclasses select the nearest ones.
 
-    label, bytes, made_flops, made_seconds, flops = "examples by lot", 0, 0.0, 0.0, 0.0  # to keep; once; of a question
+    Attributes:
+        label: what the examples are, in reports.
+        bytes: stored for the selection, where all examples are kept.
+        prepare_flops, prepare_seconds: spent once.
+        query_flops: spent for each question.
+    """
+
+    label, bytes, prepare_flops, prepare_seconds, query_flops = "random examples", 0, 0.0, 0.0, 0.0
 
     def __init__(self, train: Sequence[Row]):
         self.train = train
 
     def nearest(self, rows: Sequence[Row], k: int) -> np.ndarray:
-        """The k training examples that stand before each row [rows, k], the nearest last."""
+        """Return the indices of the k training examples for each row [rows, k], the nearest last."""
         return np.tile(np.random.default_rng(0).permutation(len(self.train))[:k], (len(rows), 1))
 
 
 class BM25Examples(RandomExamples):
-    """BM25 over words, by the library bm25s (Robertson and Zaragoza 2009)."""
+    """The nearest by BM25 over words (Robertson and Zaragoza 2009), by the library bm25s."""
 
     label = "nearest examples by BM25"
 
@@ -50,70 +58,74 @@ class BM25Examples(RandomExamples):
         import bm25s
 
         super().__init__(train)
-        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it says when it builds an index
-        began = time.perf_counter()
+        logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs each index that it builds
+        start = time.perf_counter()
         self.bytes = text_bytes(train)
-        self.split = partial(bm25s.tokenize, stopwords=[], token_pattern=r"(?u)\w+", show_progress=False)
-        words, self.index = self.split([asked(row) for row in train]), bm25s.BM25()
-        self.empty = not words.vocab  # type: ignore[union-attr]  # no word anywhere: then none is nearer than another
+        self.tokenize = partial(bm25s.tokenize, stopwords=[], token_pattern=r"(?u)\w+", show_progress=False)
+        words, self.index = self.tokenize([question_text(row) for row in train]), bm25s.BM25()
+        self.empty = not words.vocab  # type: ignore[union-attr]  # no words: all examples are equally near
         if not self.empty:
             self.index.index(words, show_progress=False)
-        self.made_seconds = time.perf_counter() - began
+        self.prepare_seconds = time.perf_counter() - start
 
     def nearest(self, rows: Sequence[Row], k: int) -> np.ndarray:
-        """By the words that a question shares with an example."""
+        """Return the examples that share the rarest words with each question."""
         if self.empty:
             return super().nearest(rows, k)
-        found, _ = self.index.retrieve(self.split([asked(row) for row in rows]), k=k, show_progress=False)
-        return np.asarray(found)[:, ::-1]
+        queries = self.tokenize([question_text(row) for row in rows])
+        indices, _ = self.index.retrieve(queries, k=k, show_progress=False)
+        return np.asarray(indices)[:, ::-1]
 
 
 class EmbeddingExamples(RandomExamples):
-    """Cosine of mean states of the base. The mean of all is taken off first: states of a language model all point one
-    way (arXiv:1909.00512)."""
+    """The nearest by cosine similarity of mean hidden states of the base.
 
-    label = "nearest examples by the base's states"
+    The mean over all examples is subtracted first: hidden states share a large common direction (arXiv:1909.00512).
+    """
+
+    label = "nearest examples by embedding"
 
     def __init__(self, train: Sequence[Row], model: Transformer, params: Any, tokenizer: Any):
         super().__init__(train)
         self.model, self.params, self.tokenizer = model, params, tokenizer
-        size = sum(x.size for x in jax.tree.leaves(params))
-        began = time.perf_counter()
-        found, tokens = self._states(train)
-        self.mean = found.mean(axis=0)
-        self.kept = self._unit(found)
-        self.made_seconds = time.perf_counter() - began
-        self.flops = tokens / len(train) * token_flops(model.config, size, tokens / len(train))
-        self.made_flops = self.flops * len(train)
-        self.bytes = text_bytes(train) + self.kept.nbytes
+        start = time.perf_counter()
+        states, tokens = self._embed(train)
+        self.mean = states.mean(axis=0)
+        self.embeddings = self._normalize(states)
+        self.prepare_seconds = time.perf_counter() - start
+        parameters, T = sum(x.size for x in jax.tree.leaves(params)), tokens / len(train)
+        self.query_flops = T * token_flops(model.config, parameters, T)
+        self.prepare_flops = self.query_flops * len(train)
+        self.bytes = text_bytes(train) + self.embeddings.nbytes
 
     def nearest(self, rows: Sequence[Row], k: int) -> np.ndarray:
-        """By what the base makes of a question."""
-        near = self._unit(self._states(rows)[0]) @ self.kept.T
-        return np.argsort(near, axis=1, kind="stable")[:, -k:]
+        """Return the examples whose questions have the most similar embeddings."""
+        similarity = self._normalize(self._embed(rows)[0]) @ self.embeddings.T
+        return np.argsort(similarity, axis=1, kind="stable")[:, -k:]
 
-    def _unit(self, x: np.ndarray) -> np.ndarray:
+    def _normalize(self, x: np.ndarray) -> np.ndarray:
         x = x - self.mean
         return x / (np.linalg.norm(x, axis=1, keepdims=True) + 1e-9)
 
-    def _states(self, rows: Sequence[Row], size: int = 64) -> tuple[np.ndarray, int]:
-        """(the mean state of each row's question [rows, D], tokens read)."""
-        texts = [self.tokenizer.encode(asked(row))[: self.model.config.context] or [self.tokenizer.eos] for row in rows]
-        found = np.zeros((len(texts), self.model.config.D), np.float32)
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        for at in range(0, len(order), size):
-            which = order[at : at + size]
-            lengths = np.array([len(texts[i]) for i in which] + [1] * (size - len(which)), np.int32)
-            ids = np.zeros((size, -(-int(lengths.max()) // 32) * 32), np.int32)
-            for j, i in enumerate(which):
+    def _embed(self, rows: Sequence[Row]) -> tuple[np.ndarray, int]:
+        """Return (mean hidden state of each row's question [rows, D], number of tokens)."""
+        context, tokenizer = self.model.config.context, self.tokenizer
+        texts = [tokenizer.encode(question_text(row))[:context] or [tokenizer.eos] for row in rows]
+        states = np.zeros((len(texts), self.model.config.D), np.float32)
+        by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        for at in range(0, len(by_length), BATCH):
+            indices = by_length[at : at + BATCH]
+            lengths = np.array([len(texts[i]) for i in indices] + [1] * (BATCH - len(indices)), np.int32)
+            ids = np.zeros((BATCH, -(-int(lengths.max()) // 32) * 32), np.int32)
+            for j, i in enumerate(indices):
                 ids[j, : len(texts[i])] = texts[i]
-            found[which] = fetch(_means(self.model, self.params, ids, lengths))[: len(which)]
-        return found, sum(map(len, texts))
+            states[indices] = to_host(_mean_states(self.model, self.params, ids, lengths))[: len(indices)]
+        return states, sum(map(len, texts))
 
 
 @partial(jax.jit, static_argnames="model")
-def _means(model: Transformer, params: Any, ids_BT: Any, lengths_B: Any) -> Any:
-    """The mean state behind the final norm of each text [B, D]."""
+def _mean_states(model: Transformer, params: Any, ids_BT: Any, lengths_B: Any) -> Any:
+    """Return the mean hidden state after the final norm of each text [B, D]."""
     real_BT = jnp.arange(ids_BT.shape[1]) < lengths_B[:, None]
     positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
     x_BTD, _ = forward(model, params, ids_BT, positions_BT, real_BT.astype(jnp.int32), method="hidden")

@@ -1,4 +1,4 @@
-"""Prompts with worked examples, as a chat or as plain text in one of two shapes."""
+"""Prompt formats: a question with worked examples before it, as turns of a chat or as plain text."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,78 +6,77 @@ from typing import Any
 
 from ... import InputError
 from ...data.columns import chat_of
-from ...data.dialogue import Chat
 from ...data.sft import render_prompts
-from ..choices import chat_tails
+from ..choices import answer_continuations
 
 Row = dict[str, Any]
-# Plain text: (a worked example, a question, its answer).
-SHAPES = {"lines": ("{q}\n{a}\n\n", "{q}\n", "{a}\n"), "pairs": ("{q}: {a}\n", "{q}:", " {a}\n")}
-KINDS = ("chat", *SHAPES)
+# Formats of plain text: (a worked example, a question, its answer).
+TEXT_FORMATS = {"lines": ("{q}\n{a}\n\n", "{q}\n", "{a}\n"), "pairs": ("{q}: {a}\n", "{q}:", " {a}\n")}
+FORMATS = ("chat", *TEXT_FORMATS)
 
 
-def asked(row: Row) -> str:
-    """The words of a row's prompt."""
+def question_text(row: Row) -> str:
+    """Return the text of a row's prompt; of a chat the contents of its turns."""
     prompt = row["prompt"]
     return prompt if isinstance(prompt, str) else "\n".join(turn["content"] or "" for turn in prompt)
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
-    """How a question, with worked examples before it, is put to a model: in turns of a `chat`, or in a shape of plain
-    text."""
+class PromptFormat:
+    """A way to write a question with worked examples: `chat`, or one of TEXT_FORMATS."""
 
-    kind: str
+    name: str
     tokenizer: Any
-    longest: int  # tokens of a prompt; the examples that stand first are left out until it fits
+    max_tokens: int  # of a prompt; the first examples are dropped until it fits
 
-    def prompts(self, rows: Sequence[Row], shots: Sequence[Sequence[Row]]) -> list[list[int]]:
-        """The ids of each row's prompt. InputError for a row that is too long without any example."""
-        left = [list(few) for few in shots]
-        ids = self._rendered(rows, left)
-        while long := [i for i, prompt in enumerate(ids) if len(prompt) > self.longest]:
-            for i in long:
-                if not left[i]:
-                    raise InputError(f"a prompt of {len(ids[i])} tokens, without an example, and its answer do not fit "
-                                     f"into the base's {self.longest}: {asked(rows[i])[:60]!r}")  # fmt: skip
-                left[i].pop(0)
-            for i, prompt in zip(long, self._rendered([rows[i] for i in long], [left[i] for i in long]), strict=True):
+    def prompts(self, rows: Sequence[Row], examples: Sequence[Sequence[Row]]) -> list[list[int]]:
+        """Return the token ids of each row's prompt. Raises InputError for a row that does not fit without examples."""
+        kept = [list(some) for some in examples]
+        ids = self._encode(rows, kept)
+        while too_long := [i for i, prompt in enumerate(ids) if len(prompt) > self.max_tokens]:
+            for i in too_long:
+                if not kept[i]:
+                    raise InputError(f"a prompt of {len(ids[i])} tokens without examples, and its answer, do not fit "
+                                     f"into the base's {self.max_tokens}: {question_text(rows[i])[:60]!r}")  # fmt: skip
+                kept[i].pop(0)
+            shorter = self._encode([rows[i] for i in too_long], [kept[i] for i in too_long])
+            for i, prompt in zip(too_long, shorter, strict=True):
                 ids[i] = prompt
         return ids
 
-    def _rendered(self, rows: Sequence[Row], shots: Sequence[Sequence[Row]]) -> list[list[int]]:
-        if self.kind == "chat":
-            chats = [_with_examples(row, few) for row, few in zip(rows, shots, strict=True)]
-            return render_prompts([("a prompt", chat) for chat in chats], self.tokenizer)
-        texts = [self.text(row, few) for row, few in zip(rows, shots, strict=True)]
-        return [self.tokenizer.prompt(text) for text in texts]
+    def _encode(self, rows: Sequence[Row], examples: Sequence[Sequence[Row]]) -> list[list[int]]:
+        if self.name != "chat":
+            return [self.tokenizer.prompt(self.text(row, some)) for row, some in zip(rows, examples, strict=True)]
+        chats = []
+        for row, some in zip(rows, examples, strict=True):
+            chat = chat_of(row, "a prompt").prompt
+            before = [turn for example in some for turn in chat_of(example, "a worked example").messages]
+            chat = dataclasses.replace(chat, messages=[*before, *chat.messages], context=())
+            chats.append(("a prompt", chat))
+        return render_prompts(chats, self.tokenizer)
 
-    def text(self, row: Row, shots: Sequence[Row]) -> str:
-        """Worked examples and a question as plain text. InputError for what has no place in it."""
-        for one in (row, *shots):
-            if more := list(chat_of(one, "a prompt").beyond_text):
-                raise InputError(f"plain text has no place for {more[0]!r}: {asked(one)[:60]!r}")
-        shot, question, _ = SHAPES[self.kind]
-        return "".join(shot.format(q=asked(one), a=one["completion"]) for one in shots) + question.format(q=asked(row))
+    def text(self, row: Row, examples: Sequence[Row]) -> str:
+        """Return worked examples and a question as plain text. Raises InputError for what plain text cannot express."""
+        for each in (row, *examples):
+            if extra := list(chat_of(each, "a prompt").beyond_text):
+                raise InputError(f"plain text cannot express {extra[0]!r}: {question_text(each)[:60]!r}")
+        example, question, _ = TEXT_FORMATS[self.name]
+        before = "".join(example.format(q=question_text(each), a=each["completion"]) for each in examples)
+        return before + question.format(q=question_text(row))
 
-    def tails(self, row: Row, answers: Sequence[str]) -> list[list[int]]:
-        """The ids of answers behind a row's prompt, and of what ends them."""
-        if self.kind == "chat":
-            return chat_tails(self.tokenizer, row, answers)
-        prompt = self.tokenizer.prompt(self.text(row, []))
-        due = SHAPES[self.kind][2]
-        whole = [self.tokenizer.prompt(self.text(row, []) + due.format(a=answer)) for answer in answers]
-        if any(ids[: len(prompt)] != prompt for ids in whole):
-            raise InputError("this tokenizer joins a question's end to what follows, so that answers cannot be scored")
-        return [ids[len(prompt) :] for ids in whole]
+    def continuations(self, row: Row, answers: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each answer after a row's prompt, with what ends an answer."""
+        if self.name == "chat":
+            return answer_continuations(self.tokenizer, row, answers)
+        text, answer_format = self.text(row, []), TEXT_FORMATS[self.name][2]
+        prompt = self.tokenizer.prompt(text)
+        full = [self.tokenizer.prompt(text + answer_format.format(a=answer)) for answer in answers]
+        if any(ids[: len(prompt)] != prompt for ids in full):
+            raise InputError(
+                "the tokenizer joins the end of a question to its answer, so that answers cannot be scored"
+            )
+        return [ids[len(prompt) :] for ids in full]
 
-    def cut(self, text: str) -> str:
-        """The answer in what was written."""
-        return (text if self.kind == "chat" else text.lstrip("\n").split("\n")[0]).strip()
-
-
-def _with_examples(row: Row, shots: Sequence[Row]) -> Chat:
-    """A question with the turns of worked examples before it."""
-    chat = chat_of(row, "a prompt").prompt
-    before = [turn for shot in shots for turn in chat_of(shot, "a worked example").messages]
-    return dataclasses.replace(chat, messages=[*before, *chat.messages], context=())
+    def extract_answer(self, text: str) -> str:
+        """Return the answer in a generated text."""
+        return (text if self.name == "chat" else text.lstrip("\n").split("\n")[0]).strip()

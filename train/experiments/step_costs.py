@@ -1,6 +1,7 @@
-"""What a method's training step costs: time in turns with others, memory by the compiler, FLOPs by the plan's trace."""
+"""Cost of a training step (time, memory, FLOPs) by method, and how many lanes of a sweep to train at a time."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -10,52 +11,131 @@ import numpy as np
 
 from ...peft import Subset
 from ..cluster.signals import Stop
-from ..loop import compile_step
+from ..config import Run
 from ..plan.estimate import traced
-from ..program import KEYS, layout
-from ..runs.report import nbytes
+from ..plan.planner import held
+from ..plan.topology import target
+from ..progress import console, format_time
+from ..runs.report import format_bytes, nbytes
+from ..setup import BATCH_DTYPES, compile_step, layout
 from .base_cache import BaseCache
+from .sweep.lanes import LaneStack
+from .sweep.programs import Program
 
-TURNS, STEPS = 6, 4  # each method takes STEPS steps in each of TURNS turns; the first of a turn finds its memory again
+# Methods take turns, so that a drift of the machine's speed meets all of them alike: TURNS turns of STEPS steps each.
+# The first step of a turn is not counted: it brings the arrays back into the caches.
+TURNS, STEPS = 6, 4
+MEMORY_SHARE = 0.8  # share of the device memory that lanes may use
+TRIAL_GAIN = 5.0  # stop trying other lane counts when compiling costs more than the remaining time over this
 
 
-def flops(run: Any, ground: BaseCache) -> float:
-    """FLOPs of a step: what its trace multiplies, recomputation too."""
-    model, params = ground.model(run)
-    laid = layout(run, ground.mesh, jax.eval_shape(lambda: params))
-    return traced(run, model.config, ground.mesh, laid, jax.devices()[0].platform).flops
+def planned_step(run: Run, cache: BaseCache) -> tuple[dict[str, float], Any]:
+    """Return ({part of the state: bytes}, cost of the step) by the plan: its trace, on the platform of this process."""
+    model, params = cache.model(run)
+    placed = layout(run, cache.mesh, jax.eval_shape(lambda: params))
+    return held(placed), traced(run, model.config, cache.mesh, placed, jax.devices()[0].platform)
 
 
-def costs(runs: dict[str, Any], ground: BaseCache, stop: Stop, quantized: bool = False) -> Iterator[dict[str, Any]]:
-    """A line of results for each run: {name: run}. `ratio` is a step's time over that of full fine-tuning, which takes
-    its turns too, whether it is among them or not: the median over the turns of the fastest step of each. Nothing
-    trains all of a quantised base: there it is over that of the first."""
-    first, live, facts = next(iter(runs.values())), {}, {}
-    full = next((name for name, run in runs.items() if run.method == Subset("all")), "")
-    full = next(iter(runs)) if quantized else full
-    others = {} if full else {"": dataclasses.replace(first, method=Subset("all"))}
-    for name, run in (others | runs).items():
+def step_flops(run: Run, cache: BaseCache) -> float:
+    """Return the FLOPs of all matrix products of a training step, including recomputation."""
+    return planned_step(run, cache)[1].flops
+
+
+def measure_costs(
+    runs: dict[str, Run], cache: BaseCache, stop: Stop, quantized: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Yield a line of results for each run of {name: run}.
+
+    `seconds` is the median over turns of the fastest step of a turn. `ratio` is the median over turns of that time over
+    the time of full fine-tuning, which is measured too if it is not among the runs. A quantised base cannot be
+    fine-tuned in full; there the first run is the reference.
+    """
+    first = next(iter(runs.values()))
+    reference = next((name for name, run in runs.items() if run.method == Subset("all")), "")
+    if quantized:
+        reference = next(iter(runs))
+    extra = {} if reference else {"": dataclasses.replace(first, method=Subset("all"))}
+    compiled, lines = {}, {}
+    for name, run in (extra | runs).items():
         stop.check()
-        phase = ground.phase(run)
-        phase.state = jax.device_put(phase.state, ground.whole)
-        step, cost = compile_step(phase)
-        live[name] = [step, phase.state, phase.frozen]
-        size, trains = nbytes(phase.state.trainable), phase.totals["trainable"]
-        facts[name] = {"trainable": trains, "share": trains / phase.totals["base"], "artifact_bytes": size,
-                       "peak_bytes": cost["step_peak_bytes"], "flops": flops(run, ground),
-                       "virtual": run.method.context(phase.state.trainable).length,
+        setup = cache.setup(run)
+        setup.state = jax.device_put(setup.state, cache.replicated)
+        step, cost = compile_step(setup)
+        compiled[name] = [step, setup.state, setup.frozen]
+        trainable = setup.totals["trainable"]
+        lines[name] = {"trainable": trainable, "share": trainable / setup.totals["base"],
+                       "artifact_bytes": nbytes(setup.state.trainable), "peak_bytes": cost["step_peak_bytes"],
+                       "flops": step_flops(run, cache),
+                       "virtual_tokens": run.method.context(setup.state.trainable).length,
                        "compile_seconds": cost["compile_seconds"]}  # fmt: skip
-    batch = {name: np.ones((first.data.batch, first.data.T), dtype) for name, dtype in KEYS.items()}
-    batch, took = jax.device_put(batch, ground.whole), {name: np.zeros((TURNS, STEPS)) for name in live}
+    batch = jax.device_put(_batch_of_ones(first), cache.replicated)
+    seconds = {name: np.zeros((TURNS, STEPS)) for name in compiled}
     for turn in range(TURNS):
-        for name, (step, state, frozen) in live.items():
+        for name, (step, state, frozen) in compiled.items():
             stop.check()
             for k in range(STEPS):
-                began = time.perf_counter()
+                start = time.perf_counter()
                 state, _ = jax.block_until_ready(step(state, frozen, batch))
-                took[name][turn, k] = time.perf_counter() - began
-            live[name][1] = state
-    best = {name: seconds[:, 1:].min(axis=1) for name, seconds in took.items()}
+                seconds[name][turn, k] = time.perf_counter() - start
+            compiled[name][1] = state
+    fastest = {name: times[:, 1:].min(axis=1) for name, times in seconds.items()}
     for name in runs:
-        yield {"kind": "cost", "method": name, **facts[name], "seconds": float(np.median(best[name])),
-               "ratio": float(np.median(best[name] / best[full]))}  # fmt: skip
+        yield {"kind": "cost", "method": name, **lines[name], "seconds": float(np.median(fastest[name])),
+               "ratio": float(np.median(fastest[name] / fastest[reference]))}  # fmt: skip
+
+
+def chunk_size(n: int, most: int, devices: int) -> int:
+    """Return the lanes of a chunk if n lanes are cut into as few equal chunks of at most `most` lanes as possible.
+
+    With fewer devices than lanes it is rounded up to a multiple of the devices.
+    """
+    K = math.ceil(n / math.ceil(n / most))
+    return math.ceil(K / devices) * devices if devices < K else K
+
+
+def lanes_that_fit(program: Program, cache: BaseCache, requested: int, devices: list[Any]) -> int:
+    """Return how many lanes of a program to train at a time.
+
+    That is `requested` if it is not 0. Otherwise it is the fastest, in lane-steps per second, of: as many as fit into
+    memory by the plan, a quarter of them, and one.
+    """
+    n = len(program.trials)
+    if requested:
+        return min(requested, n)
+    sizes, cost = planned_step(program.run, cache)
+    base_bytes, lane_bytes = sizes["weights"], sizes["trainable"] + sizes["optimizer"] + cost.peak
+    fit = max(int((MEMORY_SHARE * target("").chip.memory - base_bytes) / lane_bytes), 1) * len(devices)
+    most = min(fit, n)
+    candidates = [K for K in dict.fromkeys((most, most // 4, 1)) if K]
+    if len(candidates) == 1:
+        return most
+    times: dict[int, float] = {}  # {lanes: seconds of a step over its lanes}
+    for K in candidates:
+        times[K], compile_seconds = _time_lanes(program, cache, K, devices)
+        if compile_seconds * TRIAL_GAIN > min(times.values()) * n * program.run.steps:
+            break
+    best = min(times, key=lambda k: (round(times[k], 4), -k))
+    rates = ", ".join(f"{K}: {1 / t:.2f}" for K, t in times.items())
+    total = format_time(times[best] * n * program.run.steps)
+    console.print(f"a lane needs {format_bytes(lane_bytes)} beside the base's {format_bytes(base_bytes)}, so {fit} "
+                  f"fit; lane-steps/s by number of lanes: {rates}; training {best} at a time, about {total} for {n} "
+                  f"lanes of {program.run.steps} steps", soft_wrap=True)  # fmt: skip
+    return best
+
+
+def _time_lanes(program: Program, cache: BaseCache, K: int, devices: list[Any], steps: int = 3) -> tuple[float, float]:
+    """Return (seconds of a step over its lanes, seconds of compilation) with K lanes at a time."""
+    K = chunk_size(K, K, len(devices))
+    indices = list(range(min(K, len(program.trials))))
+    setups = [cache.setup(program.trials[i].run) for i in indices]
+    stack = LaneStack(program, indices, setups, K, devices, cache)
+    batch, seconds = stack.put([_batch_of_ones(program.run)]), []
+    for _ in range(steps + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(stack.train_step(batch))
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds[1:])) / K, stack.compile_seconds
+
+
+def _batch_of_ones(run: Run) -> dict[str, np.ndarray]:
+    return {name: np.ones((run.data.batch, run.data.T), dtype) for name, dtype in BATCH_DTYPES.items()}

@@ -12,7 +12,7 @@ from ...peft import Subset
 from ..config import Run, did_you_mean, from_json, method_class
 from ..progress import console
 from ..recipes import recipes
-from ..runs.report import size
+from ..runs.report import format_bytes
 from .planner import KINDS, planned
 from .search import search
 from .topology import WANTED, Target, target
@@ -38,7 +38,7 @@ USUAL = ("pretrain", "full", "lntuning", "houlsby", "lora", "qlora", "dora", "ia
 
 def plan(args: list[str]) -> Any:
     """The command: print the plan, or the table of several; returns it as JSON."""
-    from ..cli import run_of, take
+    from ..flags import run_of, take
 
     if "--help" in args or "-h" in args:
         print(HELP)
@@ -101,11 +101,11 @@ def show(row: dict[str, Any]) -> None:
         says(row),
         f"parameters   {row['parameters']:,}, of which train {row['trainable']:,}"
         f" ({row['trainable'] / row['parameters']:.3%})",
-        "a device     " + " · ".join(f"{kind} {size(b[kind])}" for kind in KINDS),
-        f"             {size(b['total'])} of {size(row['memory'])}: " + fits(row),
+        "a device     " + " · ".join(f"{kind} {format_bytes(b[kind])}" for kind in KINDS),
+        f"             {format_bytes(b['total'])} of {format_bytes(row['memory'])}: " + fits(row),
         f"a step       {row['flops']['step']:.3g} FLOPs, {row['flops']['device']:.3g} a device "
-        f"({row['flops']['model']:.3g} without recomputation); {size(row['moved'])} through a device's memory",
-        "links        " + (" · ".join(f"{axis}: " + ", ".join(f"{kind} {size(n)}" for kind, n in by.items())
+        f"({row['flops']['model']:.3g} without recomputation); {format_bytes(row['moved'])} through a device's memory",
+        "links        " + (" · ".join(f"{axis}: " + ", ".join(f"{kind} {format_bytes(n)}" for kind, n in by.items())
                                       for axis, by in row["sent"].items()) or "none"),
         f"time         products {seconds['compute']:.3g} s, memory {seconds['memory']:.3g} s, links "
         f"{seconds['links']:.3g} s: expected {seconds['expected']:.3g} s, at best {seconds['best']:.3g} s; "
@@ -125,7 +125,11 @@ def says(row: dict[str, Any]) -> str:
 
 def fits(row: dict[str, Any]) -> str:
     """Whether a plan fits, and by how much."""
-    return f"fits, {size(row['left'])} to spare" if row["fits"] else f"DOES NOT FIT, {size(-row['left'])} too much"
+    return (
+        f"fits, {format_bytes(row['left'])} to spare"
+        if row["fits"]
+        else f"DOES NOT FIT, {format_bytes(-row['left'])} too much"
+    )
 
 
 def _way(row: dict[str, Any]) -> str:
@@ -147,10 +151,11 @@ def show_table(what: str, found: dict[str, dict[str, Any]], where: Target) -> di
         b = r["bytes"]
         state = b["trainable"] + b["optimizer"] + b["gradients"]
         sent = sum(sum(by.values()) for by in r["sent"].values())
-        sizes = map(size, (b["weights"], state, b["activations"] + b["temporaries"], b["total"]))
-        table.add_row(name, f"{r['trainable'] / 1e6:,.2f} M", *sizes, "yes" if r["fits"] else f"+{size(-r['left'])}",
-                      f"{r['flops']['step']:.2g}", size(sent), f"{r['seconds']['expected']:.3g}",
-                      f"{r['tokens_per_second']:,.0f}", size(4 * r["trainable"]))  # fmt: skip
+        sizes = map(format_bytes, (b["weights"], state, b["activations"] + b["temporaries"], b["total"]))
+        table.add_row(name, f"{r['trainable'] / 1e6:,.2f} M", *sizes,
+                      "yes" if r["fits"] else f"+{format_bytes(-r['left'])}",
+                      f"{r['flops']['step']:.2g}", format_bytes(sent), f"{r['seconds']['expected']:.3g}",
+                      f"{r['tokens_per_second']:,.0f}", format_bytes(4 * r["trainable"]))  # fmt: skip
     console.print(table)
     console.print("its state: what trains, its gradient, the optimizer · at work: activations, temporaries · "
                   "artifact: what a checkpoint keeps of it, fp32")  # fmt: skip

@@ -17,7 +17,7 @@ from ...model import Config, Transformer
 from ...model.backend import target_backend
 from ...model.tree import in_layers, is_stacked, paths
 from ..config import Run
-from ..program import KEYS, Layout, base_shapes, start
+from ..setup import BATCH_DTYPES, Layout, base_shapes, initial_layout
 from ..step import State, make_train_step
 from .hlo import Collective
 from .trace import Cost, Sizes, cost, nbytes
@@ -29,10 +29,10 @@ def traced(run: Run, config: Config, mesh: Any, layout: Layout, platform: str) -
     shape = (run.data.batch // (at["data"] * at["fsdp"]), run.data.T)
     alone = AbstractMesh((1, 1, 1, at["context"]), tuple(at), (AxisType.Auto,) * 4)
     with target_backend(platform), jax.sharding.use_abstract_mesh(alone):
-        first = start(run, base_shapes(run, small))
-        frozen, state = first.made
+        first = initial_layout(run, base_shapes(run, small))
+        frozen, state = first.shapes
         step = make_train_step(Transformer(small), run.method, first.tx, accumulate=run.accumulate, chunk=run.chunk)
-        batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in KEYS.items()}
+        batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in BATCH_DTYPES.items()}
         closed = jax.make_jaxpr(step)(state, frozen, batch)
     # XLA's CPU backend adds gradients up into another array, the whole of it, and then takes the device's part.
     copies = int(platform == "cpu" and mesh.size > at["tensor"])
@@ -49,8 +49,9 @@ def _turned_tables(layout: Layout) -> float:
 
     Seen in its programs: a copy of each at the beginning.
     """
-    pairs = zip(paths((layout.made[1].trainable, layout.made[1].opt_state)),
-                jax.tree.leaves((layout.where[1].trainable, layout.where[1].opt_state)), strict=True)  # fmt: skip
+    shapes, shardings = layout.shapes[1], layout.shardings[1]
+    splits = jax.tree.leaves((shardings.trainable, shardings.opt_state))
+    pairs = zip(paths((shapes.trainable, shapes.opt_state)), splits, strict=True)
     return sum(shard(x, where) for (path, x), where in pairs if path.endswith("embed/table"))
 
 
@@ -62,7 +63,7 @@ def share(config: Config, n: int) -> Config:
 
 def _parts(trainable: Any, layout: Layout) -> dict[tuple[int, ...], float]:
     """{shape of a traced gradient, or of one layer's in a stack: what of it a device keeps}."""
-    real = jax.tree.leaves(jax.tree.map(shard, layout.trainable, layout.where[1].trainable))
+    real = jax.tree.leaves(jax.tree.map(shard, layout.trainable, layout.shardings[1].trainable))
     found: dict[tuple[int, ...], float] = {}
     for (path, x), n in zip(paths(trainable), real, strict=True):
         part = min(n / nbytes(x), 1.0)
@@ -93,7 +94,7 @@ def _donated(state: State, offload: bool) -> list[int]:
 
 def _gathered(inputs: Any, layout: Layout) -> list[int]:
     """The inputs (state, frozen), layer stacks aside, of which a device holds a part and computes with the whole."""
-    frozen, state = layout.where
+    frozen, state = layout.shardings
     where = jax.tree.leaves((state._replace(opt_state=None), frozen))
     given = [(i, path) for i, (path, _) in enumerate(paths(inputs)) if not path.startswith("0/opt_state")]
     return [i for (i, path), s in zip(given, where, strict=True)
@@ -121,8 +122,8 @@ def links(run: Run, config: Config, mesh: Any, layout: Layout) -> list[Collectiv
 def _weight_links(layout: Layout, mesh: Any, A: int) -> list[Collective]:
     """The collectives of parameters and their gradients."""
     at, found = mesh.shape, []
-    frozen, trainable = layout.where[0], layout.where[1].trainable
-    for tree, shapes, trains in ((frozen, layout.made[0], False), (trainable, layout.trainable, True)):
+    frozen, trainable = layout.shardings[0], layout.shardings[1].trainable
+    for tree, shapes, trains in ((frozen, layout.shapes[0], False), (trainable, layout.trainable, True)):
         for (path, x), where in zip(paths(shapes), jax.tree.leaves(tree), strict=True):
             n, split = shard(x, where), "fsdp" in where.spec
             if split:

@@ -11,17 +11,19 @@ import jax
 import jax.numpy as jnp
 
 from ... import InputError
-from ...data.tokenizers.tokenizer import load_tokenizer
+from ...data.tokenizers import load_tokenizer
 from ...model import Config, Transformer, hf, presets, shapes_of
 from ...model.backend import target_backend
-from ...model.hf.files import nearest_folder, read_json
+from ...model.hf.hub import did_you_mean_folder
+from ...model.layout import set_layout as stacked_or_not
+from ...strict_json import read_json
 from ..config import Run, did_you_mean, from_json
-from ..inputs import check_lengths
-from ..program import KEYS, Layout, base_shapes, check_batch, layout, lower
+from ..inputs import check_row_length
 from ..progress import step_flops
 from ..runs.checkpoint import CheckpointWriter
-from ..runs.layout import set_layout as stacked_or_not
-from ..runs.load import check_run, is_hugging_face, with_compute_dtype
+from ..runs.files import check_run, is_hugging_face
+from ..runs.load import with_compute_dtype
+from ..setup import BATCH_DTYPES, Layout, base_shapes, check_batch, layout, lower
 from . import hlo, roofline
 from .estimate import links, shard, traced
 from .topology import Target, silent
@@ -33,7 +35,7 @@ def planned(run: Run, target: Target, compiling: bool = True) -> dict[str, Any]:
     """The plan of one run on one target, as JSON. Raises InputError for what the run itself would refuse."""
     with target_backend(target.platform):
         run, config = architecture(run)
-        check_lengths(run.data, config.context)
+        check_row_length(run.data, config.context)
         mesh = target.mesh(run.mesh)
         check_batch(run, mesh)
         inside = getattr(mesh, "abstract_mesh", mesh)
@@ -72,7 +74,7 @@ def config_of(base: str) -> Config:
     if base in presets:
         return presets[base]
     if not Path(base).exists():
-        near = did_you_mean(base, presets) or nearest_folder(base)
+        near = did_you_mean(base, presets) or did_you_mean_folder(base)
         raise InputError(f"--base {base!r} is no preset and no folder here{near}; a plan downloads nothing; presets: "
                          f"{', '.join(presets)}")  # fmt: skip
     if is_hugging_face(base):
@@ -90,7 +92,7 @@ def config_of(base: str) -> Config:
 
 def held(laid: Layout) -> dict[str, float]:
     """Bytes on one device of what a step is given: frozen weights, what trains, and the optimizer's state."""
-    (frozen, state), where = laid.made, laid.where
+    (frozen, state), where = laid.shapes, laid.shardings
     parts = {"weights": (frozen, where[0]), "trainable": (state.trainable, where[1].trainable),
              "optimizer": (state.opt_state, where[1].opt_state)}  # fmt: skip
     return {kind: sum(map(shard, jax.tree.leaves(made), jax.tree.leaves(at))) for kind, (made, at) in parts.items()}
@@ -99,7 +101,7 @@ def held(laid: Layout) -> dict[str, float]:
 def compiled(run: Run, config: Config, mesh: Any, laid: Layout, sizes: dict[str, float]) -> dict[str, Any]:
     """What the compiler says; `sizes` is corrected: the temporaries are those of the program."""
     struct = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
-    frozen, state = jax.tree.map(struct, laid.made, laid.where)
+    frozen, state = jax.tree.map(struct, laid.shapes, laid.shardings)
     phase = SimpleNamespace(run=run, mesh=mesh, model=Transformer(config), method=run.method, frozen=frozen,
                             state=state, tx=laid.tx)  # fmt: skip
     began = time.perf_counter()
@@ -140,7 +142,7 @@ def _count(tree: Any) -> int:
 
 def _row(run: Run, config: Config, target: Target, mesh: Any, counts: Any, sizes: Any, cost: Any, found: Any) -> Any:
     """The plan as JSON."""
-    batch = sum(run.data.batch * run.data.T * jnp.dtype(d).itemsize for d in KEYS.values())
+    batch = sum(run.data.batch * run.data.T * jnp.dtype(d).itemsize for d in BATCH_DTYPES.values())
     own = sum(sizes.values()) + batch / mesh.shape["data"] / mesh.shape["fsdp"] / mesh.shape["context"]
     total, memory = found.get("needs", own), found.get("memory", target.chip.memory)
     sent: dict[str, dict[str, float]] = {}

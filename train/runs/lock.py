@@ -1,121 +1,75 @@
-"""One writer: a file `lock` in the run directory says who it is; what a dead one left is taken over."""
+"""One writer for each run folder: a lease file `lock` that names the writer, and is taken over when it is dead.
+
+filelock's SoftFileLease writes the file, refreshes it, and takes over at once from a dead process of this host (known
+by pid, start time, boot and container). Added here: a file without a refresh for DEAD seconds by the clock of its own
+file system is dead, whoever wrote it, without waiting to watch it; `check` before each save; and the messages.
+"""
 
 import contextlib
-import fcntl
-import json
 import os
-import secrets
-import socket
-import subprocess
 import tempfile
-import threading
-import time
 from pathlib import Path
-from typing import Any
+
+from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
 from ... import InputError
-from ...atomic import left_over, write_whole
+from ...atomic import is_leftover
 from ..progress import console
+from .files import LOCK
 
-NAME = "lock"
-BEAT, DEAD = 15.0, 120.0  # seconds between signs of life, and without one until a writer on another host is dead
-
-
-def started(pid: int) -> str:
-    """When a process of this host began, as the system says it; "" if there is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        if Path("/proc/self/stat").exists():
-            return ""
-    with contextlib.suppress(OSError):  # no Linux
-        return subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
-    return ""
-
-
-def host() -> str:
-    """This host, and the container on it: a process number means something there alone."""
-    try:
-        inside = os.readlink("/proc/self/ns/pid")
-    except OSError:
-        inside = ""
-    return f"{socket.gethostname()} {inside}".strip()
+BEAT, DEAD = 15.0, 120.0  # seconds between refreshes, and without one until the writer counts as dead
+WAIT = 3.0  # seconds to try: filelock takes over a damaged lock file after it has not changed for 2
 
 
 class Lock:
-    """Held from `with` to its end; says every BEAT seconds that its holder lives."""
+    """The right to write into a run folder, from the beginning of a `with` block to its end.
 
-    def __init__(self, folder: Path, take: bool = False):
-        self.path, self.take, self.over = folder / NAME, take, threading.Event()
-        pid, key = os.getpid(), secrets.token_hex(8)  # two runs of one process are two writers
-        self.mine = {"pid": pid, "host": host(), "started": started(pid), "key": key, "since": time.strftime("%F %T")}
+    take_over: take the folder over from a live writer, which then saves nothing more.
+    """
+
+    def __init__(self, folder: Path, take_over: bool = False):
+        self.folder, self.path, self.take_over = folder, folder / LOCK, take_over
+        self._lease = SoftFileLease(
+            self.path, lease_duration=DEAD, heartbeat_interval=BEAT, timeout=WAIT, thread_local=False
+        )
 
     def __enter__(self) -> "Lock":
-        """InputError naming the holder, if it lives."""
-        with _exclusive(self.path.parent):
-            there = self._read()
-            if there and not self.take and self._lives(there):
-                raise InputError(
-                    f"{self.path.parent}: {_who(there)} writes here; wait for it or stop it, or take another --out "
-                    f"(if it is gone: --accept lock)"
-                )
-            if there:
-                console.print(f"{self.path}: taken over from {_who(there)}, which is gone", soft_wrap=True)
-            for path in filter(lambda path: left_over(path.name), self.path.parent.iterdir()):  # by killed writers
+        """Acquire the lock. Raises InputError naming the writer that has it."""
+        previous = self._writer() if self.path.exists() else ""
+        if self.take_over or self._is_silent():
+            self._lease.force_break()
+        try:
+            self._lease.acquire()
+        except (Timeout, LeaseSettingsMismatch):
+            raise InputError(
+                f"{self.folder}: {self._writer()} is writing here; wait for it or stop it, or choose another --out "
+                "(if it is gone: --force lock)"
+            ) from None
+        if previous:
+            console.print(f"{self.path}: taken over from {previous}, which is gone", soft_wrap=True)
+        for path in self.folder.iterdir():
+            if is_leftover(path.name):
                 with contextlib.suppress(OSError):
                     path.unlink()
-            write_whole(self.path, json.dumps(self.mine) + "\n")
-        threading.Thread(target=self._beat, daemon=True).start()
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.over.set()
-        with contextlib.suppress(OSError):
-            if self._read().get("key") == self.mine["key"]:
-                self.path.unlink()
+    def __exit__(self, *_: object) -> None:
+        self._lease.release()
 
     def check(self) -> None:
-        """InputError if another run took the lock over: this one must write no more."""
-        there = self._read()
-        if there.get("key") != self.mine["key"]:
-            who = _who(there) if there else "nobody: the lock was deleted"
-            raise InputError(f"{self.path.parent}: now written by {who}; this run stops, and saves nothing more")
+        """Raise InputError if another run has taken the folder over: this run must save nothing more."""
+        owner = self._lease.owner
+        if owner is None or owner.token != self._lease.token:
+            writer = self._writer() if self.path.exists() else "nobody (the lock file was deleted)"
+            raise InputError(f"{self.folder}: now written by {writer}; this run stops and saves nothing more")
 
-    def _read(self) -> dict[str, Any]:
-        try:
-            found = json.loads(self.path.read_text("utf-8"))
-            return found if isinstance(found, dict) else {"pid": 0}
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError):
-            return {"pid": 0}  # not ours, or damaged: nobody that could live
+    def _writer(self) -> str:
+        """Return the process that the lock file names."""
+        owner = self._lease.owner
+        return f"process {owner.pid} on {owner.hostname.partition('?')[0]}" if owner else "an unknown process"
 
-    def _lives(self, there: dict[str, Any]) -> bool:
-        if there.get("host") == self.mine["host"]:
-            return bool(there.get("pid")) and started(int(there["pid"])) == there.get("started") != ""
-        with tempfile.TemporaryFile(dir=self.path.parent) as now:  # by the clock of the file system
-            age = os.fstat(now.fileno()).st_mtime - self.path.stat().st_mtime
-        return "host" in there and age < DEAD
-
-    def _beat(self) -> None:
-        while not self.over.wait(BEAT):
-            with contextlib.suppress(OSError):
-                if self._read().get("key") == self.mine["key"]:
-                    os.utime(self.path)
-
-
-def _who(there: dict[str, Any]) -> str:
-    on = str(there.get("host", "?")).partition(" ")[0]
-    return f"process {there.get('pid', '?')} on {on} (since {there.get('since', '?')})"
-
-
-@contextlib.contextmanager
-def _exclusive(folder: Path) -> Any:
-    """Nobody else judges the lock meanwhile, where the file system can see to it."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(opened, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(opened)
+    def _is_silent(self) -> bool:
+        """Return whether the lock file has not been refreshed for DEAD seconds, by the clock of the file system."""
+        with contextlib.suppress(FileNotFoundError), tempfile.TemporaryFile(dir=self.folder) as now:
+            return os.fstat(now.fileno()).st_mtime - self.path.lstat().st_mtime >= DEAD
+        return False

@@ -1,150 +1,230 @@
-"""Going on: which checkpoint is good, whether it is of this run, and the run's state from it."""
+"""Resume a run: find a good checkpoint, check that it belongs to this run, restore its state, and save new ones."""
 
 import contextlib
 import dataclasses
 import json
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from ... import InputError
-from ...atomic import left_over
+from ...atomic import is_leftover
 from ...data.tokenizers.chat import today
 from ..cluster import distributed
-from ..config import RUNTIME_FIELDS, Run, flatten, from_json, short, to_json
+from ..config import RUNTIME_FIELDS, Run, flatten, from_json, shorten, to_json
+from ..config_versions import upgrade
 from ..progress import console
 from ..setup import TrainSetup
-from .checkpoint import CheckpointWriter
-from .checkpoint_reader import CheckpointReader
-from .lock import NAME
+from .checkpoint import CheckpointReader, CheckpointWriter
+from .files import LOCK
+from .lineage import code_version
+from .manifest import describe_sidecars
 
-# What --accept lets change -> the fields of config.json that it is made of.
-_PARTS = {
-    "tokenizer": ("data.tokenizer", "data.vocab", "base"),  # before the data, whose digest has it in it
+# What --force lets change -> the fields of config.json that determine it. The digest of the data depends on the
+# tokenizer, so the tokenizer comes first.
+_FORCIBLE = {
+    "tokenizer": ("data.tokenizer", "data.vocab", "base"),
     "data": ("data.", "seed", "date"),
     "base": ("base", "quantize"),
     "method": ("method.",),
     "model": ("model.",),
 }
-_ELSEWHERE = {"data.cache", "data.batch", "data.root"}  # fields of `data` that are not what the rows are
-_SAID = ("optim.", "data.batch", "steps", "accumulate", "dtype", "quantize", "seed")  # may change, but is said
+_NOT_DATA = {"data.cache", "data.batch", "data.root"}  # fields of `data` that do not change its rows
+_REPORTED = ("optim.", "data.batch", "steps", "accumulate", "dtype", "quantize", "seed")  # may change, with a line
 
 
 def check_out(run: Run) -> None:
-    """InputError for a folder that this run must not write into."""
+    """Raise InputError if a run must not write into its folder."""
     folder = Path(run.out)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder} is a file; give a folder")
-    there = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
-    held = [name for name in there if name != NAME and not left_over(name)]
+    names = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
+    names = [name for name in names if name != LOCK and not is_leftover(name)]
     if run.resume == "never":
-        if held:
-            raise InputError(f"--out {folder} is not an empty folder; take another, or go on with --resume")
+        if names:
+            raise InputError(f"--out {folder} is not an empty folder; choose another, or continue with --resume")
         return
-    if CheckpointWriter(folder / "checkpoints").steps():
+    if CheckpointReader(folder / "checkpoints").steps():
         return
     if run.resume != "auto":
         raise InputError(f"--resume {run.resume}: {folder} holds no checkpoint; correct --out, or drop --resume")
     try:
-        if held:
+        if names:
             from_json(folder / "config.json")
     except InputError:
         raise InputError(
-            f"--resume: {folder} is not empty and holds no run to go on with (it has {', '.join(held[:3])}); correct "
-            "--out, or take an empty folder"
+            f"--resume: {folder} is not empty and holds no run to continue (it has {', '.join(names[:3])}); correct "
+            "--out, or choose an empty folder"
         ) from None
 
 
-def dated(run: Run) -> Run:
-    """The run with its date: the one given, that of the run in `out` which it goes on with, or today's."""
+def with_date(run: Run) -> Run:
+    """Return the run with its date: as configured, else that of the run that it resumes, else today's."""
     checkpoints, date = CheckpointReader(Path(run.out) / "checkpoints"), run.date
     for step in reversed(checkpoints.steps() if run.resume != "never" and not date else []):
-        with contextlib.suppress(InputError):  # a damaged one, which `find` says
+        with contextlib.suppress(InputError):  # find_checkpoint reports damage
             date = date or checkpoints.manifest(step).get("config", {}).get("date", "")
     return dataclasses.replace(run, date=distributed.barrier_gather("the date", date or today())[0])
 
 
-def find(run: Run, checkpoints: CheckpointWriter) -> tuple[int | None, list[int]]:
-    """(the step to go on from, or None to begin, the later steps that must make way). Says what is damaged."""
-    steps, bad = checkpoints.steps(), []
+def find_checkpoint(run: Run, checkpoints: CheckpointWriter) -> tuple[int | None, list[int]]:
+    """Return (the step to resume from, or None to start anew; the later steps, which must be put aside).
+
+    Reports damaged checkpoints. Raises InputError if --resume finds none that is whole.
+    """
+    steps = checkpoints.steps()
     distributed.check_agreement("the checkpoint", {"newest checkpoint": max(steps, default=0)})
     if run.resume == "never" or not steps:
         return None, []
+    available = f"{checkpoints.folder} has steps {', '.join(map(str, steps))}"
     if run.resume != "auto":
         step = int(run.resume)
-        have = f"{checkpoints.folder} has steps {', '.join(map(str, steps))}"
         if step not in steps:
-            raise InputError(f"--resume {step}: there is no checkpoint of this step; {have}")
-        if why := checkpoints.damage(step, run.verify):
-            raise InputError(f"--resume {step}: damaged: {why}; {have}; `--resume auto` takes the newest good one")
+            raise InputError(f"--resume {step}: there is no checkpoint of this step; {available}")
+        if damage := checkpoints.damage(step, run.verify):
+            raise InputError(
+                f"--resume {step}: damaged: {damage}; {available}; `--resume auto` takes the newest good one"
+            )
         return step, [s for s in steps if s > step]
+    damage, damaged = "", []
     for step in reversed(steps):
-        why = checkpoints.damage(step, run.verify)
-        if not why:
-            return step, bad
-        console.print(f"step {step} is damaged, going on from an earlier one: {why}", soft_wrap=True)
-        bad.append(step)
-    raise InputError(f"--resume: no checkpoint in {checkpoints.folder} is whole; put its files back, or begin anew "
-                     f"in another --out. Of step {steps[-1]}: {why}")  # fmt: skip
+        damage = checkpoints.damage(step, run.verify)
+        if not damage:
+            return step, damaged
+        console.print(f"step {step} is damaged, resuming from an earlier one: {damage}", soft_wrap=True)
+        damaged.append(step)
+    raise InputError(
+        f"--resume: no checkpoint in {checkpoints.folder} is whole; restore its files, or start anew in another "
+        f"--out. Step {steps[0]}: {damage}"
+    )
 
 
-def same_run(phase: TrainSetup, manifest: dict[str, Any]) -> list[str]:
-    """What differs from the checkpoint and was accepted. InputError, in words, for what was not."""
-    run, step, accept = phase.run, manifest["step"], set(phase.run.accept.split(","))
+def accepted_changes(setup: TrainSetup, manifest: dict[str, Any]) -> list[str]:
+    """Return, in words, what differs from a checkpoint and is allowed by --force.
+
+    Raises InputError for any other change of the tokenizer, data, base, method or model, and for one of the optimizer
+    that its saved state does not fit. Other changes are reported.
+    """
+    run, step, allowed = setup.run, manifest["step"], set(setup.run.force.split(","))
     if manifest["phase"] != run.phase:
         raise InputError(f"--resume: {run.out} holds a {manifest['phase']} run, this is a {run.phase}; correct --out")
-    then, now = flatten(manifest.get("config", {})), flatten(json.loads(to_json(run)))
-    digests = {"data": phase.data_digest, "tokenizer": phase.tokenizer.digest, "base": phase.base}
-    taken = []
-    for what, fields in _PARTS.items():
-        changed = (
-            {k for k in {*then, *now} if k.startswith(fields) and then.get(k) != now.get(k)}
-            - RUNTIME_FIELDS
-            - _ELSEWHERE
-        )
-        words = [f"{k} {short(then.get(k))} -> {short(now.get(k))}" for k in sorted(changed) if then]
-        if what in digests:
-            old, new = manifest.get(what, ""), digests[what]
-            if old == new and "quantize" not in changed:
-                continue
-            facts = _facts(manifest, phase) if what == "data" else ""
-            words = words or [f"its contents, {facts}{old[:12]} -> {new[:12]}"]
-        if not words:
+    old, new = flatten(upgrade(manifest.get("config", {}))), flatten(json.loads(to_json(run)))
+    accepted = []
+    for part, fields in _FORCIBLE.items():
+        changes = _changes(part, fields, old, new, setup, manifest)
+        if not changes:
             continue
-        said = f"the {what} changed since step {step}: {', '.join(words)}"
-        if what not in accept:
-            raise InputError(f"--resume: {said}; go on with what the run began with, take a new --out, or "
-                             f"--accept {what}")  # fmt: skip
-        console.print(f"accepted: {said}", soft_wrap=True)
-        taken.append(said)
-    other = [f"{k} {short(then[k])} -> {short(now[k])}" for k in sorted(set(then) & set(now))
-             if k.startswith(_SAID) and then[k] != now[k]]  # fmt: skip
-    for key, changes in (("optim.name", str), ("optim.spike", bool)):  # fields that change what the optimizer keeps
-        if key in then and changes(then[key]) != changes(now[key]):
-            raise InputError(f"--resume: --{key} {then[key]} -> {now[key]}: the optimizer of step {step} does not "
-                             f"fit that; give --{key} {then[key]} again, or take a new --out")  # fmt: skip
-    if other:
-        console.print(f"changed since step {step}: {', '.join(other)}", soft_wrap=True)
-    return taken
+        message = f"the {part} changed since step {step}: {', '.join(changes)}"
+        if part not in allowed:
+            raise InputError(
+                f"--resume: {message}; give the values that the run began with, choose a new --out, or --force {part}"
+            )
+        console.print(f"accepted: {message}", soft_wrap=True)
+        accepted.append(message)
+    for key, state_kind in (("optim.name", str), ("optim.spike", bool)):  # fields that change what the optimizer keeps
+        if key in old and state_kind(old[key]) != state_kind(new[key]):
+            raise InputError(
+                f"--resume: --{key} {old[key]} -> {new[key]}: the optimizer state of step {step} does not fit that; "
+                f"give --{key} {old[key]} again, or choose a new --out"
+            )
+    reported = [key for key in sorted(set(old) & set(new)) if key.startswith(_REPORTED) and old[key] != new[key]]
+    if reported:
+        changes = [f"{key} {shorten(old[key])} -> {shorten(new[key])}" for key in reported]
+        console.print(f"changed since step {step}: {', '.join(changes)}", soft_wrap=True)
+    return accepted
 
 
-def _facts(manifest: dict[str, Any], phase: TrainSetup) -> str:
-    then = manifest.get("rows", {})
-    words = [f"{k} {then[k]:,} -> {n:,}" for k, n in phase.facts.items() if k in then and then[k] != n]
-    return f"{', '.join(words)}, " if words else "as many rows but others, " if then else ""
+def _changes(
+    part: str,
+    fields: tuple[str, ...],
+    old: dict[str, Any],
+    new: dict[str, Any],
+    setup: TrainSetup,
+    manifest: dict[str, Any],
+) -> list[str]:
+    """Return what changed of one part of a run. Contents with the digest of the checkpoint are unchanged, whatever
+    the fields say."""
+    differing = {k for k in {*old, *new} if k.startswith(fields) and old.get(k) != new.get(k)}
+    differing -= RUNTIME_FIELDS | _NOT_DATA
+    changes = [f"{k} {shorten(old.get(k))} -> {shorten(new.get(k))}" for k in sorted(differing) if old]
+    digests = {"data": setup.data_digest, "tokenizer": setup.tokenizer.digest, "base": setup.base_fingerprint}
+    if part not in digests:
+        return changes
+    old_digest, new_digest = manifest.get(part, ""), digests[part]
+    if old_digest == new_digest and "quantize" not in differing:
+        return []
+    sizes = _size_changes(manifest.get("rows", {}), setup.data_sizes) if part == "data" else ""
+    return changes or [f"its contents, {sizes}{old_digest[:12]} -> {new_digest[:12]}"]
 
 
-def restore(phase: TrainSetup, checkpoints: CheckpointWriter, step: int) -> tuple[int, int]:
-    """Put a checkpoint into the phase. Returns the next row and the digest of the rows before it."""
-    manifest, verify = checkpoints.manifest(step), phase.run.verify
-    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))  # noqa: E731
-    like = jax.tree.map(place, phase.state)  # a sweep has it on the host
-    trainable = checkpoints.restore(step, "trainable", like.trainable, verify=verify)
-    like = like._replace(trainable=None)
-    if unkeyed := "key" not in manifest["leaves"]["optimizer"]:  # saved before states had a key: this run's own serves
-        like = like._replace(key=None)
-    rest = checkpoints.restore(step, "optimizer", like, verify=verify)
-    phase.state = rest._replace(trainable=trainable, **({"key": phase.state.key} if unkeyed else {}))
-    console.print(f"resumed at step {step} of {phase.run.steps}")
-    return manifest["next_row"], 0 if distributed.index() else int(manifest["rows_digest"], 16)
+def _size_changes(old: dict[str, int], new: dict[str, int]) -> str:
+    changes = [f"{name} {old[name]:,} -> {n:,}" for name, n in new.items() if name in old and old[name] != n]
+    return f"{', '.join(changes)}, " if changes else "the same number of rows but other rows, " if old else ""
+
+
+class RunSaver:
+    """Restores the state of a run from the checkpoint of one step, and saves later ones."""
+
+    def __init__(
+        self,
+        setup: TrainSetup,
+        folder: Path,
+        checkpoints: CheckpointWriter,
+        step: int | None = None,
+        accepted: Sequence[str] = (),
+    ):
+        self.setup, self.folder, self.checkpoints, self.step = setup, folder, checkpoints, step
+        earlier = checkpoints.manifest(step).get("accepted", []) if step is not None else []
+        self.accepted = [*earlier, *accepted]
+        self.check, self.wait = checkpoints.check, checkpoints.wait
+
+    def restore(self) -> tuple[int, int]:
+        """Restore the state of the checkpoint, if there is one. Return (next row, stream digest of earlier rows)."""
+        if self.step is None:
+            return 0, 0
+        setup, manifest, verify = self.setup, self.checkpoints.manifest(self.step), self.setup.run.verify
+
+        def shape(x: Any) -> jax.ShapeDtypeStruct:  # the state of a sweep's trial is on the host, without sharding
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
+
+        shapes = jax.tree.map(shape, setup.state)
+        trainable = self.checkpoints.restore(self.step, "trainable", shapes.trainable, verify=verify)
+        shapes = shapes._replace(trainable=None)
+        has_key = "key" in manifest["leaves"]["optimizer"]  # else saved before states had one: the new state's serves
+        if not has_key:
+            shapes = shapes._replace(key=None)
+        state = self.checkpoints.restore(self.step, "optimizer", shapes, verify=verify)
+        setup.state = state._replace(trainable=trainable, key=state.key if has_key else setup.state.key)
+        console.print(f"resumed at step {self.step} of {setup.run.steps}")
+        return manifest["next_row"], 0 if distributed.index() else int(manifest["rows_digest"], 16)
+
+    @cached_property
+    def _constant(self) -> dict[str, Any]:
+        """The entries that all manifests of this run share. Reads the files that the run begins with."""
+        setup = self.setup
+        return {
+            "phase": setup.run.phase,
+            "config": json.loads(to_json(setup.run)),
+            "base": setup.base_fingerprint,
+            "tokenizer": setup.tokenizer.digest,
+            "data": setup.data_digest,
+            "rows": setup.data_sizes,
+            "seed": setup.run.seed,
+            "code": code_version(),
+            "lineage": setup.lineage,
+            "added_tokens": setup.untrained_tokens,
+            "mesh": list(setup.mesh.devices.shape),
+            "accepted": self.accepted,
+            "sidecars": describe_sidecars(self.folder, setup.tokenizer),
+        }
+
+    def save(self, step: int, next_row: int, stream_digest: int, score: float | None) -> None:
+        """Begin to save the state. `stream_digest` is of the rows that this process has read."""
+        state = self.setup.state
+        digest = sum(int(part) for part in distributed.barrier_gather("the rows of a checkpoint", str(stream_digest)))
+        items = {"trainable": state.trainable, "optimizer": state._replace(trainable=None)}
+        position = {"next_row": next_row, "rows_digest": f"{digest % 2**256:064x}"}
+        self.checkpoints.save(step, items, self._constant | position, score)

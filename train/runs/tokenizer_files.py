@@ -1,39 +1,40 @@
-"""The tokenizer of a run as transformers reads it: its files, every id that ends a reply, and the chat template."""
+"""Write the tokenizer of a run as transformers reads it, with every id that ends a reply and the chat template."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from ...data.sft import encode_example
-from ...data.tokenizers.hf_files import GENERATION, TEMPLATE
-from ...data.tokenizers.sentencepiece_bpe import for_transformers
-from ...data.tokenizers.tokenizer import Tokenizer
-from ...model.hf.files import CARRIED, read_json
+from ...data.tokenizers import Tokenizer, for_transformers
+from ...data.tokenizers.hf_files import TEMPLATE
+from ...data.tokenizers.tokenizer import GENERATION
+from ...model.hf.files import read_json
 from ..progress import console
 
 PROBE = [("system", " a"), ("user", "b c\n"), ("assistant", "\n  d"), ("user", "1\u00e9"), ("assistant", "e ")]
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, chat: bool) -> None:
-    """Write the files of a tokenizer in place of any that are there.
+    """Write the files of a tokenizer into a folder that has none.
 
-    generation_config.json lists every id that ends a reply here. chat: where the tokenizer came without a template,
-    write the one that graftax tunes with; left out, and said, if its text would give other ids than training had.
+    generation_config.json lists every id that ends a reply. With `chat`, a tokenizer without a template gets the one
+    that graftax tunes with. If its text would have other ids than training had, it is left out and a message says so.
     """
-    for name in CARRIED:
-        (folder / name).unlink(missing_ok=True)
-    made = for_transformers(tokenizer)
-    made.save(folder)
-    named = [kind for kind in ("bos", "eos", "pad") if f"{kind}_token" in made.names]
-    ids: dict[str, Any] = {f"{kind}_token_id": getattr(made, kind) for kind in named}
-    said = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
-    stops = list(dict.fromkeys((*tokenizer.stops, *made.stops)))
-    tree = ids | said | {"eos_token_id": stops[0] if len(stops) == 1 else stops}
-    (folder / GENERATION).write_text(json.dumps(tree, indent=2) + "\n", "utf-8")
-    if chat and not made.template_file:
+    written = for_transformers(tokenizer)
+    written.save(folder)
+    kinds = [kind for kind in ("bos", "eos", "pad") if f"{kind}_token" in written.names]
+    ids: dict[str, Any] = {f"{kind}_token_id": getattr(written, kind) for kind in kinds}
+    config = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
+    stops = list(dict.fromkeys((*tokenizer.stops, *written.stops)))
+    config = ids | config | {"eos_token_id": stops[0] if len(stops) == 1 else stops}
+    (folder / GENERATION).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    if chat and not written.template_file:
         turns = [{"role": role, "content": content} for role, content in PROBE]
-        if encode_example(turns, made) == encode_example(turns, tokenizer):
-            (folder / TEMPLATE).write_text(made.template, "utf-8")
+        if encode_example(turns, written) == encode_example(turns, tokenizer):
+            (folder / TEMPLATE).write_text(written.template, "utf-8")
         else:
-            console.print("no chat template is written: as one text a chat would have other ids than in training, "
-                          "because this tokenizer has no tokens for roles", soft_wrap=True)  # fmt: skip
+            console.print(
+                "no chat template is written: a chat as one text would have other ids than in training, because this "
+                "tokenizer has no tokens for roles",
+                soft_wrap=True,
+            )

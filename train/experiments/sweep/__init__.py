@@ -1,1 +1,1 @@
-"""Many variations of a fine-tune, trained as few programs over one copy of the base."""
+"""Sweeps: many variations of a fine-tune, trained as few programs over one copy of the base."""

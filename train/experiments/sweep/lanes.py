@@ -1,9 +1,10 @@
-"""Lanes: cells that train as one program. Each is an ordinary run, with its folder, rows, log and checkpoints; only the
-step is computed for all of them at once, by `vmap` over what trains, on one frozen base."""
+"""Lanes: trials that train as one program. Each is an ordinary run with its own folder, rows, log and checkpoints.
+
+Only the step is shared: `jax.vmap` over what trains, on one copy of the frozen base.
+"""
 
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,152 +13,161 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from .... import InputError
+from ....atomic import atomic_write
 from ...loop import Runner
-from ...program import compiler_options, start
 from ...progress import Metrics
 from ...runs import record
 from ...runs.checkpoint import CheckpointWriter
-from ...runs.manifest import write_whole
-from ...runs.resume import same_run
-from ...setup import TrainSetup
+from ...runs.resume import RunSaver, accepted_changes
+from ...setup import TrainSetup, compiler_options, initial_layout
 from ..base_cache import BaseCache
-from .groups import Group, batch_shapes, lane_step
-from .results import diverged, told
+from .programs import Program, batch_shapes, lane_step
 from .trials import Trial
 
 Tree = Any
 
 
-class Stack:
-    """The state of K lanes as one, and the program that takes a step of all of them.
+class LaneStack:
+    """The states of K lanes stacked into one, and the compiled step of all of them.
 
-    On several devices each has K / n lanes and the whole frozen base. Where there are fewer lanes than K, the last one
-    is there several times.
+    Each of n devices has K / n lanes and the whole frozen base. If there are fewer trials than K, copies of the last
+    one fill the stack. The trials are those at `indices` of the program; the states of their setups move into it.
     """
 
     def __init__(
-        self, group: Group, which: list[int], phases: list[TrainSetup], K: int, devices: list[Any], ground: BaseCache
+        self,
+        program: Program,
+        indices: list[int],
+        setups: list[TrainSetup],
+        K: int,
+        devices: list[Any],
+        cache: BaseCache,
     ):
-        params = ground.model(group.run)[1]
-        shapes = jax.eval_shape(lambda: params)
-        self.own = [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), phase.state) for phase in phases]
-        self.K, self.model = K, phases[0].model
-        n = min(K, len(devices))  # which K divides by: see `balanced`
+        params = cache.model(program.run)[1]
+        self.shapes = [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), s.state) for s in setups]
+        self.K, self.model = K, setups[0].model
+        n = min(K, len(devices))
         self.mesh = Mesh(np.array(devices[:n]), ("lanes",))
-        self.split = NamedSharding(self.mesh, P("lanes"))
-        like = start(group.run, shapes).made[1]
-        self.state = self.put([jax.tree.map(_padded, phase.state, like) for phase in phases])
-        self.frozen = jax.device_put(phases[0].frozen, NamedSharding(self.mesh, P()))
-        numbers = [{name: np.float32(group.value(name, i)) for name in group.numbers} for i in which]
-        self.numbers = self.put(numbers)
-        sizes = [sum(x.size for x in jax.tree.leaves(state.trainable)) for state in (like, *self.own)]
-        self.shares = [(sizes[0] / size) ** 0.5 for size in sizes[1:]]  # of rms over more numbers, which are 0
-        for phase in phases:
-            phase.state = None  # type: ignore[assignment]  # one copy
-        self._compile(group)
+        self.lane_sharding = NamedSharding(self.mesh, P("lanes"))
+        largest = initial_layout(program.run, jax.eval_shape(lambda: params)).shapes[1]
+        self.state = self.put([jax.tree.map(_pad_like, setup.state, largest) for setup in setups])
+        self.frozen = jax.device_put(setups[0].frozen, NamedSharding(self.mesh, P()))
+        self.numbers = self.put([{k: np.float32(program.value(k, i)) for k in program.numbers} for i in indices])
+        sizes = [sum(x.size for x in jax.tree.leaves(state.trainable)) for state in (largest, *self.shapes)]
+        # The rms of an update is over the padded array, whose padding is 0: this factor gives that of the lane alone.
+        self.rms_factors = [(sizes[0] / size) ** 0.5 for size in sizes[1:]]
+        for setup in setups:
+            setup.state = None  # type: ignore[assignment]  # one copy, in the stack
+        self._compile(program)
 
-    def _compile(self, group: Group) -> None:
-        step: Any = jax.vmap(lane_step(self.model, group.run), in_axes=(0, None, 0, 0))
-        if self.mesh.size > 1:
-            lanes, whole = P("lanes"), P()  # no lane needs another: nothing is exchanged, and nothing need be checked
+    def _compile(self, program: Program) -> None:
+        step: Any = jax.vmap(lane_step(self.model, program.run), in_axes=(0, None, 0, 0))
+        if self.mesh.size > 1:  # lanes are independent: nothing is exchanged, and there is no replication to check
+            lanes, whole = P("lanes"), P()
             step = jax.shard_map(step, mesh=self.mesh, in_specs=(lanes, whole, lanes, lanes), out_specs=lanes,
                                  check_vma=False)  # fmt: skip
-        struct = lambda x: jax.ShapeDtypeStruct((self.K, *x.shape), x.dtype, sharding=self.split)  # noqa: E731
-        batch, began = jax.tree.map(struct, batch_shapes(group.run)), time.perf_counter()
+        batch = {name: jax.ShapeDtypeStruct((self.K, *x.shape), x.dtype, sharding=self.lane_sharding)
+                 for name, x in batch_shapes(program.run).items()}  # fmt: skip
+        start = time.perf_counter()
         lowered = jax.jit(step, donate_argnums=0).lower(self.state, self.frozen, batch, self.numbers)
         self.step = lowered.compile(compiler_options=compiler_options(self.frozen, self.model))
         m: Any = self.step.memory_analysis()
-        self.peak = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
-        self.seconds = time.perf_counter() - began
+        self.peak_bytes = (
+            m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
+        )
+        self.compile_seconds = time.perf_counter() - start
 
     def put(self, trees: list[Tree]) -> Tree:
-        """The trees of the lanes as one, on the devices."""
+        """Stack one tree a lane along a new first axis [K, ...], on the devices."""
         trees = jax.device_get(trees)
         trees = trees + trees[-1:] * (self.K - len(trees))
-        return jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *trees), self.split)
+        return jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *trees), self.lane_sharding)
 
-    def take(self, batch: Tree) -> dict[str, Any]:
-        """A step of all lanes; returns its metrics [K]."""
+    def train_step(self, batch: Tree) -> dict[str, Any]:
+        """Train all lanes on a batch from `put`; return the metrics, each [K]."""
         self.state, metrics = self.step(self.state, self.frozen, batch, self.numbers)
         return metrics
 
-    def split_up(self) -> list[Tree]:
-        """Each lane's own state, without what it was filled up with, on the host."""
-        whole = jax.device_get(self.state)
-        cut = lambda k: lambda x, like: x[k][tuple(map(slice, like.shape))]  # noqa: E731
-        return [jax.tree.map(cut(k), whole, own) for k, own in enumerate(self.own)]
+    def unstack(self) -> list[Tree]:
+        """Return the state of each lane, without padding, on the host."""
+        stacked = jax.device_get(self.state)
+        return [
+            jax.tree.map(lambda x, like, k=k: x[k][tuple(map(slice, like.shape))], stacked, shapes)
+            for k, shapes in enumerate(self.shapes)
+        ]
 
 
-def _padded(x: Any, like: Any) -> Any:
+def _pad_like(x: Any, like: Any) -> Any:
     x = np.asarray(x)
     return np.pad(x, [(0, n - m) for n, m in zip(like.shape, x.shape, strict=True)]) if x.ndim else x
 
 
 class Lane:
-    """A cell at work."""
+    """A trial while it trains: its setup, rows, log and checkpoints."""
 
-    def __init__(self, cell: Trial, ground: BaseCache, guard: Any):
-        self.cell, self.run, self.folder = cell, cell.run, Path(cell.run.out)
-        self.phase = ground.phase(cell.run)
-        # Two at least: killed between the saves of two lanes, both have the step before.
-        self.checkpoints = CheckpointWriter(self.folder / "checkpoints", max(cell.run.keep, 2), guard)
+    def __init__(self, trial: Trial, cache: BaseCache, guard: Any):
+        self.trial, self.run, self.folder = trial, trial.run, trial.folder
+        self.setup = cache.setup(trial.run)
+        # At least two: if the process is killed between the saves of two lanes, both still have the step before.
+        self.checkpoints = CheckpointWriter(self.folder / "checkpoints", max(trial.run.keep, 2), guard)
         self.log: Any = None
-        self.dead = diverged(cell)  # and stopped alone
-        self.died = ""
+        self.diverged = trial.diverged
+        self.reason = ""  # why it diverged
 
-    def begin(self, at: int) -> None:
-        """Go on from a step; later ones make way. A dead lane only keeps its place."""
-        if self.dead:
-            self.course = Runner(self.phase, self.folder, self.checkpoints, None, [])
+    def start(self, step: int) -> None:
+        """Load the checkpoint of a step (0: begin) and put later ones aside. A diverged lane only keeps its place."""
+        if self.diverged:
+            self.runner = Runner(self.setup, RunSaver(self.setup, self.folder, self.checkpoints))
             return
         steps = self.checkpoints.steps()
-        mine = at if at in steps else None
-        taken = same_run(self.phase, self.checkpoints.manifest(at)) if mine else []
-        self.course = Runner(self.phase, self.folder, self.checkpoints, mine, taken)
-        record.make(self.folder)
-        if told(self.cell).get("steps", 0) > at:
+        loaded = step if step in steps else None
+        accepted = accepted_changes(self.setup, self.checkpoints.manifest(step)) if loaded else []
+        self.runner = Runner(self.setup, RunSaver(self.setup, self.folder, self.checkpoints, loaded, accepted))
+        record.make_run_folder(self.folder)
+        if self.trial.summary.get("steps", 0) > step:
             (self.folder / "summary.json").unlink()
-        record.begin(self.phase, self.folder, self.checkpoints, at, [step for step in steps if step > at])
-        self.phase.state = jax.device_get(self.phase.state)
-        self.log = Metrics(self.folder, self.course.first, tensorboard=self.run.tensorboard)
+        later = [other for other in steps if other > step]
+        record.write_first_files(self.setup, self.folder, self.checkpoints, step, later)
+        self.setup.state = jax.device_get(self.setup.state)
+        self.log = Metrics(self.folder, self.runner.first_step, tensorboard=self.run.tensorboard)
 
-    def feed(self) -> dict[str, np.ndarray]:
-        """The next rows; a dead lane's have no targets, so that it changes nothing."""
-        rows = self.course.feed()
-        return rows | {"weights": np.zeros_like(rows["weights"])} if self.dead else rows
+    def next_batch(self) -> dict[str, np.ndarray]:
+        """Return the next rows; those of a diverged lane have no targets, so that the step changes nothing."""
+        rows = self.runner.next_batch()
+        return rows | {"weights": np.zeros_like(rows["weights"])} if self.diverged else rows
 
-    def took(self, steps: list[tuple[int, dict[str, Any]]], k: int, share: float) -> None:
-        """What the steps gave in place k of a stack."""
-        for i, metrics in steps if not self.dead else ():
+    def add_metrics(self, steps: list[tuple[int, dict[str, Any]]], k: int, rms_factor: float) -> None:
+        """Record the metrics [K] of steps, of which this lane has place k."""
+        for i, metrics in steps if not self.diverged else ():
             row = {name: values[k] for name, values in metrics.items()}
-            self.course.took(i, row | {"update_rms": row["update_rms"] * share})
+            self.runner.add_metrics(i, row | {"update_rms": row["update_rms"] * rms_factor})
 
-    def write(self) -> None:
-        """Log the steps since the last time; the lane is dead if too many in a row were bad."""
-        if self.dead:
+    def write_log(self) -> None:
+        """Log the steps since the last call; the lane has diverged if too many steps in a row were skipped."""
+        if self.diverged:
             return
         try:
-            self.course.log(self.log)
+            self.runner.log(self.log)
         except InputError as error:
-            self.dead, self.died = True, str(error).partition(", so the run stops")[0]
+            self.diverged, self.reason = True, str(error).partition(", so the run stops")[0]
 
-    def die(self, why: str) -> None:
-        """End the lane, with a mark in its folder that says so."""
-        self.dead, self.died = True, why
-        write_whole(self.folder / "bad_rows.json", json.dumps({"steps": {}, "why": why}, indent=1) + "\n")
+    def mark_diverged(self, reason: str) -> None:
+        """End the lane, and write the file that says so into its folder."""
+        self.diverged, self.reason = True, reason
+        atomic_write(self.folder / "bad_rows.json", json.dumps({"steps": {}, "why": reason}, indent=1) + "\n")
 
     def close(self) -> None:
-        """Close files and threads. InputError if the last save failed."""
+        """Close files and threads. Raises InputError if the last save failed."""
         if self.log:
             self.log.close()
-        self.course.loader.close()
+        self.runner.loader.close()
         self.checkpoints.close()
 
 
 def common_step(lanes: list[Lane], until: int) -> int:
-    """The newest step, no later than `until`, that every living lane has whole; 0: none."""
-    living = [lane.checkpoints for lane in lanes if not lane.dead]
-    steps = set.intersection(*(set(c.steps()) for c in living)) if living else set()
+    """Return the newest step up to `until` of which every active lane has an intact checkpoint, or 0."""
+    active = [lane.checkpoints for lane in lanes if not lane.diverged]
+    steps = set.intersection(*(set(c.steps()) for c in active)) if active else set()
     verify = lanes[0].run.verify
-    whole = (s for s in sorted(steps, reverse=True) if s <= until and not any(c.damage(s, verify) for c in living))
-    return next(whole, 0)
+    intact = (s for s in sorted(steps, reverse=True) if s <= until and not any(c.damage(s, verify) for c in active))
+    return next(intact, 0)

@@ -1,4 +1,4 @@
-"""A sweep under way: its cells in programs, chunk by chunk, to their ends or to the rung at which they stop."""
+"""The schedule of a sweep: trains its trials program by program, in chunks of lanes, to their end or to a rung."""
 
 import contextlib
 import json
@@ -11,247 +11,247 @@ from typing import Any
 import jax
 
 from .... import InputError
-from ....model.hf.files import read_json
+from ....atomic import atomic_write
+from ....strict_json import read_json
 from ... import faults
 from ...cluster.signals import Stop, Stopped
-from ...evaluate import longest_answer, outputs
-from ...health import must_be_finite
-from ...progress import clock, console
-from ...runs.manifest import write_whole
-from ...runs.record import bound, losses, noted, of_saved, summary
+from ...evaluate import bound_model, evaluate_losses, generate_answers, longest_reply
+from ...health import check_finite
+from ...loop import explain_scoring_failure
+from ...progress import console, format_time
+from ...runs.record import logged_evaluation, summarize
 from ..base_cache import BaseCache
-from .groups import Group, groups
-from .lane_count import balanced, lanes_that_fit
-from .lanes import Lane, Stack, common_step
-from .results import diverged, reached, write
-from .trials import Trial
+from ..step_costs import chunk_size, lanes_that_fit
+from .lanes import Lane, LaneStack, common_step
+from .programs import Program, group_trials, print_programs
+from .results import write_results
+from .trials import Trial, span
 
 FILE = "sweep.json"
 
 
 class Scheduler:
-    """A sweep under way."""
+    """Trains trials from `BaseCache.resolve_trials`; `lanes`, `halve` and `score` are fields of `Sweep`.
 
-    def __init__(self, sweep: Any, ground: BaseCache, stop: Stop, made: list[Trial]):
-        """Finds the programs, and says them. Writes nothing."""
-        self.sweep, self.ground, self.stop, self.made = sweep, ground, stop, made
-        self.out, self.devices = Path(sweep.run.out), jax.devices()
-        self.guard: Any = lambda: None  # raises if another process writes here now
-        self.seconds, self.since, self.taken, self.left = 0.0, 0.0, 0, 0  # in steps; lane-steps done here, and to do
-        self.groups, apart = groups(made, ground.model)
-        if sweep.halve and not all(ground.rows(cell.run)[2] for cell in made):
-            raise InputError("--halve: the task has no validation rows, so that nothing says which cells are the best; "
-                             "drop the flag, or give --data.valid FILE")  # fmt: skip
-        for cell in made:  # a bad row is said before anything is written
-            ground.rows(cell.run)
-            if sweep.score:
-                ground.asked(cell.run, sweep.score)
-        print_programs(self.groups, apart, len(made))
+    The constructor groups and checks them, and writes nothing. It raises InputError for rows that do not fit, and for
+    halving or scoring without validation rows.
+    """
 
-    def go(self) -> None:
-        """All cells to their end, or to the rung at which they stop."""
-        found, most, alive = self.groups, self._at_once(), {cell.number for cell in self.made}
-        for rung in range(len(self.sweep.rungs(1))):
-            ends = [self.sweep.rungs(group.run.steps)[rung] for group in found]
-            before = [self.sweep.rungs(group.run.steps)[rung - 1] if rung else 0 for group in found]
-            parts = [[i for i, cell in enumerate(g.cells) if cell.number in alive] for g in found]
-            self.left = sum((b - a) * len(part) for a, b, part in zip(before, ends, parts, strict=True))
-            for group, part, until, lanes in zip(found, parts, ends, most, strict=True):
-                K = balanced(len(part), lanes, len(self.devices)) if part else 1
+    def __init__(
+        self, out: Path, trials: list[Trial], cache: BaseCache, stop: Stop, lanes: int, halve: int, score: int
+    ):
+        self.out, self.trials, self.cache, self.stop = out, trials, cache, stop
+        self.lanes, self.halve, self.score = lanes, halve, score
+        self.devices = jax.devices()
+        self.guard: Any = lambda: None  # raises if another process writes into the folder
+        self.train_seconds, self.resumed_at = 0.0, 0.0
+        self.lane_steps, self.lane_steps_left = 0, 0  # done by this process, and to do until the next rung
+        self.programs, reasons = group_trials(trials, cache.model)
+        if halve and not all(cache.rows(trial.run)[2] for trial in trials):
+            raise InputError("--halve: the task has no validation rows to rank the trials by; drop the flag, or give "
+                             "--data.valid FILE")  # fmt: skip
+        for trial in trials:
+            cache.rows(trial.run)
+            if score:
+                cache.valid_rows(trial.run, score)
+        print_programs(self.programs, reasons, len(trials))
+
+    def run(self) -> None:
+        """Train all trials to their end, or to the rung at which they stop."""
+        lane_counts, active = self._lane_counts(), {trial.number for trial in self.trials}
+        for rung in range(len(rungs(1, self.halve))):
+            ends = [rungs(program.run.steps, self.halve)[rung] for program in self.programs]
+            starts = [rungs(p.run.steps, self.halve)[rung - 1] if rung else 0 for p in self.programs]
+            parts = [[i for i, trial in enumerate(p.trials) if trial.number in active] for p in self.programs]
+            self.lane_steps_left = sum((b - a) * len(part) for a, b, part in zip(starts, ends, parts, strict=True))
+            for program, part, until, lanes in zip(self.programs, parts, ends, lane_counts, strict=True):
+                K = chunk_size(len(part), lanes, len(self.devices)) if part else 1
                 for at in range(0, len(part), K):
-                    self.advance(group, part[at : at + K], K, until)
-                    write(self.out, self.made)
-            alive = self._best(alive, rung)
+                    self._train_chunk(program, part[at : at + K], K, until)
+                    write_results(self.out, self.trials)
+            active = self._survivors(active, rung)
 
-    def _at_once(self) -> list[int]:
-        """How many lanes of each group at once: what sweep.json says, so that a resumed sweep is the same programs."""
-        said = read_json(self.out / FILE)
-        if "lanes" not in said:
-            said["lanes"] = [
-                lanes_that_fit(group, self.ground, self.sweep.lanes, self.devices) for group in self.groups
-            ]
-            write_whole(self.out / FILE, json.dumps(said, indent=1) + "\n")
-        return said["lanes"]
+    def _lane_counts(self) -> list[int]:
+        """Return the lanes of each program; sweep.json keeps them, so that a resumed sweep runs the same programs."""
+        settings = read_json(self.out / FILE)
+        if "lanes" not in settings:
+            settings["lanes"] = [lanes_that_fit(p, self.cache, self.lanes, self.devices) for p in self.programs]
+            atomic_write(self.out / FILE, json.dumps(settings, indent=1) + "\n")
+        return settings["lanes"]
 
-    def _best(self, alive: set[int], rung: int) -> set[int]:
-        """The cells that go on after a rung: those with the least validation loss there."""
-        if not self.sweep.halve:
-            return alive
+    def _survivors(self, active: set[int], rung: int) -> set[int]:
+        """Return the trials that go on after a rung: those with the least validation loss."""
+        if not self.halve:
+            return active
         losses = {}
-        for cell in self.made:
-            if cell.number in alive and not diverged(cell):
-                at = self.sweep.rungs(cell.run.steps)[rung]
-                losses[cell.number] = noted(Path(cell.run.out), at).get("valid_loss", math.nan)
-        order = sorted(losses, key=lambda n: (not math.isfinite(losses[n]), losses[n], n))
-        return set(order[: max(len(alive) // self.sweep.halve, 1)])
+        for trial in self.trials:
+            if trial.number in active and not trial.diverged:
+                step = rungs(trial.run.steps, self.halve)[rung]
+                losses[trial.number] = logged_evaluation(trial.folder, step).get("valid_loss", math.nan)
+        ranked = sorted(losses, key=lambda n: (not math.isfinite(losses[n]), losses[n], n))
+        return set(ranked[: max(len(active) // self.halve, 1)])
 
-    def advance(self, group: Group, which: list[int], K: int, until: int) -> None:
-        """Cells of a group from where they are to step `until`, which is evaluated and saved."""
-        chosen = [group.cells[i] for i in which]
-        if all(reached(cell) >= until for cell in chosen):
+    def _train_chunk(self, program: Program, indices: list[int], K: int, until: int) -> None:
+        """Train some trials of a program as K lanes from where they are to step `until`; evaluate and save them."""
+        trials = [program.trials[i] for i in indices]
+        if all(trial.finished_steps >= until for trial in trials):
             return
         self.stop.check()
-        lanes = [Lane(cell, self.ground, self.guard) for cell in chosen]
-        at = common_step(lanes, until)
-        with contextlib.ExitStack() as held:
+        lanes = [Lane(trial, self.cache, self.guard) for trial in trials]
+        start = common_step(lanes, until)
+        with contextlib.ExitStack() as resources:
             for lane in lanes:
-                with quiet(lane is not lanes[0]):
-                    lane.begin(at)
-                held.callback(lane.close)
-                if lane.log and not noted(lane.folder, 0):
-                    lane.log.write({"step": 0, **self.ground.before(lane.run)})
-            stack, i = None, at
-            if at < until and not all(lane.dead for lane in lanes):
-                stack = Stack(group, which, [lane.phase for lane in lanes], K, self.devices, self.ground)
-                i = self.steps(lanes, stack, at, until)
-            judged = self.save(lanes, stack, i, until)
-            self.stop.rest()
-        if not judged:
-            console.print(f"stopped at step {i} of {span(chosen)}, saved but not evaluated; go on with --resume")
+                with _muted(lane is not lanes[0]):
+                    lane.start(start)
+                resources.callback(lane.close)
+                if lane.log and not logged_evaluation(lane.folder, 0):
+                    lane.log.write({"step": 0, **self.cache.base_losses(lane.run)})
+            stack, step = None, start
+            if start < until and not all(lane.diverged for lane in lanes):
+                stack = LaneStack(program, indices, [lane.setup for lane in lanes], K, self.devices, self.cache)
+                step = self._train_steps(lanes, stack, start, until)
+            evaluated = self._save(lanes, stack, step, until)
+            self.stop.end_steps()
+        if not evaluated:
+            console.print(f"stopped at step {step} of {span(trials)}, saved but not evaluated; go on with --resume")
             raise Stopped
-        if i < until and not all(lane.dead for lane in lanes):
-            console.print(f"stopped at step {i} of {until} of {span(chosen)}, saved; "
-                          "go on with --resume", soft_wrap=True)  # fmt: skip
+        if step < until and not all(lane.diverged for lane in lanes):
+            console.print(f"stopped at step {step} of {until} of {span(trials)}, saved; go on with --resume",
+                          soft_wrap=True)  # fmt: skip
             raise Stopped
 
-    def steps(self, lanes: list[Lane], stack: Stack, at: int, until: int) -> int:
-        """Steps at + 1 to `until`, or to where a signal ends them; returns the last."""
-        run, pending, i = lanes[0].run, [], at
-        self.stop.check()  # before this loop: it has no step to end with
-        self.stop.begin(at)
-        self.clock(lanes)
-        while i < until:
+    def _train_steps(self, lanes: list[Lane], stack: LaneStack, start: int, until: int) -> int:
+        """Train steps start + 1 to `until`, or until a signal; return the last step."""
+        run, pending, step = lanes[0].run, [], start
+        self.stop.check()  # before `begin_steps`, after which a signal waits for the end of a step
+        self.stop.begin_steps(start)
+        self._resume_clock(lanes)
+        while step < until:
             for lane in lanes:
                 lane.checkpoints.check()
-            if self.stop.asked or not self.stop.may(i + 1) or all(lane.dead for lane in lanes):
+            if self.stop.asked or not self.stop.may_step(step + 1) or all(lane.diverged for lane in lanes):
                 break
-            i += 1
-            faults.at("step", i)
-            pending.append((i, stack.take(stack.put([lane.feed() for lane in lanes]))))
-            saves = bool(run.save_every) and i % run.save_every == 0 and i < until
-            if i % run.log_every == 0 or i == until:
-                self.take(lanes, stack, pending)
-                self.log(lanes, i, until)
-            if saves:
-                self.take(lanes, stack, pending)
-                self.save(lanes, stack, i, until)
-                self.clock(lanes)
+            step += 1
+            faults.at("step", step)
+            pending.append((step, stack.train_step(stack.put([lane.next_batch() for lane in lanes]))))
+            if step % run.log_every == 0 or step == until:
+                self._collect(lanes, stack, pending)
+                self._log(lanes, step, until)
+            if run.save_every and step % run.save_every == 0 and step < until:
+                self._collect(lanes, stack, pending)
+                self._save(lanes, stack, step, until)
+                self._resume_clock(lanes)
         if pending:
-            self.take(lanes, stack, pending)
-            self.log(lanes, i, until)
-        return i
+            self._collect(lanes, stack, pending)
+            self._log(lanes, step, until)
+        return step
 
-    def clock(self, lanes: list[Lane]) -> None:
-        """Rates count from now on: what was before is no step."""
-        self.since = time.perf_counter()
+    def _resume_clock(self, lanes: list[Lane]) -> None:
+        """Leave the time since the last step (compiling, saving) out of the rates."""
+        self.resumed_at = time.perf_counter()
         for lane in lanes:
             if lane.log:
-                lane.log.last = self.since
+                lane.log.last = self.resumed_at
 
-    def take(self, lanes: list[Lane], stack: Stack, pending: list[Any]) -> None:
-        """Give each lane what the steps since the last time gave; one transfer for all."""
+    def _collect(self, lanes: list[Lane], stack: LaneStack, pending: list[Any]) -> None:
+        """Fetch the metrics of the pending steps in one transfer, and give each lane its own."""
         rows = [(step, jax.device_get(metrics)) for step, metrics in pending]
         pending.clear()
         now = time.perf_counter()
-        self.seconds, self.since = self.seconds + now - self.since, now
-        self.taken, self.left = self.taken + len(rows) * len(lanes), self.left - len(rows) * len(lanes)
+        self.train_seconds, self.resumed_at = self.train_seconds + now - self.resumed_at, now
+        self.lane_steps += len(rows) * len(lanes)
+        self.lane_steps_left -= len(rows) * len(lanes)
         for k, lane in enumerate(lanes):
-            lane.took(rows, k, stack.shares[k])
+            lane.add_metrics(rows, k, stack.rms_factors[k])
 
-    def log(self, lanes: list[Lane], i: int, until: int) -> None:
-        """Write each lane's log, and say how far all are, about ten times."""
+    def _log(self, lanes: list[Lane], step: int, until: int) -> None:
+        """Write the log of each lane, and print the progress of all, about ten times a chunk."""
         for lane in lanes:
-            was = lane.dead
-            lane.write()
-            if lane.dead and not was:
-                console.print(f"cell {lane.cell.number} ({lane.cell.name}) diverged: {lane.died}", soft_wrap=True)
+            was_diverged = lane.diverged
+            lane.write_log()
+            if lane.diverged and not was_diverged:
+                _print_diverged(lane)
         every = lanes[0].run.log_every
-        if i < until and i * 10 // until == (i - every) * 10 // until:
+        if step < until and step * 10 // until == (step - every) * 10 // until:
             return
-        rate = self.taken / self.seconds
-        losses = [lane.log.row["loss"] for lane in lanes if not lane.dead] or [float("nan")]
+        rate = self.lane_steps / self.train_seconds
+        losses = [lane.log.row["loss"] for lane in lanes if not lane.diverged] or [math.nan]
         loss = " to ".join(f"{x:.4f}" for x in sorted({min(losses), max(losses)}))
-        console.print(f"{span([lane.cell for lane in lanes])} · step {i}/{until} · loss {loss} · {rate:.2f} "
-                      f"lane-steps/s · {clock(max(self.left, 0) / rate)} left", soft_wrap=True)  # fmt: skip
+        left = format_time(max(self.lane_steps_left, 0) / rate)
+        console.print(f"{span([lane.trial for lane in lanes])} · step {step}/{until} · loss {loss} · {rate:.2f} "
+                      f"lane-steps/s · {left} left", soft_wrap=True)  # fmt: skip
 
-    def save(self, lanes: list[Lane], stack: Stack | None, i: int, until: int) -> bool:
-        """Each living lane's checkpoint; at `until`, when all are there, what each is worth. Whether no signal ended
-        that."""
-        states, ended, whole = stack.split_up() if stack else [lane.phase.state for lane in lanes], [], True
+    def _save(self, lanes: list[Lane], stack: LaneStack | None, step: int, until: int) -> bool:
+        """Save a checkpoint of each active lane; at step `until` evaluate them all. Return False if a signal ended
+        the evaluation."""
+        states, complete = stack.unstack() if stack else [lane.setup.state for lane in lanes], True
+        evaluated: list[tuple[Lane, Any, dict[str, Any], bool]] = []
         for lane, state in zip(lanes, states, strict=True):
-            if lane.dead or (stack is None and reached(lane.cell) >= until):
+            if lane.diverged or (stack is None and lane.trial.finished_steps >= until):
                 continue
-            lane.phase.state = jax.device_put(state, self.ground.whole)
+            lane.setup.state = jax.device_put(state, self.cache.replicated)
             try:
-                must_be_finite(lane.phase.state.trainable, i, lane.run)
+                check_finite(lane.setup.state.trainable, step, lane.run)
             except InputError as error:
-                lane.die(str(error))
-                console.print(f"cell {lane.cell.number} ({lane.cell.name}) diverged: {error}", soft_wrap=True)
+                lane.mark_diverged(str(error))
+                _print_diverged(lane)
                 continue
-            before = noted(lane.folder, i) if stack is None else {}  # killed behind the last save
-            found = before or (self.stop.between(lambda lane=lane: losses(lane.phase)) if i == until else {})
-            whole = whole and found is not None
-            lane.course.save(found or {})
-            lane.phase.state = None  # type: ignore[assignment]  # the stack has it
-            if i == until and found is not None:
-                ended.append((lane, state, found, bool(before)))
-        for lane, state, found, noted_before in ended:
+            # Without a stack, a process was killed between the last save and summary.json: the log has the losses.
+            logged = logged_evaluation(lane.folder, step) if stack is None else {}
+            losses = logged
+            if not logged and step == until:
+                losses = self.stop.interruptible(lambda lane=lane: evaluate_losses(lane.setup))
+            complete = complete and losses is not None
+            lane.runner.save(losses or {})
+            lane.setup.state = None  # type: ignore[assignment]  # the stack has it
+            if step == until and losses is not None:
+                evaluated.append((lane, state, losses, bool(logged)))
+        for lane, state, losses, was_logged in evaluated:  # once all lanes are saved
             lane.checkpoints.wait()
-            lane.phase.state = state
-            scores = {} if noted_before else self.stop.between(lambda lane=lane: self.scores(lane))
-            if whole := whole and scores is not None:
-                found |= scores
-                if not noted_before:
-                    lane.log.write({"step": i, **found})
-                said = summary(lane.phase, lane.folder, self.ground.before(lane.run), found, cost(stack, len(lanes)))
-                said |= {"status": "done" if i == lane.run.steps else "stopped", "steps": i}
-                write_whole(lane.folder / "summary.json", json.dumps(said, indent=1) + "\n")
-            lane.phase.state = None  # type: ignore[assignment]
-        return whole
+            lane.setup.state = state
+            scores = {} if was_logged else self.stop.interruptible(lambda lane=lane: self._scores(lane))
+            if complete := complete and scores is not None:
+                self._write_summary(lane, stack, len(lanes), step, losses | scores, was_logged)
+            lane.setup.state = None  # type: ignore[assignment]
+        return complete
 
-    def scores(self, lane: Lane) -> dict[str, Any]:
-        """The scores of a lane at its end on validation rows, if the sweep asks for them."""
-        if not self.sweep.score or lane.course.done != lane.run.steps:
+    def _write_summary(
+        self, lane: Lane, stack: LaneStack | None, lanes: int, step: int, after: dict[str, Any], was_logged: bool
+    ) -> None:
+        if not was_logged:
+            lane.log.write({"step": step, **after})
+        cost = (
+            {"step_peak_bytes": stack.peak_bytes, "compile_seconds": round(stack.compile_seconds, 2)} if stack else {}
+        )
+        summary = summarize(lane.setup, lane.folder, self.cache.base_losses(lane.run), after, cost | {"lanes": lanes})
+        summary |= {"status": "done" if step == lane.run.steps else "stopped", "steps": step}
+        atomic_write(lane.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+
+    def _scores(self, lane: Lane) -> dict[str, Any]:
+        """Return the scores on validation rows of a lane at its end, if the sweep asks for them."""
+        if not self.score or lane.runner.last_step != lane.run.steps:
             return {}
-        phase, rows = lane.phase, self.ground.asked(lane.run, self.sweep.score)
-        phase.state = jax.device_put(phase.state, self.ground.whole)
-        with of_saved(lane.run, lane.run.steps):
-            answers = outputs(*bound(phase), phase.tokenizer, rows, longest_answer(rows, phase.tokenizer))
-            return {"valid_scores": phase.task.score(rows, answers)}
+        setup, rows = lane.setup, self.cache.valid_rows(lane.run, self.score)
+        setup.state = jax.device_put(setup.state, self.cache.replicated)
+        with explain_scoring_failure(lane.run, lane.run.steps):
+            answers = generate_answers(*bound_model(setup), setup.tokenizer, rows, longest_reply(rows, setup.tokenizer))
+            return {"valid_scores": setup.task.score(rows, answers)}
 
 
-def cost(stack: Stack | None, lanes: int) -> dict[str, Any]:
-    """What the compiler says of a stack's program, and how many cells share its steps."""
-    made = {"step_peak_bytes": stack.peak, "compile_seconds": round(stack.seconds, 2)} if stack else {}
-    return made | {"lanes": lanes}
+def rungs(steps: int, halve: int) -> list[int]:
+    """Return the steps at which all but the best stop, and the last: steps / halve^2, steps / halve, steps."""
+    return [max(round(steps / halve**k), 1) for k in (2, 1, 0)] if halve else [steps]
 
 
 @contextlib.contextmanager
-def quiet(on: bool) -> Iterator[None]:
-    """Say nothing, if on."""
-    before, console.quiet = console.quiet, on or console.quiet
+def _muted(muted: bool) -> Iterator[None]:
+    """Print nothing meanwhile, if `muted`."""
+    before, console.quiet = console.quiet, muted or console.quiet
     try:
         yield
     finally:
         console.quiet = before
 
 
-def span(cells: list[Trial]) -> str:
-    """`cells 0-3`, `cell 4`."""
-    first, last = cells[0].number, cells[-1].number
-    return f"cells {first}-{last}" if last > first else f"cell {first}"
-
-
-def print_programs(found: list[Group], apart: dict[str, str], n: int) -> None:
-    """Say which programs there are, and why not one."""
-    console.print(f"{n} cells in {len(found)} program{'s' * (len(found) > 1)}: each trains its cells as lanes of one "
-                  "step. They share the base, the compilation and the launches, not the FLOPs: it pays where one run "
-                  "does not fill the machine", soft_wrap=True)  # fmt: skip
-    for name, why in sorted(apart.items()):
-        console.print(f"cells that differ in {name} are apart: {why}", soft_wrap=True)
-    for i, group in enumerate(found):
-        varies = ", ".join(group.numbers) or "data alone"
-        cells = ", ".join(str(cell.number) for cell in group.cells[:8]) + (", ..." if len(group.cells) > 8 else "")
-        name = type(group.run.method).__name__.lower()
-        console.print(f"program {i + 1}: {len(group.cells)} lane{'s' * (len(group.cells) > 1)} of {name} ({cells}); "
-                      f"in arrays: {varies}; {group.run.steps} steps", soft_wrap=True)  # fmt: skip
+def _print_diverged(lane: Lane) -> None:
+    console.print(f"trial {lane.trial.number} ({lane.trial.name}) diverged: {lane.reason}", soft_wrap=True)
