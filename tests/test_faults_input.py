@@ -24,7 +24,7 @@ from graftax.data.sources import documents, rows
 from graftax.data.tasks.file_task import file_task
 from graftax.data.tokenizers import load_tokenizer, train_tokenizer
 from graftax.model import Rope
-from graftax.model.hf.files import did_you_mean_folder
+from graftax.model.hf.hub import did_you_mean_folder
 from graftax.peft.methods.oft import nearest_divisor
 from graftax.train import harness
 from graftax.train.cli import main

@@ -17,6 +17,6 @@ def test_a_method_is_invented_checked_swept_and_plotted(tmp_path, monkeypatch):
         source = "".join(cell["source"]).replace("STEPS, here = 120,", "STEPS, here = 24,")
         exec(compile(source, f"{NOTEBOOK.name}, code cell {i}", "exec"), space)
     assert "STEPS, here = 120," in "".join(cells[0]["source"]), "else this test takes a minute"
-    assert (space["found"]["cells"], space["found"]["done"] + space["found"]["diverged"]) == (20, 20)
+    assert (space["found"]["trials"], space["found"]["done"] + space["found"]["diverged"]) == (20, 20)
     assert peft.count(space["Core"](), space["base"].config) == 14 * 64
     assert (tmp_path / "invent/rates.png").stat().st_size > 5000

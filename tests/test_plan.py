@@ -14,9 +14,10 @@ from graftax.peft import LoRA, Subset
 from graftax.train import cli
 from graftax.train.config import Data, Run
 from graftax.train.plan import hlo, jaxpr_memory, planner, trace
-from graftax.train.plan.planner import planned, too_much
+from graftax.train.plan.command import Plan
+from graftax.train.plan.planner import make_plan, parse_out_of_memory
 from graftax.train.plan.search import meshes
-from graftax.train.plan.topology import libtpu, target
+from graftax.train.plan.topology import libtpu, parse_topology
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -119,27 +120,31 @@ def test_a_trace_counts_products_of_loops_and_what_lives():
         return y.sum() + kept.sum()
 
     closed = jax.make_jaxpr(step)(jnp.ones((8, 16)), jnp.ones((5, 16, 16)))
-    got = trace.cost(closed, trace.Sizes())
+    got = trace.trace_cost(closed, trace.DeviceSizes())
     assert got.flops == 2 * 5 * 2 * 8 * 16 * 16
     stacked, carry, weight = 5 * 8 * 16 * 4, 8 * 16 * 4, 16 * 16 * 4
     assert stacked + carry + weight <= got.peak <= stacked + 3 * carry + weight
-    assert stacked <= got.kept <= got.peak
+    assert stacked <= got.activations <= got.peak
 
 
 def test_a_scan_says_what_it_carries():
     """In the words of jax 0.10, and in those of 0.12: trees of what goes in."""
     trees = SimpleNamespace(unpack=lambda: (("c",), ("x", "y"), ("row",)))
-    assert jaxpr_memory.carried({"num_consts": 1, "num_carry": 2}) == jaxpr_memory.carried({"ft_in": trees}) == (1, 2)
+    assert (
+        jaxpr_memory.scan_arity({"num_consts": 1, "num_carry": 2})
+        == jaxpr_memory.scan_arity({"ft_in": trees})
+        == (1, 2)
+    )
     inner = lambda x, w: (x + w, None)  # noqa: E731
     (scan,) = jax.make_jaxpr(lambda x, w: jax.lax.scan(inner, x, w))(jnp.ones(3), jnp.ones((5, 3))).eqns
-    assert jaxpr_memory.carried(scan.params) == (0, 1)
+    assert jaxpr_memory.scan_arity(scan.params) == (0, 1)
 
 
 @pytest.mark.parametrize("method", [Subset("all"), LoRA()], ids=["full", "lora"])
 def test_a_plan_says_what_the_compiled_step_of_a_run_says(method):
-    run, here = dataclasses.replace(RUN, method=method), target("cpu:8")
-    row = planned(run, here)
-    guess = planned(run, here, compiling=False)
+    run, here = dataclasses.replace(RUN, method=method), parse_topology("cpu:8")
+    row = make_plan(run, here)
+    guess = make_plan(run, here, compiling=False)
     assert (row["source"], guess["source"]) == ("compiled", "model")
     assert row["arguments"] + row["temporaries"] == pytest.approx(row["bytes"]["total"], rel=0.02)
     exact = sum(row["bytes"][k] for k in ("weights", "trainable", "optimizer"))
@@ -151,18 +156,18 @@ def test_a_plan_says_what_the_compiled_step_of_a_run_says(method):
 
 
 def test_without_a_compiler_there_is_a_model_that_says_so():
-    row = planned(dataclasses.replace(RUN, mesh=(1, -1, 1)), target("gpu:h200x8"))
+    row = make_plan(dataclasses.replace(RUN, mesh=(1, -1, 1)), parse_topology("gpu:h200x8"))
     assert row["source"] == "model"
     assert "no compiler" in row["compiler"]
     assert row["fits"]
     assert row["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1, "context": 1}
-    narrow = planned(dataclasses.replace(RUN, mesh=(1, 2, 2, 2)), target("gpu:h200x8"))
+    narrow = make_plan(dataclasses.replace(RUN, mesh=(1, 2, 2, 2)), parse_topology("gpu:h200x8"))
     assert narrow["sent"]["context"]["all-gather"] > 0
 
 
 @pytest.mark.skipif(not libtpu(), reason="libtpu is not installed")
 def test_a_tpu_slice_is_compiled_for_ahead_of_time():
-    row = planned(dataclasses.replace(RUN, mesh=(1, 4, 1)), target("v5e:2x2"))
+    row = make_plan(dataclasses.replace(RUN, mesh=(1, 4, 1)), parse_topology("v5e:2x2"))
     assert row["source"] == "compiled"
     assert row["chip"] == "TPU v5e"
     assert row["fits"]
@@ -170,20 +175,18 @@ def test_a_tpu_slice_is_compiled_for_ahead_of_time():
 
 def test_a_program_that_is_too_large_says_by_how_much():
     said = "Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
-    assert too_much(said) == (20.5 * 2**30, 15.75 * 2**30)
-    assert too_much("required for HLO temporaries (335.31G) exceeds available HBM (15.75G)") == (
+    assert parse_out_of_memory(said) == (20.5 * 2**30, 15.75 * 2**30)
+    assert parse_out_of_memory("required for HLO temporaries (335.31G) exceeds available HBM (15.75G)") == (
         335.31 * 2**30, 15.75 * 2**30)  # fmt: skip
-    assert too_much("something else") is None
+    assert parse_out_of_memory("something else") is None
     huge = dataclasses.replace(MODEL, D=16384, F=65536, N=128, K=128, H=128, L=64)
-    row = planned(dataclasses.replace(RUN, model=huge, mesh=(8, 1, 1)), target("gpu:h100x8"))
+    row = make_plan(dataclasses.replace(RUN, model=huge, mesh=(8, 1, 1)), parse_topology("gpu:h100x8"))
     assert not row["fits"]
     assert row["left"] < -(2**40)
 
 
 def plan(*args: str):
-    from graftax.train.plan.command import plan
-
-    return plan(list(args))
+    return Plan.from_flags(list(args)).run()
 
 
 def test_the_command(capsys):
@@ -208,11 +211,11 @@ def test_meshes_use_all_devices():
 
 @pytest.mark.parametrize(("args", "message"), [
     (["sft", "--base", "tiny", "--topology", "v5x:2x2"], "--topology 'v5x:2x2'.*did you mean v5"),
-    (["sft", "--base", "tiny", "--topology", "gpu:b7x8"], "wanted one of"),
+    (["sft", "--base", "tiny", "--topology", "gpu:b7x8"], "expected one of"),
     (["sft", "--base", "tiny", "--data.T", "32", "--topology", "cpu:8", "--mesh", "3", "1", "1"], "not match the 8"),
     (["sft", "--base", "tinny", "--topology", "cpu:8"], "did you mean tiny"),
     (["sft", "--topology", "cpu:8"], "give --base"),
-    (["sftt"], "wants a recipe, not 'sftt'; did you mean sft"),
+    (["sftt"], "needs a recipe, not 'sftt'; did you mean sft"),
     (["sft", "--base", "tiny", "--data.T", "32", "--data.batch", "6", "--topology", "cpu:8"], "batch 6 does not"),
 ])  # fmt: skip
 def test_what_a_plan_refuses(args, message):

@@ -44,9 +44,9 @@ def _demo(args: list[str]) -> Any:
 
 
 def _plan(args: list[str]) -> Any:
-    from .plan.command import plan
+    from .plan.command import Plan
 
-    return plan(args)
+    return Plan.from_flags(args).run()
 
 
 def _experiment(module: str, name: str) -> Callable[[list[str]], Any]:

@@ -241,4 +241,4 @@ def _stands_alone(flag: str) -> bool:
     owners: Any = (Run, Data, Optim, Config, commands.Eval, commands.Generate, *peft.methods.values())
     switches = {field.name for owner in owners for field in dataclasses.fields(owner) if field.type in (bool, "bool")}
     name = flag[2:].rpartition(".")[2].replace("-", "_").removeprefix("no_")
-    return name in switches | {"resume", "search", "model", "help"}
+    return name in switches | {"resume", "search", "compile", "model", "help"}

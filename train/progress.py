@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from .. import InputError
 from ..atomic import atomic_write
-from .plan.roofline import chip_of
+from .chips import chip_of
 
 console = Console(stderr=True, highlight=False, markup=False, width=None if sys.stderr.isatty() else 120)
 

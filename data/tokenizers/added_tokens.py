@@ -65,7 +65,7 @@ def _extend(tokenizer: Tokenizer, tokens: dict[str, bool]) -> Tokenizer:
     ordinary = next((name for name in new if model.token_to_id(name) is not None), None)
     if ordinary is not None:
         raise InputError(f"added token {ordinary!r}: already an ordinary piece of this vocabulary; take another name")
-    config: dict[str, Any] = names | files.json(CONFIG)
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **names, **files.json(CONFIG)}
     flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
     for name, special in new.items():
         token = AddedToken(name, special=special, normalized=False)

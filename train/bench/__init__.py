@@ -1,0 +1,1 @@
+"""Benchmarks: scripts that measure what docs/results reports. Nothing imports this package."""

@@ -1,4 +1,4 @@
-"""`python -m graftax.train.bench`: speed and memory of train steps, beside those of HF Transformers + PEFT."""
+"""`python -m graftax.train.bench`: time and memory of train steps, compared with HF Transformers + PEFT."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ from .table import section, write
 
 
 def options(argv: list[str] | None) -> argparse.Namespace:
-    """What the flags say."""
+    """Parse the flags."""
     parser = argparse.ArgumentParser(
         "python -m graftax.train.bench",
         description="Time and memory of a train step; see docs/results/steps.md.",
@@ -21,7 +21,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=["cpu", "gpu"], help="run this device's cases")
     parser.add_argument("--steps", type=int, default=9, help="rounds that count, after 2 that do not")
     parser.add_argument("--malloc", default="keep", choices=["keep", "plain", "both"],
-                        help="glibc that keeps freed memory and uses huge pages, or as it comes")  # fmt: skip
+                        help="keep: glibc keeps freed memory and uses huge pages; plain: its defaults")  # fmt: skip
     parser.add_argument("--torch-python", default=os.environ.get("GRAFTAX_TORCH_PYTHON", ""),
                         help="a Python with torch, transformers and peft ($GRAFTAX_TORCH_PYTHON)")  # fmt: skip
     parser.add_argument("--write", action="store_true", help="put the tables into docs/results/steps.md")

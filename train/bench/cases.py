@@ -1,4 +1,4 @@
-"""What is measured: one line a case. A case on another device, or in another dtype, is another line."""
+"""The cases of the benchmark, one line each. A case on another device or in another dtype is another line."""
 
 import dataclasses
 from typing import Any
@@ -10,24 +10,24 @@ RANK, ALPHA = 8, 16.0  # LoRA on all seven matrices of a layer
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model, a batch, and the methods whose train steps take turns on it."""
+    """A model, a batch, and the methods whose train steps are compared."""
 
     name: str
     config: Config
     batch: int  # rows
     T: int  # tokens in a row
     methods: tuple[str, ...] = ("full", "lora")
-    dtype: str = "float32"  # of the products and of a frozen base; what trains is fp32
+    dtype: str = "float32"  # of matrix products and of a frozen base; trained parameters are fp32
     lean: bool = False  # as little memory as possible: scan + full remat + chunked loss; HF: gradient checkpointing
     device: str = "cpu"
 
     @property
     def tokens(self) -> int:
-        """Tokens in a step."""
+        """Return the tokens of a step."""
         return self.batch * self.T
 
     def spec(self, method: str, steps: int) -> dict[str, Any]:
-        """All that a contender needs to know, as JSON."""
+        """Return the settings of a contender as JSON."""
         config = dataclasses.replace(
             self.config,
             context=max(self.T, self.config.context),

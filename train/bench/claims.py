@@ -1,8 +1,8 @@
-"""`python -m graftax.train.bench.claims`: two published claims about LoRA, at this scale (claims.md).
+"""`python -m graftax.train.bench.claims`: test two published claims about LoRA at this scale (claims.md).
 
 (a) The best learning rate of LoRA is about ten times that of full fine-tuning and hardly depends on the rank.
 (b) At equal numbers of trainable parameters LoRA on MLPs, or everywhere, beats LoRA on attention alone.
-(J. Schulman and Thinking Machines Lab, "LoRA Without Regret", 2025.) Every training is a cell of a `graftax sweep`.
+(J. Schulman and Thinking Machines Lab, "LoRA Without Regret", 2025.) Every training is a trial of `graftax sweep`.
 """
 
 import argparse
@@ -21,19 +21,17 @@ from ... import InputError, peft
 from ...peft import Subset
 from ...peft.methods.lora import LoRA
 from ..config import Data, Optim, Run
-from ..machine import cpu_name
+from ..machine import cpu_cores, cpu_name
 from ..recipes import recipes
-from .peer import threads
 from .table import RESULTS, write
 
 FULL = tuple(2.5e-4 * 2**i for i in range(7))  # rates; of LoRA ten times these
 RANKS, WHERE = (2, 8, 32), ("attention", "mlp", "linear")
 BUDGETS = (7, 24)  # ranks of `attention`; the others get the rank with the nearest number of parameters
-HERE = RESULTS
 
 
 class Line(NamedTuple):
-    """A curve over learning rates: of seeds' losses at each."""
+    """Losses over learning rates: {rate: the loss of each seed}."""
 
     name: str
     parameters: int
@@ -41,23 +39,26 @@ class Line(NamedTuple):
 
     @property
     def means(self) -> dict[float, float]:
-        """Mean loss at each rate."""
+        """Return {rate: mean loss over seeds}, sorted by rate."""
         return {rate: float(np.mean(losses)) for rate, losses in sorted(self.losses.items())}
 
     @property
     def best(self) -> float:
-        """The rate with the least mean loss."""
+        """Return the rate with the lowest mean loss."""
         return min(self.means, key=lambda rate: self.means[rate])
 
     @property
     def shown(self) -> str:
-        """That rate; with ↓ or ↑ where it is the lowest or highest that was tried, so that a better may lie beyond."""
+        """Return the best rate as text, marked ↓ or ↑ at an end of the grid, beyond which a better one may lie."""
         ends = {min(self.means): " ↓", max(self.means): " ↑"}
         return f"{self.best:.2g}{ends.get(self.best, '')}"
 
     def vertex(self, losses: Sequence[float] = ()) -> float:
-        """The rate where a parabola through the least loss and its neighbours', over log rate, is least; the rate of
-        the least loss itself at an end of the grid, or beside one that diverged. `losses`: a seed's (the means)."""
+        """Return the minimum of a parabola over log rate through the lowest loss and its two neighbours.
+
+        At an end of the grid, or beside a rate that diverged, return the best rate itself. `losses` are those of one
+        seed; by default the means.
+        """
         rates, y = np.log(list(self.means)), np.array(losses or list(self.means.values()))
         i = int(y.argmin())
         if not 0 < i < len(y) - 1 or not np.isfinite(y[i - 1 : i + 2]).all():
@@ -67,12 +68,12 @@ class Line(NamedTuple):
 
 
 def around(rate: float) -> list[float]:
-    """Four rates, finer than the grid that this best one is of: from half of it to 1.4 times; above, LoRA breaks."""
+    """Return four rates from 0.5 to 1.4 times the best one, finer than its grid; above that LoRA diverges."""
     return [rate * 2 ** (i / 2) for i in (-2, -1, 0, 1)]
 
 
 def swept(run: Run, name: str, over: Sequence[str], out: Path, params: Any) -> Line:
-    """A sweep, or what it found when it ran."""
+    """Run a sweep, or read its results if it is done; return its losses."""
     from ..experiments.sweep.command import Sweep
 
     run = dataclasses.replace(run, out=str(out / name.replace(" ", "_")), resume="auto")
@@ -89,13 +90,13 @@ def axis(rates: Sequence[float], factor: float = 1.0) -> str:
     return "optim.lr=" + ",".join(f"{rate * factor:.4g}" for rate in rates)
 
 
-def matched(params: Any, where: str, wanted: int) -> int:
-    """The rank at which LoRA there has the nearest number of parameters."""
-    return max(round(wanted / peft.count(LoRA(rank=1, where=where), params)), 1)
+def matched(params: Any, where: str, budget: int) -> int:
+    """Return the rank at which LoRA on these matrices has the nearest number of parameters."""
+    return max(round(budget / peft.count(LoRA(rank=1, where=where), params)), 1)
 
 
 def rates_table(full: Line, ranks: Sequence[Line]) -> str:
-    """Claim (a) as a table."""
+    """Return the table of claim (a)."""
     lines = ["| what trains | parameters | best rate of the grid | least of a parabola | by seed | of full's | "
              "validation loss there |", "|---|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
     for line in (full, *ranks):
@@ -109,7 +110,7 @@ def rates_table(full: Line, ranks: Sequence[Line]) -> str:
 
 
 def places_table(groups: Sequence[Sequence[Line]]) -> str:
-    """Claim (b) as a table: at the best rate of each."""
+    """Return the table of claim (b): each at its best rate."""
     lines = ["| LoRA on | parameters | best rate | validation loss | by seed |", "|---|--:|--:|--:|--:|"]
     for group in groups:
         for line in group:
@@ -119,7 +120,7 @@ def places_table(groups: Sequence[Sequence[Line]]) -> str:
 
 
 def picture(path: Path, groups: Mapping[str, Sequence[Line]]) -> None:
-    """Loss over learning rate, a panel each."""
+    """Draw loss over learning rate as a PNG, one panel for each group."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5 * len(groups), 4), layout="constrained")
@@ -134,12 +135,14 @@ def picture(path: Path, groups: Mapping[str, Sequence[Line]]) -> None:
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)
     low = min(min(line.means.values()) for lines in groups.values() for line in lines)
-    axes[0].set(ylabel="validation loss, nats a token", ylim=(low - 0.1, low + 1.5))  # what broke is above the frame
+    axes[0].set(
+        ylabel="validation loss, nats per token", ylim=(low - 0.1, low + 1.5)
+    )  # diverged runs lie above the frame
     figure.savefig(path, dpi=110)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run what is not done yet; print, and maybe keep, tables and picture."""
+    """Run the sweeps that are not done; print the tables, and with --write store them and the picture."""
     parser = argparse.ArgumentParser("python -m graftax.train.bench.claims", description="See docs/results/claims.md.")
     parser.add_argument("--base", required=True, help="a run directory")
     parser.add_argument("--root", required=True, help="the data folder")
@@ -163,21 +166,21 @@ def main(argv: list[str] | None = None) -> None:
     rates = axis(around(ranks[1].best))
     groups = []
     for attention in BUDGETS:
-        wanted = peft.count(LoRA(rank=attention, where="attention"), params)
+        budget = peft.count(LoRA(rank=attention, where="attention"), params)
         group = []
         for where in WHERE:
-            rank = matched(params, where, wanted)
-            said = {"linear": "everywhere"}.get(where, where)
-            group.append(swept(lora(rank, where), f"{said} rank {rank}", (rates, seeds), out, params))
+            rank = matched(params, where, budget)
+            place = {"linear": "everywhere"}.get(where, where)
+            group.append(swept(lora(rank, where), f"{place} rank {rank}", (rates, seeds), out, params))
         groups.append(group)
-    about = (f"{time.strftime('%Y-%m-%d')}, {threads()} cores, {cpu_name()}, jax {version('jax')}: {args.task}, "
+    about = (f"{time.strftime('%Y-%m-%d')}, {cpu_cores()} cores, {cpu_name()}, jax {version('jax')}: {args.task}, "
              f"{args.steps} steps of 3 x 160 tokens, {args.seeds} seeds")  # fmt: skip
     text = "\n".join([f"{about}.\n", "### (a)\n", rates_table(full, ranks), "\n### (b)\n", places_table(groups), ""])
     print(text)
     if args.write:
-        write(text, f"claims {args.task}", HERE / "claims.md")
+        write(text, f"claims {args.task}", RESULTS / "claims.md")
         panels = {"(a) full and ranks": [full, *ranks]} | {f"(b) {g[0].parameters:,} parameters": g for g in groups}
-        picture(HERE / f"claims_{args.task}.png", panels)
+        picture(RESULTS / f"claims_{args.task}.png", panels)
 
 
 if __name__ == "__main__":

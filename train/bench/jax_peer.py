@@ -21,7 +21,7 @@ from .peer import peak_rss, serve
 
 
 def build(spec: dict[str, Any]) -> tuple[Callable[[], float], dict[str, Any], Callable[[], Any]]:
-    """(step, facts, peak device memory) of a spec of `cases.py`."""
+    """Return (step, facts, function of the peak device memory) for a spec of `cases.py`."""
     libraries, config = peak_rss(), config_from_dict(spec["config"], "spec")
     method = Subset() if spec["method"] == "full" else LoRA(rank=spec["rank"], alpha=spec["alpha"])
     ids = np.random.default_rng(0).integers(0, config.V, (spec["batch"], spec["T"] + 1))
@@ -31,7 +31,7 @@ def build(spec: dict[str, Any]) -> tuple[Callable[[], float], dict[str, Any], Ca
     frozen, trainable = partition(method, init(config, jax.random.key(0)), jax.random.key(1))
     tx = make_optimizer(Optim(schedule="constant", warmup=0), trainable, spec["steps"])
     state = init_state(trainable, tx)
-    del trainable  # the state is donated: its buffers are held once
+    del trainable  # the state is donated; do not keep its buffers twice
     start = time.perf_counter()
     jitted = jax.jit(make_train_step(Transformer(config), method, tx, chunk=spec["chunk"]), donate_argnums=0)
     run = jitted.lower(state, frozen, batch).compile()
@@ -47,9 +47,9 @@ def build(spec: dict[str, Any]) -> tuple[Callable[[], float], dict[str, Any], Ca
 
 
 def _compiled(run: Any) -> dict[str, float]:
-    """What the compiled step holds, MB: arguments, temporaries, and at its peak both and the outputs."""
+    """Return the memory of the compiled step in MB: arguments, temporaries, and the peak with outputs."""
     m = run.memory_analysis()
-    if m is None:  # not every backend tells
+    if m is None:  # some backends do not report it
         return {}
     peak = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
     return {"arguments": m.argument_size_in_bytes / 1e6, "temporaries": m.temp_size_in_bytes / 1e6, "peak": peak / 1e6}

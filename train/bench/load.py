@@ -1,6 +1,6 @@
 """`python -m graftax.train.bench.load`: time and peak memory of reading a Hugging Face checkpoint.
 
-Writes random bfloat16 weights of a preset's shapes as shards, then reads them in a process of its own (Linux).
+Write random bfloat16 weights with the shapes of a preset as shards, and read them in another process (Linux).
 """
 
 import argparse
@@ -35,7 +35,7 @@ print(json.dumps({"bytes": size, "seconds": seconds, "peak": most(), "before": o
 
 
 def make(folder: Path, preset: str) -> None:
-    """A checkpoint of random bfloat16 numbers; every tensor is made when it is written."""
+    """Write a checkpoint of random bfloat16 numbers; each tensor is generated when it is written."""
     config = presets[preset]
     rng = np.random.default_rng(0)
     _, tensors = tensor_sources(config)
@@ -46,7 +46,7 @@ def make(folder: Path, preset: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write, read, and print one line."""
+    """Write a checkpoint, read it in another process, and print one line."""
     parser = argparse.ArgumentParser("python -m graftax.train.bench.load", description=__doc__)
     parser.add_argument("--preset", default="llama-3.2-1b", choices=[k for k, c in presets.items() if c.family])
     args = parser.parse_args(argv)

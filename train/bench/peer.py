@@ -1,4 +1,4 @@
-"""A contender: a process that builds a train step, then makes one whenever it is told to. Standard library only."""
+"""A contender: a process that builds a train step and runs it on request. Imports the standard library only."""
 
 import json
 import os
@@ -11,9 +11,9 @@ from typing import Any, TextIO
 
 
 def peak_rss() -> float:
-    """The most memory this process has held, MB (10^6 bytes)."""
+    """Return the peak resident memory of this process in MB (10^6 bytes)."""
     try:
-        with open("/proc/self/status") as lines:  # unlike ru_maxrss it does not begin with what the parent held
+        with open("/proc/self/status") as lines:  # unlike ru_maxrss, not inherited from the parent
             return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
     except (OSError, StopIteration):
         unit = 1 if sys.platform == "darwin" else 1024
@@ -21,24 +21,24 @@ def peak_rss() -> float:
 
 
 def threads() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
 def protocol() -> Iterator[TextIO]:
-    """The real stdout, for the parent alone: what libraries print goes to stderr meanwhile."""
+    """Yield the real stdout, for messages to the parent; what libraries print goes to stderr meanwhile."""
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)
         yield out
 
 
 def serve(build: Callable[[dict[str, Any]], tuple[Callable[[], float], dict[str, Any], Callable[[], Any]]]) -> None:
-    """Build from the spec in argv[1]; then each line of stdin is one step, and the end of stdin is the end.
+    """Build a step from the spec in argv[1]; run it once for each line of stdin.
 
-    build(spec) -> (step() -> loss in nats, facts to report, peak device memory in MB or None). A step must be finished
-    when it returns. Each line it writes is JSON: the facts; after a step {"s": seconds, "cpu": seconds of all threads,
-    "loss": nats}; at the end {"rss": MB, "device": MB}.
+    build(spec) -> (step() -> loss in nats, facts to report, peak device memory in MB or None). A step returns
+    when it is finished. Each line written is JSON: the facts; after a step {"s": seconds, "cpu": seconds of all
+    threads, "loss": nats}; at the end {"rss": MB, "device": MB}.
     """
     with protocol() as out:
 

@@ -1,6 +1,6 @@
-"""`python -m graftax.train.bench.plan`: what `graftax plan` predicts, what the compiler says, what a run then takes.
+"""`python -m graftax.train.bench.plan`: memory as `graftax plan` predicts it, as compiled, and as a run takes it.
 
-Each case is a process of its own with as many host devices as its mesh has; it runs three steps on random weights.
+Each case is a process of its own with a host device for each device of its mesh; it runs three steps on random weights.
 """
 
 import argparse
@@ -11,23 +11,21 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
 
-from ...model import Transformer, init, shapes_of
+from ...model import init, shapes_of
 from ...model.quantize import quantize
 from ...model.sharding import put_batch, shardings
 from ...peft import methods
 from ..config import Data, Run
 from ..machine import cpu_name
-from ..plan.planner import architecture, planned
-from ..plan.topology import target
-from ..setup import BATCH_DTYPES, base_shapes, layout, lower
-
-RESULTS = Path(__file__).parents[2] / "docs" / "results" / "plan.md"
+from ..plan.planner import compile_from_shapes, make_plan, resolve_architecture
+from ..plan.topology import parse_topology
+from ..setup import BATCH_DTYPES, base_shapes, layout
+from .table import RESULTS, write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Case:
 
     @property
     def run(self) -> Run:
-        """The run that this is."""
+        """The run of this case."""
         layers: Any = "stacked" if self.stacked else "unrolled"
         return Run(
             phase="finetune", base=self.preset, method=methods[self.method](), mesh=self.mesh, layers=layers,
@@ -73,48 +71,45 @@ CASES = [
 
 
 def resident(field: str) -> int:
-    """VmRSS or VmHWM (the most so far) of this process, bytes (Linux)."""
+    """Return VmRSS or VmHWM (the peak) of this process in bytes (Linux)."""
     return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore[index]
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Predict, compile, and run three steps; bytes of all devices together for what runs, of one for the rest."""
-    where = target(f"cpu:{math.prod(case.mesh)}")
-    guess, said = planned(case.run, where, compiling=False), planned(case.run, where)
-    run, config = architecture(case.run)
-    mesh = where.mesh(case.mesh)
+    """Predict, compile, and run three steps. Return bytes per device, but of all devices for what was run."""
+    target = parse_topology(f"cpu:{math.prod(case.mesh)}")
+    predicted, compiled = make_plan(case.run, target, compiling=False), make_plan(case.run, target)
+    run, config = resolve_architecture(case.run)
+    mesh = target.mesh(case.mesh)
     with jax.set_mesh(mesh):
-        laid = layout(run, mesh, base_shapes(run, config))
-        struct = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
-        frozen, state = jax.tree.map(struct, laid.shapes, laid.shardings)
-        phase = SimpleNamespace(run=run, mesh=mesh, model=Transformer(config), method=run.method, frozen=frozen,
-                                state=state, tx=laid.tx)  # fmt: skip
-        lowered, options = lower(phase)
-        step = lowered.compile(compiler_options=options)
+        placed = layout(run, mesh, base_shapes(run, config))
+        step = compile_from_shapes(run, config, mesh, placed)
         params = jax.jit(init, static_argnums=0, out_shardings=shardings(mesh, shapes_of(config)))(
             config, jax.random.key(0))  # fmt: skip
         params = quantize(params, run.quantize) if run.quantize else params
-        frozen, state = jax.jit(laid.begin, out_shardings=laid.shardings)(params)
-        held = sum(x.nbytes for x in jax.tree.leaves((frozen, state)))
-        params = jax.block_until_ready((frozen, state)) and None
+        frozen, state = jax.jit(placed.begin, out_shardings=placed.shardings)(params)
+        jax.block_until_ready((frozen, state))
+        del params
         before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         put, shape = put_batch(mesh), (run.data.batch, run.data.T)
         for i in range(3):
             rows = np.random.default_rng(i).integers(1, config.V, shape)
-            ones = ("weights", "segments")
-            batch = {k: np.ones(shape, v) if k in ones else rows.astype(v) for k, v in BATCH_DTYPES.items()}
+            batch = {
+                k: np.ones(shape, v) if k in ("weights", "segments") else rows.astype(v)
+                for k, v in BATCH_DTYPES.items()
+            }
             batch["positions"] = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
             state, metrics = step(state, frozen, put(batch))
             jax.block_until_ready(metrics)
-    n = where.n
-    return {"model": guess["bytes"]["total"], "compiled": said["arguments"] + said["temporaries"],
-            "arguments": said["arguments"], "temporaries": said["temporaries"], "devices": n,
-            "grown": resident("VmHWM") - before, "wanted": said["temporaries"] * n, "held": held}  # fmt: skip
+    temporaries = compiled["temporaries"]
+    return {"model": predicted["bytes"]["total"], "compiled": compiled["arguments"] + temporaries,
+            "temporaries": temporaries, "all_temporaries": temporaries * target.n,
+            "rss_growth": resident("VmHWM") - before}  # fmt: skip
 
 
 def table(rows: list[tuple[Case, dict[str, Any]]]) -> str:
-    """The results as Markdown, in MiB."""
+    """Return the results as Markdown, in MiB."""
     head = ["case", "base", "mesh", "rows", "remat", "predicted", "compiled", "of which temporary", "difference",
             "temporaries of all devices", "RSS grew by", "difference"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|---|---|---|--:|---|" + "--:|" * (len(head) - 5)]
@@ -123,8 +118,8 @@ def table(rows: list[tuple[Case, dict[str, Any]]]) -> str:
         lines.append("| " + " | ".join([
             case.name, case.preset, "x".join(map(str, case.mesh)), str(case.batch), case.remat,
             f"{mib['model']:.1f}", f"{mib['compiled']:.1f}", f"{mib['temporaries']:.1f}",
-            f"{r['model'] / r['compiled'] - 1:+.1%}", f"{mib['wanted']:.0f}", f"{mib['grown']:.0f}",
-            f"{r['grown'] / r['wanted'] - 1:+.0%}",
+            f"{r['model'] / r['compiled'] - 1:+.1%}", f"{mib['all_temporaries']:.0f}", f"{mib['rss_growth']:.0f}",
+            f"{r['rss_growth'] / r['all_temporaries'] - 1:+.0%}",
         ]) + " |")  # fmt: skip
     return "\n".join(lines)
 
@@ -147,11 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     text = table(rows)
     print(text)
     if args.write:
-        old = RESULTS.read_text("utf-8")
-        begin, end = "<!-- begin -->\n", "<!-- end -->"
-        before, after = old.split(begin)[0], old.split(end)[1]
-        libraries = f"{cpu_name()}; jax {jax.__version__}.\n\n"
-        RESULTS.write_text(f"{before}{begin}{libraries}{text}\n{end}{after}", "utf-8")
+        write(f"{cpu_name()}; jax {jax.__version__}.\n\n{text}\n", "plan", RESULTS / "plan.md")
 
 
 if __name__ == "__main__":

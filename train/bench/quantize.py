@@ -1,4 +1,4 @@
-"""`python -m graftax.train.bench.quantize BASE`: what int8 and nf4 cost a base, in bytes and in loss (quantize.md)."""
+"""`python -m graftax.train.bench.quantize BASE`: bytes and loss of a base in int8 and nf4 (quantize.md)."""
 
 import argparse
 import re
@@ -24,7 +24,7 @@ from ..runs.train import train
 
 
 def sizes(shapes: Any) -> list[str]:
-    """Rows of a table: bytes of the matrices and of all, as bfloat16, int8 and nf4 with the rest in bfloat16."""
+    """Return table rows: bytes of the matrices and of all parameters, as bfloat16, int8 and nf4."""
     half = jax.eval_shape(lambda p: jax.tree.map(lambda x: x.astype(jnp.bfloat16), p), shapes)
     lines, first = [], (0, 0)
     for kind in ("", *kinds):
@@ -37,7 +37,7 @@ def sizes(shapes: Any) -> list[str]:
 
 
 def errors(base: str, rows: int = 20) -> list[str]:
-    """Rows of a table: error of the logits over their root mean square, and the held-out loss of each domain."""
+    """Return table rows: error of the logits over their root mean square, and held-out loss of each domain."""
     lines, plain, before = [], None, {}
     for kind in ("", *kinds):
         got = load_run(base, quantize=kind)
@@ -58,7 +58,7 @@ def errors(base: str, rows: int = 20) -> list[str]:
 
 
 def tuned(base: str, root: str, task: str, steps: int) -> list[str]:
-    """Rows of a table: the loss of a LoRA training over each base, by quarters, and the rise of the base's own loss."""
+    """Return table rows: loss of LoRA training on each base, by quarters, and the rise of the held-out loss."""
     lines = []
     for kind in ("", *kinds):
         with tempfile.TemporaryDirectory() as out:

@@ -1,4 +1,4 @@
-"""The race: one live process a contender; they take turns, step by step, so that all meet the same noise."""
+"""Contenders, each a live process, that take turns step by step, so that noise affects all of them alike."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ WARM_UP = 2  # rounds that are not counted
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What one contender did in a case: seconds of each counted step, the losses, and memory in MB."""
+    """The measurements of one contender in a case: seconds of each counted step, losses, and memory in MB."""
 
     case: Case
     method: str
@@ -31,17 +31,12 @@ class Result:
 
     @property
     def ms(self) -> float:
-        """The median step, milliseconds."""
+        """Return the median time of a step in milliseconds."""
         return 1e3 * statistics.median(self.seconds)
 
 
-def ratio(a: Result, b: Result) -> float:
-    """How many times faster a is than b: the median over rounds, so that noise that both met cancels."""
-    return statistics.median(y / x for x, y in zip(a.seconds, b.seconds, strict=True))
-
-
 class Contender:
-    """A process that makes a step when it is told to (see peer.py); ready once it is made."""
+    """A process that runs a train step on request (see peer.py). The constructor returns when it is ready."""
 
     def __init__(self, command: list[str], spec: dict[str, Any], env: dict[str, str], name: str):
         self.name, self.log = name, tempfile.TemporaryFile("w+")  # noqa: SIM115
@@ -50,17 +45,17 @@ class Contender:
         self.started = self.hear()
 
     def hear(self) -> dict[str, Any]:
-        """Its next line. Raises InputError with its last words if it died."""
+        """Return its next message. Raises InputError with the last line of its stderr if it died."""
         line = self.process.stdout.readline()  # type: ignore[union-attr]
         if not line:
             self.process.wait()
             self.log.seek(0)
-            said = [text.strip() for text in self.log.read().splitlines() if text.strip()] or ["no word"]
-            raise InputError(f"bench: {self.name} stopped with exit status {self.process.returncode}: {said[-1]}")
+            lines = [line.strip() for line in self.log.read().splitlines() if line.strip()] or ["no message"]
+            raise InputError(f"bench: {self.name} stopped with exit status {self.process.returncode}: {lines[-1]}")
         return json.loads(line)
 
     def step(self) -> dict[str, Any]:
-        """One train step."""
+        """Run one train step and return its measurements."""
         try:
             self.process.stdin.write("step\n")  # type: ignore[union-attr]
             self.process.stdin.flush()  # type: ignore[union-attr]
@@ -69,7 +64,7 @@ class Contender:
         return self.hear()
 
     def end(self) -> dict[str, Any]:
-        """Its peak memory; then it is gone."""
+        """Stop the process and return its peak memory."""
         self.process.stdin.close()  # type: ignore[union-attr]
         fact = self.hear()
         self.process.wait()
@@ -77,7 +72,7 @@ class Contender:
 
 
 def race(case: Case, steps: int, malloc: str, torch_python: str | None) -> list[Result]:
-    """All contenders of a case over `steps` counted rounds, in the same order each: A B A B."""
+    """Return the results of all contenders of a case over `steps` counted rounds, in the order A B A B."""
     runners: list[tuple[str, str, Contender]] = []
     try:
         for method in case.methods:
@@ -104,17 +99,17 @@ def _result(case: Case, method: str, who: str, runner: Contender, took: list[dic
 
 
 def commands(torch_python: str | None) -> dict[str, list[str]]:
-    """The command of each contender. Raises InputError if that Python lacks what the HF one needs."""
+    """Return {contender: its command}."""
     found = {"graftax": [sys.executable, "-m", f"{__package__}.jax_peer"]}
     if torch_python:
-        # This folder as the package `bench`, and no more of the repository: its peft/ is not the peft meant there.
+        # Import this folder as the package `bench`, without the repository on the path: its peft/ would hide HF PEFT.
         start = f"import runpy, sys; sys.path[0] = {str(Path(__file__).parents[1])!r}; import bench; del sys.path[0]"
         found["HF"] = [torch_python, "-c", f"{start}; runpy.run_module('bench.torch_peer', run_name='__main__')"]
     return found
 
 
 def check_torch(python: str) -> str:
-    """The path, if that Python has torch, transformers and peft. Raises InputError if not."""
+    """Return the path. Raises InputError if that Python lacks torch, transformers or peft."""
     look = "import sys; del sys.path[0]; from importlib.util import find_spec as find; "
     look += "print(*[name for name in ('torch', 'transformers', 'peft') if not find(name)])"
     try:
@@ -129,6 +124,6 @@ def check_torch(python: str) -> str:
 
 
 def environment(malloc: str) -> dict[str, str]:
-    """The environment of every contender: the same allocator, and no grabbing of a whole GPU."""
+    """Return the environment of every contender: the same allocator, and no preallocation of GPU memory."""
     env = {k: v for k, v in os.environ.items() if k not in MALLOC_ENV}
     return env | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | (MALLOC_ENV if malloc == "keep" else {})

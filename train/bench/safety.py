@@ -1,8 +1,7 @@
-"""`python -m graftax.train.bench.safety`: what safety costs, as ratios in one run.
+"""`python -m graftax.train.bench.safety`: the cost of safety, as ratios of contenders that take turns.
 
-The step against the same step without its checks (finite? then the update, else the old state), the loop's own work
-before a step, and a checkpoint against bare Orbax of the same arrays: seconds that the loop waits, seconds in all,
-bytes, and seconds to restore.
+The step against the same step without its check for finite numbers; the loop's own work before a step; a checkpoint
+against plain Orbax with the same arrays: seconds that the loop waits, seconds in all, bytes, and seconds to restore.
 """
 
 import argparse
@@ -29,10 +28,11 @@ from ..config import Optim
 from ..optim import make_optimizer, rms
 from ..runs.checkpoint import CheckpointWriter
 from ..step import State, init_state, make_loss, make_train_step
+from .timing import median_ratio, time_in_turns
 
 
 def bare_step(model: Any, method: Any, tx: Any) -> Callable[..., Any]:
-    """The train step without a check: the same loss, gradient, metrics and update."""
+    """Return the train step without its checks: the same loss, gradient, metrics and update."""
     gradient = jax.value_and_grad(make_loss(model, method), has_aux=True)
     tx = optax.with_extra_args_support(tx)
 
@@ -50,24 +50,8 @@ def bare_step(model: Any, method: Any, tx: Any) -> Callable[..., Any]:
     return step
 
 
-def timed(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, the calls in turn; the first round does not count."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(rounds + 1):
-        for name in list(calls) if i % 2 else list(calls)[::-1]:
-            began = time.perf_counter()
-            calls[name]()
-            found[name] += [time.perf_counter() - began] if i else []
-    return found
-
-
-def ratio(found: dict[str, list[float]], a: str, b: str) -> float:
-    """The median of the rounds' ratios a/b."""
-    return statistics.median(x / y for x, y in zip(found[a], found[b], strict=True))
-
-
 def steps(preset: str, B: int, T: int, rounds: int) -> tuple[dict[str, Any], State]:
-    """Step times with and without checks, and the loop's own work; and a state to save."""
+    """Return (step times with and without checks, and the loop's own work; a state to save)."""
     model, method, optim = Transformer(presets[preset]), Subset("all"), Optim()
     params = init(presets[preset], jax.random.key(0))
     frozen, trainable = partition(method, params, jax.random.key(1))
@@ -76,74 +60,80 @@ def steps(preset: str, B: int, T: int, rounds: int) -> tuple[dict[str, Any], Sta
     ones = jnp.ones((B, T), jnp.int32)
     batch = {"ids": ids, "targets": ids, "weights": ones.astype(jnp.float32), "segments": ones,
              "positions": jnp.broadcast_to(jnp.arange(T), (B, T))}  # fmt: skip
-    held = {}
+    states: dict[str, State] = {}
 
-    def call(name: str, make: Any) -> Callable[[], Any]:
-        run, held[name] = jax.jit(make, donate_argnums=0), init_state(jax.tree.map(jnp.copy, trainable), tx)
+    def contender(name: str, step: Any) -> Callable[[], Any]:
+        states[name] = init_state(jax.tree.map(jnp.copy, trainable), tx)
+        compiled = jax.jit(step, donate_argnums=0)
 
-        def go() -> None:
-            held[name], metrics = run(held[name], frozen, batch)
+        def call() -> None:
+            states[name], metrics = compiled(states[name], frozen, batch)
             jax.block_until_ready(metrics)
 
-        return go
+        return call
 
-    found = timed({"checked": call("checked", make_train_step(model, method, tx)),
-                   "bare": call("bare", bare_step(model, method, tx))}, rounds)  # fmt: skip
-    step = statistics.median(found["checked"])
+    calls = {"checked": contender("checked", make_train_step(model, method, tx)),
+             "bare": contender("bare", bare_step(model, method, tx))}  # fmt: skip
+    seconds = time_in_turns(calls, rounds)
+    step = statistics.median(seconds["checked"])
     with tempfile.TemporaryDirectory() as work, Stop() as stop, CheckpointWriter(Path(work)) as checkpoints:
         stop.begin_steps(0)
-        began = time.perf_counter()
+        start = time.perf_counter()
         for i in range(10_000):
             checkpoints.check(), stop.may_step(i + 1), faults.at("step", i)
-        host = (time.perf_counter() - began) / 10_000
-    said = {"step_ms": round(step * 1e3, 1), "step_over_bare": round(ratio(found, "checked", "bare"), 4),
-            "best_step_over_best_bare": round(min(found["checked"]) / min(found["bare"]), 4),
-            "loop_microseconds": round(host * 1e6, 2), "loop_over_step": round(host / step, 7)}  # fmt: skip
-    return said, held["checked"]
+        loop = (time.perf_counter() - start) / 10_000
+    results = {
+        "step_ms": round(step * 1e3, 1),
+        "step_over_bare": round(median_ratio(seconds["checked"], seconds["bare"]), 4),
+        "best_step_over_best_bare": round(min(seconds["checked"]) / min(seconds["bare"]), 4),
+        "loop_microseconds": round(loop * 1e6, 2),
+        "loop_over_step": round(loop / step, 7),
+    }
+    return results, states["checked"]
 
 
-def size(folder: Path) -> int:
-    """Bytes of the files in a folder."""
+def folder_bytes(folder: Path) -> int:
+    """Return the bytes of the files in a folder."""
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
 def checkpoints(state: State, rounds: int, work: Path) -> dict[str, Any]:
-    """A checkpoint of the state against bare Orbax."""
+    """Return the cost of a checkpoint of the state relative to plain Orbax."""
     items = {"trainable": state.trainable, "optimizer": state._replace(trainable=None)}
     ours, orbax, n = CheckpointWriter(work / "ours", keep=1), ocp.StandardCheckpointer(), iter(range(10**6))
     returned: dict[str, list[float]] = {"ours": [], "orbax": []}
 
     def save() -> None:
-        began = time.perf_counter()
+        start = time.perf_counter()
         ours.save(next(n), items, {})
-        returned["ours"].append(time.perf_counter() - began)
+        returned["ours"].append(time.perf_counter() - start)
         ours.wait()
 
     def bare() -> None:
-        began = time.perf_counter()
+        start = time.perf_counter()
         orbax.save(work / "orbax", items, force=True)
-        returned["orbax"].append(time.perf_counter() - began)
+        returned["orbax"].append(time.perf_counter() - start)
         orbax.wait_until_finished()
 
-    saved = timed({"ours": save, "orbax": bare}, rounds)
+    saved = time_in_turns({"ours": save, "orbax": bare}, rounds)
     like, step = (
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), items),
         ours.steps()[-1],
     )
     load = {how: lambda how=how: [ours.restore(step, k, v, verify=how) for k, v in like.items()]
             for how in ("full", "fast", "off")}  # fmt: skip
-    read = timed({**load, "orbax": lambda: orbax.restore(work / "orbax", like)}, rounds)
+    read = time_in_turns({**load, "orbax": lambda: orbax.restore(work / "orbax", like)}, rounds)
     returned = {k: v[1:] for k, v in returned.items()}
-    written = size(work / "ours" / str(step)), size(work / "orbax")
+    ours_bytes, orbax_bytes = folder_bytes(work / "ours" / str(step)), folder_bytes(work / "orbax")
     ours.close()
     return {
-        "megabytes": round(written[1] / 1e6, 1),
-        "bytes_over_orbax": round(written[0] / written[1], 4),
+        "megabytes": round(orbax_bytes / 1e6, 1),
+        "bytes_over_orbax": round(ours_bytes / orbax_bytes, 4),
         "save_s": round(statistics.median(saved["ours"]), 3),
-        "save_over_orbax": round(ratio(saved, "ours", "orbax"), 2),
+        "save_over_orbax": round(median_ratio(saved["ours"], saved["orbax"]), 2),
         "loop_waits_s": round(statistics.median(returned["ours"]), 3),
-        "loop_waits_over_orbax": round(ratio(returned, "ours", "orbax"), 2),
-        **{f"restore_{how}_over_orbax": round(ratio(read, how, "orbax"), 2) for how in load},
+        "loop_waits_over_orbax": round(median_ratio(returned["ours"], returned["orbax"]), 2),
+        **{f"restore_{how}_over_orbax": round(median_ratio(read[how], read["orbax"]), 2) for how in load},
     }
 
 
@@ -155,10 +145,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--T", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args(argv)
-    found, state = steps(args.preset, args.batch, args.T, args.rounds)
+    results, state = steps(args.preset, args.batch, args.T, args.rounds)
     with tempfile.TemporaryDirectory() as work:
-        found |= checkpoints(state, args.rounds, Path(work))
-    print(json.dumps({"preset": args.preset, **found, "load": round(os.getloadavg()[0], 1)}, indent=1))
+        results |= checkpoints(state, args.rounds, Path(work))
+    print(json.dumps({"preset": args.preset, **results, "load": round(os.getloadavg()[0], 1)}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Results as Markdown, and their place in docs/results/steps.md."""
+"""Results as Markdown tables, and writing them into docs/results."""
 
 import datetime
 import math
@@ -7,9 +7,9 @@ import platform
 import statistics
 from pathlib import Path
 
-from ..machine import cpu_name
-from .peer import threads
-from .race import Result, ratio
+from ..machine import cpu_cores, cpu_name
+from .race import Result
+from .timing import median_ratio
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 _HEAD = (
@@ -19,7 +19,7 @@ _HEAD = (
 
 
 def table(results: list[Result]) -> str:
-    """One row a contender; memory in MB (10^6 bytes), losses of the first and the last step."""
+    """Return a table with a row for each contender: memory in MB (10^6 bytes), losses of the first and last step."""
     rows = [_HEAD, *(_row(r) for r in results)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
@@ -44,39 +44,41 @@ def _number(x: float | None, digits: int = 0) -> str:
 
 
 def ratios(results: list[Result]) -> list[str]:
-    """Lines that compare: LoRA to full fine-tuning, and graftax to HF, by time of a step and by peak memory."""
+    """Return lines that compare LoRA to full fine-tuning, and graftax to HF: step time and peak memory."""
     by = {(r.case.name, r.method, r.who): r for r in results}
     lines = []
     for (case, method, who), r in by.items():
         full, hf = by.get((case, "full", who)), by.get((case, method, "HF"))
         if method != "full" and full:
-            lines.append(f"{case}: {who} {method} takes {ratio(full, r):.2f} of the time of full fine-tuning")
+            share = median_ratio(r.seconds, full.seconds)
+            lines.append(f"{case}: {who} {method} takes {share:.2f} of the time of full fine-tuning")
         if who == "graftax" and hf:
+            speedup = median_ratio(hf.seconds, r.seconds)
             net = (r.facts["rss"] - r.facts["libraries"]) / (hf.facts["rss"] - hf.facts["libraries"])
             rss = f"{r.facts['rss'] / hf.facts['rss']:.2f} of its peak RSS ({net:.2f} without the libraries)"
-            lines.append(f"{case} {method}: graftax is {ratio(r, hf):.2f} times as fast as HF, in {rss}")
+            lines.append(f"{case} {method}: graftax is {speedup:.2f} times as fast as HF, in {rss}")
     return lines
 
 
 def machine(results: list[Result]) -> str:
-    """Date, machine, load and versions, in one line."""
+    """Return date, machine, load and versions in one line."""
     versions: dict[str, str] = {"python": platform.python_version()}
     for r in results:
         versions |= r.facts["versions"]
     load = f", load {os.getloadavg()[0]:.1f} at the end" if hasattr(os, "getloadavg") else ""
-    said = " ".join(f"{name} {version}" for name, version in versions.items())
-    return f"{datetime.date.today()}, {cpu_name()}, {threads()} cores{load}; {said}."
+    packages = " ".join(f"{name} {version}" for name, version in versions.items())
+    return f"{datetime.date.today()}, {cpu_name()}, {cpu_cores()} cores{load}; {packages}."
 
 
 def section(results: list[Result], malloc: str) -> str:
-    """All of one run as Markdown."""
+    """Return the results of one run of the benchmark as Markdown."""
     title = f"### {results[0].case.device}, allocator: {malloc}"
     parts = [title, machine(results), table(results), "\n".join(f"- {line}" for line in ratios(results))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def write(text: str, key: str, path: Path = RESULTS / "steps.md") -> None:
-    """Put a run between the markers of `key`, in place of the last one there, or at the end."""
+    """Write text between the markers of `key`, over the last results there, or else at the end of the file."""
     begin, end = f"<!-- begin {key} -->\n", f"<!-- end {key} -->\n"
     old = path.read_text("utf-8") if path.exists() else ""
     before, found, rest = old.partition(begin)

@@ -11,7 +11,7 @@ from .peer import peak_rss, serve, threads
 
 
 def build(spec: dict[str, Any]) -> tuple[Callable[[], float], dict[str, Any], Callable[[], Any]]:
-    """(step, facts, peak device memory) of a spec of `cases.py`."""
+    """Return (step, facts, function of the peak device memory) for a spec of `cases.py`."""
     import numpy as np
     import torch  # pyrefly: ignore
     import transformers  # pyrefly: ignore

@@ -12,9 +12,9 @@ import numpy as np
 from ...peft import Subset
 from ..cluster.signals import Stop
 from ..config import Run
-from ..plan.estimate import traced
-from ..plan.planner import held
-from ..plan.topology import target
+from ..plan.estimate import trace_step
+from ..plan.planner import state_bytes
+from ..plan.topology import parse_topology
 from ..progress import console, format_time
 from ..runs.report import format_bytes, nbytes
 from ..setup import BATCH_DTYPES, compile_step, layout
@@ -33,7 +33,7 @@ def planned_step(run: Run, cache: BaseCache) -> tuple[dict[str, float], Any]:
     """Return ({part of the state: bytes}, cost of the step) by the plan: its trace, on the platform of this process."""
     model, params = cache.model(run)
     placed = layout(run, cache.mesh, jax.eval_shape(lambda: params))
-    return held(placed), traced(run, model.config, cache.mesh, placed, jax.devices()[0].platform)
+    return state_bytes(placed), trace_step(run, model.config, cache.mesh, placed, jax.devices()[0].platform)
 
 
 def step_flops(run: Run, cache: BaseCache) -> float:
@@ -104,7 +104,7 @@ def lanes_that_fit(program: Program, cache: BaseCache, requested: int, devices: 
         return min(requested, n)
     sizes, cost = planned_step(program.run, cache)
     base_bytes, lane_bytes = sizes["weights"], sizes["trainable"] + sizes["optimizer"] + cost.peak
-    fit = max(int((MEMORY_SHARE * target("").chip.memory - base_bytes) / lane_bytes), 1) * len(devices)
+    fit = max(int((MEMORY_SHARE * parse_topology("").chip.memory - base_bytes) / lane_bytes), 1) * len(devices)
     most = min(fit, n)
     candidates = [K for K in dict.fromkeys((most, most // 4, 1)) if K]
     if len(candidates) == 1:

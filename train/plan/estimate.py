@@ -1,8 +1,8 @@
-"""A step's memory, FLOPs and traffic on one device without a compiler: the same step, traced at a device's share.
+"""Memory, FLOPs and traffic of a step on one device without a compiler: the step, traced with the device's shapes.
 
-A device of a mesh computes as a small model does: its rows, its heads, its part of F and V. The weights of a layer are
-gathered over fsdp when they are read, and their gradients are scattered again. So the step is traced with those sizes
-(no array is made), and `trace` says what lives at once.
+A device of a mesh computes a small model: its share of the rows, the heads, F and V. The weights of a layer are
+gathered over fsdp when they are read, and their gradients are scattered. So the step is traced with those sizes (no
+array is made), and `trace` computes which arrays are alive at the same time.
 """
 
 import dataclasses
@@ -20,119 +20,134 @@ from ..config import Run
 from ..setup import BATCH_DTYPES, Layout, base_shapes, initial_layout
 from ..step import State, make_train_step
 from .hlo import Collective
-from .trace import Cost, Sizes, cost, nbytes
+from .trace import Cost, DeviceSizes, nbytes, trace_cost
 
 
-def traced(run: Run, config: Config, mesh: Any, layout: Layout, platform: str) -> Cost:
-    """The cost of a step on one device of a mesh, by a trace."""
-    at, small = mesh.shape, share(config, mesh.shape["tensor"])
-    shape = (run.data.batch // (at["data"] * at["fsdp"]), run.data.T)
-    alone = AbstractMesh((1, 1, 1, at["context"]), tuple(at), (AxisType.Auto,) * 4)
-    with target_backend(platform), jax.sharding.use_abstract_mesh(alone):
-        first = initial_layout(run, base_shapes(run, small))
+def trace_step(run: Run, config: Config, mesh: Any, placed: Layout, platform: str) -> Cost:
+    """Return the cost of a step on one device of a mesh."""
+    axes, local = mesh.shape, device_config(config, mesh.shape["tensor"])
+    shape = (run.data.batch // (axes["data"] * axes["fsdp"]), run.data.T)
+    device_mesh = AbstractMesh((1, 1, 1, axes["context"]), tuple(axes), (AxisType.Auto,) * 4)
+    with target_backend(platform), jax.sharding.use_abstract_mesh(device_mesh):
+        first = initial_layout(run, base_shapes(run, local))
         frozen, state = first.shapes
-        step = make_train_step(Transformer(small), run.method, first.tx, accumulate=run.accumulate, chunk=run.chunk)
+        step = make_train_step(Transformer(local), run.method, first.tx, accumulate=run.accumulate, chunk=run.chunk)
         batch = {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in BATCH_DTYPES.items()}
         closed = jax.make_jaxpr(step)(state, frozen, batch)
-    # XLA's CPU backend adds gradients up into another array, the whole of it, and then takes the device's part.
-    copies = int(platform == "cpu" and mesh.size > at["tensor"])
-    parts = _parts(first.trainable, layout)
-    sizes = Sizes(parts, copies, platform == "cpu", math.prod(shape), at["context"], _weights((frozen, state)))
-    found = cost(closed, sizes, _donated(state, run.offload), _gathered((state, frozen), layout))
+    sizes = DeviceSizes(
+        kept_share=_kept_shares(first.trainable, placed),
+        # XLA's CPU backend adds the gradients of all devices in another whole array before the device takes its part.
+        gradient_copies=int(platform == "cpu" and mesh.size > axes["tensor"]),
+        early_casts=platform == "cpu",
+        tokens=math.prod(shape),
+        context=axes["context"],
+        weight_shapes=_weight_shapes((frozen, state)),
+    )
+    cost = trace_cost(closed, sizes, _donated(state, run.offload), _gathered((state, frozen), placed))
     if platform == "cpu" and config.tied:
-        found.peak += _turned_tables(layout)
-    return found
+        cost.peak += _transposed_tables(placed)
+    return cost
 
 
-def _turned_tables(layout: Layout) -> float:
-    """XLA's CPU backend keeps a tied table that trains, and its moments, in the other order besides for all of a step.
+def _transposed_tables(placed: Layout) -> float:
+    """Return the bytes of the copies that XLA's CPU backend makes of a tied, trained table and of its moments.
 
-    Seen in its programs: a copy of each at the beginning.
+    Its programs transpose each at their beginning, and keep the copy during the whole step.
     """
-    shapes, shardings = layout.shapes[1], layout.shardings[1]
-    splits = jax.tree.leaves((shardings.trainable, shardings.opt_state))
-    pairs = zip(paths((shapes.trainable, shapes.opt_state)), splits, strict=True)
-    return sum(shard(x, where) for (path, x), where in pairs if path.endswith("embed/table"))
+    shapes, shardings = placed.shapes[1], placed.shardings[1]
+    leaves = jax.tree.leaves((shardings.trainable, shardings.opt_state))
+    pairs = zip(paths((shapes.trainable, shapes.opt_state)), leaves, strict=True)
+    return sum(shard_bytes(x, sharding) for (path, x), sharding in pairs if path.endswith("embed/table"))
 
 
-def share(config: Config, n: int) -> Config:
-    """What one of n devices of the tensor axis has of a model."""
+def device_config(config: Config, n: int) -> Config:
+    """Return the model that one of n devices of the tensor axis computes."""
     N, K, F, V = (max(x // n, 1) for x in (config.N, config.K, config.F, config.V))
     return dataclasses.replace(config, N=N, K=K, F=F, V=V)
 
 
-def _parts(trainable: Any, layout: Layout) -> dict[tuple[int, ...], float]:
-    """{shape of a traced gradient, or of one layer's in a stack: what of it a device keeps}."""
-    real = jax.tree.leaves(jax.tree.map(shard, layout.trainable, layout.shardings[1].trainable))
-    found: dict[tuple[int, ...], float] = {}
+def _kept_shares(trainable: Any, placed: Layout) -> dict[tuple[int, ...], float]:
+    """Return {shape of a traced gradient, or of a layer of a stacked one: the share that a device keeps}."""
+    real = jax.tree.leaves(jax.tree.map(shard_bytes, placed.trainable, placed.shardings[1].trainable))
+    shares: dict[tuple[int, ...], float] = {}
     for (path, x), n in zip(paths(trainable), real, strict=True):
-        part = min(n / nbytes(x), 1.0)
-        found |= {x.shape: part} | ({x.shape[1:]: part} if is_stacked(path) and x.ndim > 2 else {})
-    return found
+        share = min(n / nbytes(x), 1.0)
+        shares[x.shape] = share
+        if is_stacked(path) and x.ndim > 2:
+            shares[x.shape[1:]] = share
+    return shares
 
 
-def shard(x: Any, where: Any) -> float:
-    """Bytes of an array's part on one device; none if it is in the host's memory."""
-    if where.memory_kind == "pinned_host":
+def shard_bytes(x: Any, sharding: Any) -> float:
+    """Return the bytes of an array's shard on one device; 0 if it is in host memory."""
+    if sharding.memory_kind == "pinned_host":
         return 0.0
-    return float(math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize)
+    return float(math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize)
 
 
-def _weights(tree: Any) -> frozenset[tuple[int, ...]]:
-    """The shapes that parameters have, one layer's and transposed ones too: these are not split over context."""
-    found = {x.shape for x in jax.tree.leaves(tree)}
-    found |= {s[1:] for s in found if s}
-    return frozenset(found | {(*s[:-2], s[-1], s[-2]) for s in found if len(s) > 1})
+def _weight_shapes(tree: Any) -> frozenset[tuple[int, ...]]:
+    """Return the shapes of parameters, of one layer and transposed too; these are not split over context."""
+    shapes = {x.shape for x in jax.tree.leaves(tree)}
+    shapes |= {shape[1:] for shape in shapes if shape}
+    return frozenset(shapes | {(*s[:-2], s[-1], s[-2]) for s in shapes if len(s) > 1})
 
 
 def _donated(state: State, offload: bool) -> list[int]:
-    """The outputs of a step that are written where the state was; the optimizer's are not, if it lies on the host."""
-    n = len(jax.tree.leaves(state))
-    first = len(jax.tree.leaves((state.step, state.trainable)))
-    return list(range(first if offload else n))
+    """Return the outputs of a step that overwrite the state; an optimizer state on the host is not overwritten."""
+    donated = (state.step, state.trainable) if offload else state
+    return list(range(len(jax.tree.leaves(donated))))
 
 
-def _gathered(inputs: Any, layout: Layout) -> list[int]:
-    """The inputs (state, frozen), layer stacks aside, of which a device holds a part and computes with the whole."""
-    frozen, state = layout.shardings
-    where = jax.tree.leaves((state._replace(opt_state=None), frozen))
-    given = [(i, path) for i, (path, _) in enumerate(paths(inputs)) if not path.startswith("0/opt_state")]
-    return [i for (i, path), s in zip(given, where, strict=True)
-            if s.mesh.shape.get("fsdp", 1) > 1 and "fsdp" in s.spec and not is_stacked(path)]  # fmt: skip
+def _gathered(inputs: Any, placed: Layout) -> list[int]:
+    """Return the inputs (state, frozen) that a device holds a shard of but reads whole; layer stacks are not among
+    them, nor is the optimizer state."""
+    frozen, state = placed.shardings
+    shardings = jax.tree.leaves((state._replace(opt_state=None), frozen))
+    indices = [(i, path) for i, (path, _) in enumerate(paths(inputs)) if not path.startswith("0/opt_state")]
+    return [
+        i
+        for (i, path), sharding in zip(indices, shardings, strict=True)
+        if sharding.mesh.shape.get("fsdp", 1) > 1 and "fsdp" in sharding.spec and not is_stacked(path)
+    ]
 
 
-def links(run: Run, config: Config, mesh: Any, layout: Layout) -> list[Collective]:
-    """The collectives of a step, as a model: per microbatch, weights of layers are gathered over fsdp forwards and
-    backwards, gradients are scattered over it and reduced over data; tensor reduces activations, context gathers keys.
+def estimate_collectives(run: Run, config: Config, mesh: Any, placed: Layout) -> list[Collective]:
+    """Return the collectives of a step by a model.
+
+    In each microbatch the weights of layers are gathered over fsdp in the forward and in the backward pass, gradients
+    are scattered over fsdp and reduced over data, activations are reduced over tensor, and keys gathered over context.
     """
-    at, A, L = mesh.shape, run.accumulate, config.L
-    rows = run.data.batch // (at["data"] * at["fsdp"] * A)
-    states = rows * run.data.T // at["context"] * config.D * jnp.dtype(config.dtype).itemsize
-    keys = 2 * states * at["context"] * max(config.K * config.H // at["tensor"], config.H) / config.D
-    again = config.remat in ("full", "attention")
-    found = [*_weight_links(layout, mesh, A)]
-    # Forwards and backwards each sublayer's output is summed; of what is recomputed attention's alone.
-    # And the embedding's.
-    found.append(Collective("all-reduce", ("tensor",), at["tensor"], states, A * (L * (4 + again) + 2)))
-    found.append(Collective("all-gather", ("context",), at["context"], keys, A * L * (1 + again)))
-    found.append(Collective("reduce-scatter", ("context",), at["context"], keys, A * L))
-    return [c for c in found if c.size > 1 and c.nbytes]
+    axes, A, L = mesh.shape, run.accumulate, config.L
+    rows = run.data.batch // (axes["data"] * axes["fsdp"] * A)
+    activations = rows * run.data.T // axes["context"] * config.D * jnp.dtype(config.dtype).itemsize
+    keys = 2 * activations * axes["context"] * max(config.K * config.H // axes["tensor"], config.H) / config.D
+    recomputed = config.remat in ("full", "attention")
+    collectives = [
+        *_parameter_collectives(placed, mesh, A),
+        # The output of each sublayer is summed in the forward and in the backward pass, and so is the embedding's.
+        # Recomputation repeats the sum of the attention's output only.
+        Collective("all-reduce", ("tensor",), axes["tensor"], activations, A * (L * (4 + recomputed) + 2)),
+        Collective("all-gather", ("context",), axes["context"], keys, A * L * (1 + recomputed)),
+        Collective("reduce-scatter", ("context",), axes["context"], keys, A * L),
+    ]
+    return [c for c in collectives if c.size > 1 and c.nbytes]
 
 
-def _weight_links(layout: Layout, mesh: Any, A: int) -> list[Collective]:
-    """The collectives of parameters and their gradients."""
-    at, found = mesh.shape, []
-    frozen, trainable = layout.shardings[0], layout.shardings[1].trainable
-    for tree, shapes, trains in ((frozen, layout.shapes[0], False), (trainable, layout.trainable, True)):
-        for (path, x), where in zip(paths(shapes), jax.tree.leaves(tree), strict=True):
-            n, split = shard(x, where), "fsdp" in where.spec
+def _parameter_collectives(placed: Layout, mesh: Any, accumulate: int) -> list[Collective]:
+    """Return the collectives of parameters and of their gradients."""
+    axes, collectives = mesh.shape, []
+    frozen, trainable = placed.shardings[0], placed.shardings[1].trainable
+    for shardings, shapes, trained in ((frozen, placed.shapes[0], False), (trainable, placed.trainable, True)):
+        for (path, x), sharding in zip(paths(shapes), jax.tree.leaves(shardings), strict=True):
+            n, split = shard_bytes(x, sharding), "fsdp" in sharding.spec
             if split:
-                times = 2 * A if in_layers(path) else 1
-                found.append(Collective("all-gather", ("fsdp",), at["fsdp"], n * at["fsdp"], times))
-            if trains and split:
-                found.append(Collective("reduce-scatter", ("fsdp",), at["fsdp"], n * at["fsdp"], A))
-            if trains:
-                axes = ("data",) if split else ("data", "fsdp")
-                size = math.prod(at[a] for a in axes)
-                found.append(Collective("all-reduce", tuple(a for a in axes if at[a] > 1), size, n, A))
-    return found
+                times = 2 * accumulate if in_layers(path) else 1
+                collectives.append(Collective("all-gather", ("fsdp",), axes["fsdp"], n * axes["fsdp"], times))
+            if trained and split:
+                collectives.append(Collective("reduce-scatter", ("fsdp",), axes["fsdp"], n * axes["fsdp"], accumulate))
+            if trained:
+                reduced = ("data",) if split else ("data", "fsdp")
+                size = math.prod(axes[a] for a in reduced)
+                names = tuple(a for a in reduced if axes[a] > 1)
+                collectives.append(Collective("all-reduce", names, size, n, accumulate))
+    return collectives

@@ -1,5 +1,4 @@
-"""A jaxpr as a list of nodes with all calls inlined, and what a compiler makes of each: an array, a view, a part of a
-loop over its readers."""
+"""A jaxpr as a list of nodes, and a model of which of them a compiler allocates, and which it fuses or makes views."""
 
 import math
 from collections.abc import Iterable
@@ -7,29 +6,34 @@ from typing import Any, NamedTuple
 
 from jax.extend import core
 
-# Fused into whoever reads them; a chain of them that ends in an array is one loop over it.
-_FUSED = """abs acos add add_any and atan2 broadcast_in_dim ceil clamp convert_element_type copy cos div eq erf exp exp2
+# Fused into their readers; a chain of them that ends in an array is one loop over it.
+_ELEMENTWISE = """abs acos add add_any and
+atan2 broadcast_in_dim ceil clamp convert_element_type copy cos div eq erf exp exp2
 expand_dims expm1 floor ge gt integer_pow iota is_finite le log log1p logistic lt max min mul ne neg not
 optimization_barrier or pad pow real rem reshape rev round rsqrt select_n sharding_constraint
 shift_left shift_right_logical sign sin slice split sqrt square squeeze stop_gradient sub tanh transpose xor
 device_put name"""
-FUSED = frozenset(_FUSED.split())
-VIEWS = frozenset(("expand_dims", "reshape", "squeeze", "stop_gradient", "device_put"))  # the same bytes, renamed
-IN_PLACE = frozenset(("dynamic_update_slice", "scatter", "scatter-add"))  # over what they are last to read
-PICKS = frozenset(("gather", "dynamic_slice", "slice"))  # they read as much as they give
-COSTLY = frozenset(("exp", "exp2", "tanh", "logistic", "erf", "log", "pow", "sin", "cos"))  # not computed twice
+FUSED = frozenset(_ELEMENTWISE.split())
+VIEWS = frozenset(
+    ("expand_dims", "reshape", "squeeze", "stop_gradient", "device_put")
+)  # the same bytes under another shape
+IN_PLACE = frozenset(("dynamic_update_slice", "scatter", "scatter-add"))  # overwrite their operand if they read it last
+SLICES = frozenset(("gather", "dynamic_slice", "slice"))  # read only as many elements as they return
+COSTLY = frozenset(
+    ("exp", "exp2", "tanh", "logistic", "erf", "log", "pow", "sin", "cos")
+)  # not computed again for a second reader
 PRODUCTS = frozenset(("dot_general", "conv_general_dilated"))
 
 
 class Value:
-    """An array of the program."""
+    """A value of the program; compared by identity."""
 
     def __init__(self, aval: Any):
         self.aval = aval
 
 
 class Node(NamedTuple):
-    """An equation, with all calls inlined."""
+    """An equation."""
 
     name: str
     ins: tuple[Value, ...]
@@ -38,9 +42,9 @@ class Node(NamedTuple):
     fused: bool
 
 
-def flat(jaxpr: Any, given: Iterable[Value], nodes: list[Node]) -> list[Value]:
-    """Append the equations of a jaxpr to `nodes`, those of the functions that it calls in their place; its outputs."""
-    env: dict[Any, Value] = dict(zip((*jaxpr.constvars, *jaxpr.invars), given, strict=False))
+def inline_calls(jaxpr: Any, inputs: Iterable[Value], nodes: list[Node]) -> list[Value]:
+    """Append the equations of a jaxpr to `nodes`, with called functions inlined; return its outputs."""
+    env: dict[Any, Value] = dict(zip((*jaxpr.constvars, *jaxpr.invars), inputs, strict=False))
     read = lambda v: Value(v.aval) if isinstance(v, core.Literal) else env.setdefault(v, Value(v.aval))  # noqa: E731
     for eqn in jaxpr.eqns:
         ins, name = [read(v) for v in eqn.invars], eqn.primitive.name
@@ -48,31 +52,31 @@ def flat(jaxpr: Any, given: Iterable[Value], nodes: list[Node]) -> list[Value]:
         if called is not None and name != "scan":
             sub = getattr(called, "jaxpr", called)
             consts = [Value(v.aval) for v in sub.constvars]
-            env |= dict(zip(eqn.outvars, flat(sub, (*consts, *ins), nodes), strict=True))
+            env |= dict(zip(eqn.outvars, inline_calls(sub, (*consts, *ins), nodes), strict=True))
             continue
         env |= {v: Value(v.aval) for v in eqn.outvars}
         nodes.append(Node(name, tuple(ins), tuple(env[v] for v in eqn.outvars), eqn.params, name in FUSED))
     return [read(v) for v in jaxpr.outvars]
 
 
-def written(node: Node) -> tuple[Value, ...]:
-    """The inputs of a node whose memory its outputs may take, if nothing else reads them."""
+def reusable_inputs(node: Node) -> tuple[Value, ...]:
+    """Return the inputs of a node whose memory its outputs may take, if nothing else reads them."""
     if node.name == "scan":
-        first, n = carried(node.params)
-        return node.ins[first : first + n]
+        consts, carry = scan_arity(node.params)
+        return node.ins[consts : consts + carry]
     return node.ins if node.fused or node.name in IN_PLACE else ()
 
 
-def carried(params: Any) -> tuple[int, int]:
-    """(constants, carried values) of a scan, which come first among its inputs. From jax 0.12 on they are trees."""
+def scan_arity(params: Any) -> tuple[int, int]:
+    """Return the numbers of (constants, carried values), the first inputs of a scan. From JAX 0.12 they are trees."""
     if "num_carry" in params:
         return params["num_consts"], params["num_carry"]
     consts, carry, _ = params["ft_in"].unpack()
     return len(consts), len(carry)
 
 
-def is_array(node: Node, readers: list[Node]) -> bool:
-    """Whether a node's output is in memory, by who reads it."""
+def is_allocated(node: Node, readers: list[Node]) -> bool:
+    """Return true if the output of a node with these readers is an array in memory, not fused and not a view."""
     if is_view(node):
         return False
     if not node.fused or any(not r.fused and not _streams(r, node) for r in readers):
@@ -81,30 +85,29 @@ def is_array(node: Node, readers: list[Node]) -> bool:
 
 
 def is_view(node: Node) -> bool:
-    """Whether a node gives the same bytes under another shape."""
-    turned = node.name == "transpose" and _turned(node.params["permutation"])
-    return turned or (node.name in VIEWS and not _moves(node))
+    """Return true if the output of a node is its input's bytes under another shape."""
+    if node.name == "transpose":  # of the last two axes at most: matrix products take either order
+        order = node.params["permutation"]
+        return order[:-2] == tuple(range(len(order) - 2))
+    return node.name in VIEWS and not _copies_to_host(node)
 
 
 def _streams(reader: Node, node: Node) -> bool:
-    """Whether a reader that is not elementwise computes its operand while it reads it: reductions, and additions into
-    what begins as zeros."""
+    """Return true if a reader that is not elementwise computes its operand while it reads it.
+
+    These are reductions, and additions into an array of zeros.
+    """
     zeros = node.name == "broadcast_in_dim" and node.ins[0].aval.shape == ()
     return reader.name.startswith(("reduce_", "arg")) or (zeros and reader.name in IN_PLACE)
 
 
-def _turned(order: tuple[int, ...]) -> bool:
-    """Whether a transposition swaps the last two axes at most: products take either order."""
-    return order[:-2] == tuple(range(len(order) - 2))
-
-
-def _moves(node: Node) -> bool:
-    """Whether a node copies between device and host."""
+def _copies_to_host(node: Node) -> bool:
+    """Return true if a node copies between device and host memory."""
     return node.name == "device_put" and node.ins[0].aval.memory_space != node.outs[0].aval.memory_space
 
 
-def flops(node: Node) -> float:
-    """2 x the multiplications of a product."""
+def product_flops(node: Node) -> float:
+    """Return the FLOPs of a product: 2 for each multiplication."""
     out, shape = math.prod(node.outs[0].aval.shape), node.ins[0].aval.shape
     if node.name != "dot_general":
         return 2.0 * out * math.prod(node.ins[1].aval.shape[1:])

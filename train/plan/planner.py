@@ -1,8 +1,9 @@
-"""What one run needs, without making an array: from the compiled program where a compiler is at hand, else a model."""
+"""The plan of one run, from shapes alone: by the compiled program where there is a compiler, otherwise by a model."""
 
 import dataclasses
 import re
 import time
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from ...data.tokenizers import load_tokenizer
 from ...model import Config, Transformer, hf, presets, shapes_of
 from ...model.backend import target_backend
 from ...model.hf.hub import did_you_mean_folder
-from ...model.layout import set_layout as stacked_or_not
+from ...model.layout import set_layout
 from ...strict_json import read_json
 from ..config import Run, did_you_mean, from_json
 from ..inputs import check_row_length
@@ -25,145 +26,181 @@ from ..runs.files import check_run, is_hugging_face
 from ..runs.load import with_compute_dtype
 from ..setup import BATCH_DTYPES, Layout, base_shapes, check_batch, layout, lower
 from . import hlo, roofline
-from .estimate import links, shard, traced
-from .topology import Target, silent
+from .estimate import estimate_collectives, shard_bytes, trace_step
+from .hlo import Collective
+from .topology import Target, silence_stderr
+from .trace import Cost
 
 KINDS = ("weights", "trainable", "gradients", "optimizer", "activations", "temporaries")
+_OUT_OF_MEMORY = (
+    r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm",
+    r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)",
+)
 
 
-def planned(run: Run, target: Target, compiling: bool = True) -> dict[str, Any]:
-    """The plan of one run on one target, as JSON. Raises InputError for what the run itself would refuse."""
+@dataclasses.dataclass
+class Program:
+    """What a compiled program, or the model of one, says of a step."""
+
+    source: str  # "compiled" or "model"
+    collectives: list[Collective]
+    total: float  # bytes per device
+    memory: float  # bytes per device that there are
+    compile_seconds: float = 0.0
+    analysis: dict[str, float] = dataclasses.field(default_factory=dict)  # bytes of arguments and temporaries
+
+
+def make_plan(run: Run, target: Target, compiling: bool = True) -> dict[str, Any]:
+    """Return the plan of one run on one target as JSON. Raises InputError for what the run itself would refuse."""
     with target_backend(target.platform):
-        run, config = architecture(run)
+        run, config = resolve_architecture(run)
         check_row_length(run.data, config.context)
         mesh = target.mesh(run.mesh)
         check_batch(run, mesh)
-        inside = getattr(mesh, "abstract_mesh", mesh)
-        with jax.sharding.use_abstract_mesh(inside):
-            laid = layout(run, mesh, base_shapes(run, config))
-        cost = traced(run, config, mesh, laid, target.platform)
-        sizes = held(laid) | {"gradients": cost.gradients, "activations": cost.kept,
-                              "temporaries": max(cost.peak - cost.gradients - cost.kept, 0.0)}  # fmt: skip
-        found: dict[str, Any] = {"collectives": links(run, config, mesh, laid), "source": "model"}
+        with jax.sharding.use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
+            placed = layout(run, mesh, base_shapes(run, config))
+        cost = trace_step(run, config, mesh, placed, target.platform)
+        sizes = state_bytes(placed) | {
+            "gradients": cost.gradients,
+            "activations": cost.activations,
+            "temporaries": max(cost.peak - cost.gradients - cost.activations, 0.0),
+        }
+        shards = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["context"]
+        batch_bytes = run.data.batch * run.data.T * sum(jnp.dtype(d).itemsize for d in BATCH_DTYPES.values()) / shards
+        total = sum(sizes.values()) + batch_bytes
+        collectives = estimate_collectives(run, config, mesh, placed)
+        program = Program("model", collectives, total, target.chip.memory)
         if compiling and target.devices:
-            with jax.sharding.use_abstract_mesh(inside):
-                found |= compiled(run, config, mesh, laid, sizes)
-    counts = {"parameters": _count(shapes_of(config)), "trainable": _count(laid.trainable)}
-    return _row(run, config, target, mesh, counts, sizes, cost, found)
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                program, sizes = _compile(run, config, mesh, placed, sizes, program)
+    return _to_json(run, config, target, mesh, placed, sizes, cost, program)
 
 
-def architecture(run: Run) -> tuple[Run, Config]:
-    """(the run, its config) as the run itself would have them, from config files alone."""
+def resolve_architecture(run: Run) -> tuple[Run, Config]:
+    """Return (the run, its config) as the run itself would resolve them, from config files alone."""
     if run.phase == "pretrain":
-        config = config_of(run.base) if run.base else run.model
+        config = _config_of(run.base) if run.base else run.model
         if config is None:
             raise InputError("pretraining needs an architecture: take a recipe that has one, or give --base PRESET")
         if not run.base and run.data.domains:
             V = load_tokenizer(Path(run.data.tokenizer)).vocab_size if run.data.tokenizer else run.data.vocab
             config = dataclasses.replace(config, V=V)
-        config = stacked_or_not(config, run.layers)
+        config = set_layout(config, run.layers)
         return dataclasses.replace(run, model=config, steps=max(run.steps, 1)), config
     if not run.base:
         raise InputError(f"fine-tuning starts from a base: give --base RUN, FOLDER or PRESET ({', '.join(presets)})")
-    config = with_compute_dtype(config_of(run.base), run.dtype, run.remat)
-    return dataclasses.replace(run, steps=run.steps or 1000), stacked_or_not(config, run.layers)
+    config = with_compute_dtype(_config_of(run.base), run.dtype, run.remat)
+    return dataclasses.replace(run, steps=run.steps or 1000), set_layout(config, run.layers)
 
 
-def config_of(base: str) -> Config:
-    """The architecture of a preset, a Hugging Face folder, or a run directory, by its config.json alone."""
+def _config_of(base: str) -> Config:
+    """Return the architecture of a preset, a Hugging Face folder, or a run directory, by its config.json alone."""
     if base in presets:
         return presets[base]
     if not Path(base).exists():
-        near = did_you_mean(base, presets) or did_you_mean_folder(base)
-        raise InputError(f"--base {base!r} is no preset and no folder here{near}; a plan downloads nothing; presets: "
-                         f"{', '.join(presets)}")  # fmt: skip
+        hint = did_you_mean(base, presets) or did_you_mean_folder(base)
+        raise InputError(f"--base {base!r} is neither a preset nor a folder{hint}; a plan does not download models; "
+                         f"presets: {', '.join(presets)}")  # fmt: skip
     if is_hugging_face(base):
         return hf.config_from_hf(read_json(Path(base) / "config.json"), f"{base}/config.json")
     run = from_json(check_run(base) / "config.json")
     if run.phase == "finetune":
-        return with_compute_dtype(config_of(run.base), run.dtype, run.remat)
+        return with_compute_dtype(_config_of(run.base), run.dtype, run.remat)
     assert run.model is not None
     checkpoints = CheckpointWriter(Path(base) / "checkpoints")
     steps = checkpoints.steps()
     leaves = checkpoints.manifest(steps[-1])["leaves"].get("trainable", {}) if steps else {}
-    stored = leaves.get("embed/table", {}).get("dtype", "float32")
-    return dataclasses.replace(run.model, param_dtype=stored)
+    dtype = leaves.get("embed/table", {}).get("dtype", "float32")
+    return dataclasses.replace(run.model, param_dtype=dtype)
 
 
-def held(laid: Layout) -> dict[str, float]:
-    """Bytes on one device of what a step is given: frozen weights, what trains, and the optimizer's state."""
-    (frozen, state), where = laid.shapes, laid.shardings
-    parts = {"weights": (frozen, where[0]), "trainable": (state.trainable, where[1].trainable),
-             "optimizer": (state.opt_state, where[1].opt_state)}  # fmt: skip
-    return {kind: sum(map(shard, jax.tree.leaves(made), jax.tree.leaves(at))) for kind, (made, at) in parts.items()}
+def state_bytes(placed: Layout) -> dict[str, float]:
+    """Return the bytes on one device of what a step takes: frozen weights, trained parameters, optimizer state."""
+    (frozen, state), (frozen_sharding, state_sharding) = placed.shapes, placed.shardings
+    parts = {
+        "weights": (frozen, frozen_sharding),
+        "trainable": (state.trainable, state_sharding.trainable),
+        "optimizer": (state.opt_state, state_sharding.opt_state),
+    }
+    return {kind: sum(map(shard_bytes, *map(jax.tree.leaves, trees))) for kind, trees in parts.items()}
 
 
-def compiled(run: Run, config: Config, mesh: Any, laid: Layout, sizes: dict[str, float]) -> dict[str, Any]:
-    """What the compiler says; `sizes` is corrected: the temporaries are those of the program."""
-    struct = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
-    frozen, state = jax.tree.map(struct, laid.shapes, laid.shardings)
-    phase = SimpleNamespace(run=run, mesh=mesh, model=Transformer(config), method=run.method, frozen=frozen,
-                            state=state, tx=laid.tx)  # fmt: skip
-    began = time.perf_counter()
+def compile_from_shapes(run: Run, config: Config, mesh: Any, placed: Layout) -> Any:
+    """Return the compiled step of a run, from shapes."""
+    frozen, state = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), placed.shapes, placed.shardings
+    )
+    setup = SimpleNamespace(
+        run=run, mesh=mesh, model=Transformer(config), method=run.method, frozen=frozen, state=state, tx=placed.tx
+    )
+    lowered, options = lower(setup)
+    return lowered.compile(compiler_options=options)
+
+
+def _compile(
+    run: Run, config: Config, mesh: Any, placed: Layout, sizes: dict[str, float], model: Program
+) -> tuple[Program, dict[str, float]]:
+    """Return (what the compiler says, the sizes with the temporary memory of the compiled program)."""
+    start = time.perf_counter()
     try:
-        with silent():
-            lowered, options = lower(phase)
-            program = lowered.compile(compiler_options=options)
+        with silence_stderr():
+            program = compile_from_shapes(run, config, mesh, placed)
     except jax.errors.JaxRuntimeError as error:
-        needs = too_much(str(error))
-        if needs is None:
+        limits = parse_out_of_memory(str(error))
+        if limits is None:
             raise
-        return {"source": "compiled", "seconds": time.perf_counter() - began, "needs": needs[0], "memory": needs[1]}
+        return dataclasses.replace(
+            model, source="compiled", total=limits[0], memory=limits[1], compile_seconds=time.perf_counter() - start
+        ), sizes
     m: Any = program.memory_analysis()
-    rest = max(m.temp_size_in_bytes - sizes["gradients"], 0.0)
-    sizes["activations"] = min(sizes["activations"], rest)
-    sizes["gradients"] = min(sizes["gradients"], m.temp_size_in_bytes)
-    sizes["temporaries"] = m.temp_size_in_bytes - sizes["gradients"] - sizes["activations"]
-    total = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
-    return {"source": "compiled", "seconds": time.perf_counter() - began, "needs": total,
-            "arguments": m.argument_size_in_bytes, "temporaries": m.temp_size_in_bytes,
-            "collectives": hlo.collectives(program.as_text(), mesh)}  # fmt: skip
+    gradients = min(sizes["gradients"], m.temp_size_in_bytes)
+    activations = min(sizes["activations"], max(m.temp_size_in_bytes - sizes["gradients"], 0.0))
+    temporaries = m.temp_size_in_bytes - gradients - activations
+    return Program(
+        "compiled",
+        hlo.collectives(program.as_text(), mesh),
+        total=m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes,
+        memory=model.memory,
+        compile_seconds=time.perf_counter() - start,
+        analysis={"arguments": m.argument_size_in_bytes, "temporaries": m.temp_size_in_bytes},
+    ), sizes | {"gradients": gradients, "activations": activations, "temporaries": temporaries}
 
 
-def too_much(message: str) -> tuple[float, float] | None:
-    """(bytes that a program needs, bytes that there are) of XLA's refusal; None if it is about something else."""
-    size = r"([\d.]+)([KMGT]?)"
-    used = re.search(rf"[Uu]sed {size} of {size} hbm", message)
-    used = used or re.search(rf"\({size}\) exceeds available HBM \({size}\)", message)
-    if not used:
+def parse_out_of_memory(message: str) -> tuple[float, float] | None:
+    """Return (bytes needed, bytes available) of XLA's out-of-memory error; None for another error."""
+    match = next(filter(None, (re.search(pattern, message) for pattern in _OUT_OF_MEMORY)), None)
+    if not match:
         return None
     unit = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
-    return float(used[1]) * 2.0 ** unit[used[2]], float(used[3]) * 2.0 ** unit[used[4]]
+    return float(match[1]) * 2.0 ** unit[match[2]], float(match[3]) * 2.0 ** unit[match[4]]
 
 
 def _count(tree: Any) -> int:
     return sum(x.size for x in jax.tree.leaves(tree))
 
 
-def _row(run: Run, config: Config, target: Target, mesh: Any, counts: Any, sizes: Any, cost: Any, found: Any) -> Any:
-    """The plan as JSON."""
-    batch = sum(run.data.batch * run.data.T * jnp.dtype(d).itemsize for d in BATCH_DTYPES.values())
-    own = sum(sizes.values()) + batch / mesh.shape["data"] / mesh.shape["fsdp"] / mesh.shape["context"]
-    total, memory = found.get("needs", own), found.get("memory", target.chip.memory)
-    sent: dict[str, dict[str, float]] = {}
-    for c in found["collectives"]:
-        by = sent.setdefault("+".join(c.axes), {})
-        by[c.kind] = by.get(c.kind, 0.0) + c.sent
-    over_links = sum(c.sent for c in found["collectives"])
-    times = roofline.times(target.chip, cost.flops, cost.moved, over_links, config.dtype)
+def _to_json(
+    run: Run, config: Config, target: Target, mesh: Any, placed: Layout, sizes: Any, cost: Cost, program: Program
+) -> dict[str, Any]:
+    sent: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for c in program.collectives:
+        sent["+".join(c.axes)][c.kind] += c.sent
+    times = roofline.times(target.chip, cost.flops, cost.moved, sum(c.sent for c in program.collectives), config.dtype)
+    parameters, trainable = _count(shapes_of(config)), _count(placed.trainable)
     tokens = run.data.batch * run.data.T
-    model = step_flops(config, counts["parameters"], counts["trainable"], tokens, run.data.T)
-    seconds = {"compute": times.compute, "memory": times.memory, "links": times.links, "best": times.best,
-               "expected": times.expected}  # fmt: skip
+    flops = step_flops(config, parameters, trainable, tokens, run.data.T)
     return {
         "recipe": run.recipe, "phase": run.phase, "base": run.base, "method": type(run.method).__name__.lower(),
         "topology": target.name, "chip": target.chip.name, "devices": target.n, "mesh": dict(mesh.shape),
         "T": run.data.T, "batch": run.data.batch, "accumulate": run.accumulate, "remat": config.remat,
-        "dtype": config.dtype, "quantize": run.quantize, "source": found["source"], "compiler": target.source,
-        "compile_seconds": round(found.get("seconds", 0.0), 1), **counts, "bytes": sizes | {"total": total},
-        "memory": memory, "fits": total <= memory, "left": memory - total,
-        "flops": {"step": cost.flops * target.n, "device": cost.flops, "model": model}, "moved": cost.moved,
-        "sent": sent, "seconds": seconds, "tokens_per_second": tokens / times.expected,
-        "mfu": model / target.n / target.chip.flops / times.expected,
-        **{k: found[k] for k in ("arguments", "temporaries") if k in found},
+        "dtype": config.dtype, "quantize": run.quantize, "source": program.source, "compiler": target.source,
+        "compile_seconds": round(program.compile_seconds, 1), "parameters": parameters, "trainable": trainable,
+        "bytes": sizes | {"total": program.total}, "memory": program.memory,
+        "fits": program.total <= program.memory, "left": program.memory - program.total,
+        "flops": {"step": cost.flops * target.n, "device": cost.flops, "model": flops}, "moved": cost.moved,
+        "sent": {axes: dict(kinds) for axes, kinds in sent.items()},
+        "seconds": {"compute": times.compute, "memory": times.memory, "links": times.links, "best": times.best,
+                    "expected": times.expected},
+        "tokens_per_second": tokens / times.expected, "mfu": flops / target.n / target.chip.flops / times.expected,
+        **program.analysis,
     }  # fmt: skip

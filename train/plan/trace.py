@@ -1,7 +1,7 @@
-"""What a traced step costs: FLOPs, bytes read and written, and the most memory that lives at once, by its jaxpr.
+"""FLOPs, memory traffic and peak memory of a traced step, from its jaxpr.
 
-A model of the compiler: products, reductions, gathers and loops make arrays; what is elementwise is fused into what
-reads it. An array lives from where it is made to where it is last read, in the order of the trace.
+A model of the compiler: matrix products, reductions, gathers and loops allocate arrays; elementwise operations are
+fused into their readers. An array lives from the node that allocates it to the last node that reads it, in trace order.
 """
 
 import dataclasses
@@ -11,157 +11,177 @@ from typing import Any
 
 import jax
 
-from .jaxpr_memory import PICKS, PRODUCTS, Node, Value, carried, flat, flops, is_array, is_view, written
+from .jaxpr_memory import (
+    PRODUCTS,
+    SLICES,
+    Node,
+    Value,
+    inline_calls,
+    is_allocated,
+    is_view,
+    product_flops,
+    reusable_inputs,
+    scan_arity,
+)
 
 
 @dataclasses.dataclass
 class Cost:
-    """Of one device: FLOPs of products, bytes that go through memory, and the memory at the peak, beyond the inputs."""
+    """The cost of a step on one device."""
 
-    flops: float = 0.0
-    moved: float = 0.0
-    peak: float = 0.0
-    gradients: float = 0.0  # of the peak: what has the shape of a parameter that trains
-    kept: float = 0.0  # of the peak: what waits for the backward pass
+    flops: float = 0.0  # of matrix products
+    moved: float = 0.0  # bytes through memory
+    peak: float = 0.0  # bytes at the peak, beyond the inputs
+    gradients: float = 0.0  # bytes of the peak in arrays with the shape of a trained parameter
+    activations: float = 0.0  # bytes of the peak in arrays that wait for the backward pass
 
     def times(self, n: float) -> "Cost":
-        """Done n times: the peak stays."""
+        """Return the cost of n executions; their peak is that of one."""
         return dataclasses.replace(self, flops=self.flops * n, moved=self.moved * n)
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Bytes of an array on a device."""
+class DeviceSizes:
+    """The bytes of arrays on one device."""
 
-    part: dict[tuple[int, ...], float] = dataclasses.field(default_factory=dict)  # shape -> what of it a device keeps
-    copies: int = 0  # of a whole gradient, that adding it up over devices makes
-    early: bool = False  # casts of gathered parameters need nothing else, and are made at once
-    tokens: int = 0  # arrays of as many elements or more, but of no shape in `whole`, are split over `stretches`
-    stretches: int = 1
-    whole: frozenset[tuple[int, ...]] = frozenset()
+    kept_share: dict[tuple[int, ...], float] = dataclasses.field(default_factory=dict)
+    """{shape of a gradient: the share of it that a device keeps}"""
+    gradient_copies: int = 0  # whole arrays that the sum of a gradient over devices needs besides
+    early_casts: bool = False  # casts of gathered parameters depend on nothing else and run at the beginning
+    tokens: int = 0  # arrays of at least as many elements are split over context, unless in `weight_shapes`
+    context: int = 1
+    weight_shapes: frozenset[tuple[int, ...]] = frozenset()
 
-    def share(self, aval: Any) -> float:
-        """What of an array is on a device when it is computed."""
-        split = self.stretches > 1 and aval.shape not in self.whole and math.prod(aval.shape) >= self.tokens
-        return 1 / self.stretches if split else 1.0
+    def context_share(self, aval: Any) -> float:
+        """Return the share of an array that one device of the context axis computes."""
+        split = self.context > 1 and aval.shape not in self.weight_shapes and math.prod(aval.shape) >= self.tokens
+        return 1 / self.context if split else 1.0
 
-    def made(self, aval: Any) -> float:
-        """Its bytes when it is computed; in host memory it has none."""
-        return 0.0 if aval.memory_space == jax.memory.Space.Host else nbytes(aval) * self.share(aval)
-
-    def adding(self, aval: Any) -> float:
-        """Bytes that a gradient needs besides while the devices add theirs up: it is whole until then."""
-        added = self.made(aval) * self.copies if aval.shape in self.part else 0.0
-        return self.made(aval) - self.kept(aval) + added
+    def computed(self, aval: Any) -> float:
+        """Return the bytes of an array when it is computed; 0 in host memory."""
+        return 0.0 if aval.memory_space == jax.memory.Space.Host else nbytes(aval) * self.context_share(aval)
 
     def kept(self, aval: Any) -> float:
-        """Its bytes when it has been scattered over the devices, as gradients of split parameters are."""
-        return self.made(aval) * self.part.get(aval.shape, 1.0)
+        """Return the bytes of an array after it was scattered over devices, as gradients of split parameters are."""
+        return self.computed(aval) * self.kept_share.get(aval.shape, 1.0)
+
+    def reducing(self, aval: Any) -> float:
+        """Return the bytes that a gradient needs besides while devices add theirs: it is whole until then."""
+        copies = self.computed(aval) * self.gradient_copies if aval.shape in self.kept_share else 0.0
+        return self.computed(aval) - self.kept(aval) + copies
 
 
-def cost(closed: Any, sizes: Sizes, donated: Sequence[int] = (), gathered: Sequence[int] = ()) -> Cost:
-    """The cost of a closed jaxpr.
+def trace_cost(closed: Any, sizes: DeviceSizes, donated: Sequence[int] = (), gathered: Sequence[int] = ()) -> Cost:
+    """Return the cost of a closed jaxpr.
 
-    donated: the outputs that are written where inputs were, and take no memory. gathered: the inputs that are put
-    together from all devices before they are read, and so take memory besides.
+    donated: indices of the outputs that overwrite inputs and so take no memory. gathered: indices of the inputs that
+    are gathered from all devices before they are read, and so take memory besides.
     """
     walk = Walk(closed.jaxpr, sizes)
-    walk.free = {walk.outs[i] for i in donated}
-    walk.lazy = {walk.ins[len(closed.jaxpr.constvars) + i] for i in gathered}
+    walk.preallocated = {walk.outs[i] for i in donated}
+    walk.gathered = {walk.ins[len(closed.jaxpr.constvars) + i] for i in gathered}
     return walk.run()
 
 
 class Walk:
-    """One pass over a jaxpr, and over the bodies of its loops."""
+    """One pass over a jaxpr and the bodies of its loops."""
 
-    def __init__(self, jaxpr: Any, sizes: Sizes):
+    def __init__(self, jaxpr: Any, sizes: DeviceSizes):
         self.sizes, self.nodes = sizes, []
         self.ins = [Value(v.aval) for v in (*jaxpr.constvars, *jaxpr.invars)]
-        self.outs = flat(jaxpr, self.ins, self.nodes)
-        self.free: set[Value] = set()  # written where an input was, or straight into a loop's stack
-        self.lazy: set[Value] = set()  # inputs that take memory from their first use: a layer's slice of a stack
-        self.roots: dict[Value, frozenset[Value]] = {}  # of a fused value: the arrays that it is computed from
-        self.last: dict[Value, int] = {}  # the last node that reads an array
+        self.outs = inline_calls(jaxpr, self.ins, self.nodes)
+        self.preallocated: set[Value] = set()  # overwrite an input, or go straight into the stack of a loop
+        self.gathered: set[Value] = set()  # inputs that take memory from their first use: a layer's slice of a stack
+        self.roots: dict[Value, frozenset[Value]] = {}  # {value: the arrays that it is computed from}
+        self.last: dict[Value, int] = {}  # {array: the last node that reads it}
 
     def run(self) -> Cost:
-        """Allocate what is made, free what is read for the last time."""
-        self.lifetimes()
-        early = {v for n in self.nodes if n.fused and self.lazy.issuperset(self.sources(n.ins)) for v in n.outs}
-        made = [v for v in early if self.sizes.early and self.roots[v] == {v}]
-        total, live, kept = Cost(), {v: self.sizes.made(v.aval) for v in made}, set()
+        """Walk the nodes: allocate their outputs, and free each array after its last reader."""
+        self.find_lifetimes()
+        early = {v for n in self.nodes if n.fused and self.gathered.issuperset(self.sources(n.ins)) for v in n.outs}
+        casts = self.allocated(early) if self.sizes.early_casts else []
+        total, live, waiting = Cost(), {v: self.sizes.computed(v.aval) for v in casts}, set()
         for i, node in enumerate(self.nodes):
-            sub, stacks = self.inside(node)
-            total.flops, total.moved = total.flops + sub.flops, total.moved + sub.moved
-            gathered = self.sources(node.ins) & self.lazy
-            live |= {v: self.sizes.made(v.aval) for v in gathered if self.last.get(v, -1) >= i}
-            over = self.sources(written(node)) - self.lazy
-            live = {v: b for v, b in live.items() if self.last[v] > i or v not in over}
-            made = [v for v in node.outs if self.roots[v] == {v}]
-            live |= {v: 0.0 if v in self.free else self.sizes.kept(v.aval) for v in made}
+            inner, stacks = self.inner_cost(node)
+            total.flops, total.moved = total.flops + inner.flops, total.moved + inner.moved
+            gathered = self.sources(node.ins) & self.gathered
+            live |= {v: self.sizes.computed(v.aval) for v in gathered if self.last.get(v, -1) >= i}
+            overwritten = self.sources(reusable_inputs(node)) - self.gathered
+            live = {v: b for v, b in live.items() if self.last[v] > i or v not in overwritten}
+            allocated = self.allocated(node.outs)
+            live |= {v: 0.0 if v in self.preallocated else self.sizes.kept(v.aval) for v in allocated}
             if node.name in PRODUCTS:
-                sub.peak = sum(self.sizes.adding(v.aval) for v in made)
-            kept |= {v for v in node.outs if v in stacks or self.last.get(v, 0) > i + len(self.nodes) // 8}
-            if sum(live.values()) + sub.peak > total.peak:
-                total = self.peak(live, kept, sub, total)
+                inner.peak = sum(self.sizes.reducing(v.aval) for v in allocated)
+            # An activation is an array that is stacked by a loop, or read much later.
+            waiting |= {v for v in node.outs if v in stacks or self.last.get(v, 0) > i + len(self.nodes) // 8}
+            if sum(live.values()) + inner.peak > total.peak:
+                total = self.with_peak(total, live, waiting, inner)
             live = {v: b for v, b in live.items() if self.last[v] > i}
         return total
 
-    def peak(self, live: dict[Value, float], kept: set[Value], sub: Cost, total: Cost) -> Cost:
-        """The total with a new peak: what lives now and what lives inside a node, by kind."""
-        gradients = sum(b for v, b in live.items() if v.aval.shape in self.sizes.part)
-        saved = sum(b for v, b in live.items() if v in kept and v.aval.shape not in self.sizes.part)
-        return dataclasses.replace(total, peak=sum(live.values()) + sub.peak, gradients=gradients + sub.gradients,
-                                   kept=saved + sub.kept)  # fmt: skip
+    def with_peak(self, total: Cost, live: dict[Value, float], waiting: set[Value], inner: Cost) -> Cost:
+        """Return the total with a new peak: the live arrays and those inside a node, by kind."""
+        shapes = self.sizes.kept_share
+        gradients = sum(b for v, b in live.items() if v.aval.shape in shapes)
+        activations = sum(b for v, b in live.items() if v in waiting and v.aval.shape not in shapes)
+        return dataclasses.replace(
+            total,
+            peak=sum(live.values()) + inner.peak,
+            gradients=gradients + inner.gradients,
+            activations=activations + inner.activations,
+        )
 
-    def lifetimes(self) -> None:
-        """Which values are arrays, and until when."""
+    def allocated(self, values: Iterable[Value]) -> list[Value]:
+        """Return those of the values that are arrays of their own in memory."""
+        return [v for v in values if self.roots[v] == {v}]
+
+    def find_lifetimes(self) -> None:
+        """Set `roots` and `last`: which values are arrays in memory, and who reads them last."""
         readers: dict[Value, list[Node]] = {}
-        for node in reversed(self.nodes):  # who reads a view reads what it is of
-            seen = [r for v in node.outs for r in readers.get(v, [])] if is_view(node) else [node]
+        for node in reversed(self.nodes):  # a reader of a view reads the viewed array
+            reading = [r for v in node.outs for r in readers.get(v, [])] if is_view(node) else [node]
             for v in node.ins:
-                readers.setdefault(v, []).extend(seen)
+                readers.setdefault(v, []).extend(reading)
         outs = set(self.outs)
         for i, node in enumerate(self.nodes):
-            made = [v for v in node.outs if v in outs or is_array(node, readers.get(v, []))]
+            allocated = [v for v in node.outs if v in outs or is_allocated(node, readers.get(v, []))]
             read = self.sources(node.ins)
-            self.roots |= {v: frozenset((v,)) if v in made else read for v in node.outs}
-            self.last |= dict.fromkeys(made, i)
-            if made or not node.fused:
-                # An update reads a device's own part of a parameter: what was gathered is not needed for it.
-                self.last |= dict.fromkeys(read - self.lazy if node.fused else read, i)
+            self.roots |= {v: frozenset((v,)) if v in allocated else read for v in node.outs}
+            self.last |= dict.fromkeys(allocated, i)
+            if allocated or not node.fused:
+                # An update reads the device's shard of a parameter, not the gathered array.
+                self.last |= dict.fromkeys(read - self.gathered if node.fused else read, i)
         for v in outs:
             self.last |= dict.fromkeys(self.roots.get(v, frozenset((v,))), len(self.nodes))
 
     def sources(self, values: Iterable[Value]) -> frozenset[Value]:
-        """The arrays that values are computed from, through what is fused."""
+        """Return the arrays that values are computed from, through fused nodes."""
         return frozenset().union(*(self.roots.get(v, frozenset((v,))) for v in values))
 
-    def inside(self, node: Node) -> tuple[Cost, list[Value]]:
-        """(what a node costs besides its outputs, the outputs that a loop stacks)."""
-        p = node.params
+    def inner_cost(self, node: Node) -> tuple[Cost, list[Value]]:
+        """Return (the cost of a node besides its outputs, those of its outputs that a loop stacks)."""
+        params = node.params
         if node.name == "scan":
-            walk = Walk(p["jaxpr"].jaxpr, self.sizes)
-            consts, carry = carried(p)
-            walk.free = set(walk.outs[carry:])
-            walk.lazy = set(walk.ins[consts + carry :])
-            return walk.run().times(p["length"]), list(node.outs[carry:])
+            walk = Walk(params["jaxpr"].jaxpr, self.sizes)
+            consts, carry = scan_arity(params)
+            walk.preallocated = set(walk.outs[carry:])
+            walk.gathered = set(walk.ins[consts + carry :])
+            return walk.run().times(params["length"]), list(node.outs[carry:])
         if node.name == "while":
-            return Walk(p["body_jaxpr"].jaxpr, self.sizes).run(), []
+            return Walk(params["body_jaxpr"].jaxpr, self.sizes).run(), []
         if node.name == "cond":
-            return max((Walk(b.jaxpr, self.sizes).run() for b in p["branches"]), key=lambda c: c.peak), []
-        made = [v for v in node.outs if self.roots[v] == {v}]
-        read = node.outs if node.name in PICKS else self.sources(node.ins)
-        moved = sum(self.sizes.kept(v.aval) for v in (*made, *read)) if made else 0.0
-        done = flops(node) * min(map(self.sizes.share, _avals(node))) if node.name in PRODUCTS else 0.0
-        return Cost(done, moved), []
-
-
-def _avals(node: Node) -> list[Any]:
-    return [v.aval for v in (*node.ins, *node.outs)]
+            return max((Walk(b.jaxpr, self.sizes).run() for b in params["branches"]), key=lambda c: c.peak), []
+        allocated = self.allocated(node.outs)
+        read = node.outs if node.name in SLICES else self.sources(node.ins)
+        moved = sum(self.sizes.kept(v.aval) for v in (*allocated, *read)) if allocated else 0.0
+        flops = 0.0
+        if node.name in PRODUCTS:
+            flops = product_flops(node) * min(self.sizes.context_share(v.aval) for v in (*node.ins, *node.outs))
+        return Cost(flops, moved), []
 
 
 def nbytes(aval: Any) -> float:
-    """Bytes of an abstract value; a key is two words."""
+    """Return the bytes of an abstract value; a PRNG key is two words."""
     if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
         return 8.0 * math.prod(aval.shape)
     return float(math.prod(aval.shape) * aval.dtype.itemsize)

@@ -28,14 +28,14 @@ NOT_PRINTED = ("trained for", "training FLOPs", "FLOPs per request", "ms per req
 def report(out: Path) -> dict[str, Any]:
     """Write decision.md and curve.png, print table and decision, and return them."""
     lines = read_results(out / "results.jsonl")
-    task, about, asked = question(lines)
+    task, about, settings = question(lines)
     table, text = option_table(lines), decision(lines)
     parts = ["# Decision", "", text, "", f"Rule: {RULE}", "", *table.markdown(), ""]
     if _draw_curve(out / "curve.png", lines):
         parts += ["![learning curve](curve.png)", ""]
     parts += [f"- {name}: {value}" for name, value in setup_facts(lines)]
     for line in select(lines, kind="prompt_format"):
-        parts.append(f"- prompts: as {line['format']}, up to {asked['shots']} examples")
+        parts.append(f"- prompts: as {line['format']}, up to {settings['shots']} examples")
     parts += ["", "## Trained runs", "", *run_table(lines).markdown(), "", "## Answers", "",
               *answer_table(lines, task).markdown()]  # fmt: skip
     atomic_write(out / "decision.md", "\n".join(parts) + "\n")
@@ -47,18 +47,18 @@ def report(out: Path) -> dict[str, Any]:
 
 def option_table(lines: list[Line]) -> Table:
     """Return the table of all options."""
-    _, about, asked = question(lines)
+    _, about, settings = question(lines)
     heads = ["option", about["metric"], "95 % interval", "reaches target", "examples", "trained for", "training FLOPs",
              "prompt tokens", "FLOPs per request", "ms per request", "stored bytes", "total FLOPs"]  # fmt: skip
     rows = []
     for o in read_options(lines):
-        e, target = o.estimate, asked["target"]
+        e, target = o.estimate, settings["target"]
         reaches = "reliably" if e.low >= target else "yes" if e.mean >= target else ""
         rows.append([
             word(o.name), number(e.mean), word(f"{e.low:.3f} to {e.high:.3f}"), word(reaches), number(o.examples, ",d"),
             word(format_time(o.train_seconds) if o.train_flops else ""), number(o.train_flops, ".2g"),
             number(o.prompt_tokens, ".0f"), number(o.request_flops, ".2g"), number(1e3 * o.request_seconds, ".1f"),
-            word(format_bytes(o.bytes)), number(o.flops(asked["requests"]), ".2g"),
+            word(format_bytes(o.bytes)), number(o.flops(settings["requests"]), ".2g"),
         ])  # fmt: skip
     return Table(heads, rows)
 
@@ -76,8 +76,8 @@ def decision(lines: list[Line]) -> str:
 
 
 def _decision_sentences(lines: list[Line]) -> list[str]:
-    _, about, asked = question(lines)
-    options, target, requests = read_options(lines), asked["target"], asked["requests"]
+    _, about, settings = question(lines)
+    options, target, requests = read_options(lines), settings["target"], settings["requests"]
     goal = f"{about['metric']} >= {target:g}"
     best, reliably = cheapest(options, target, requests)
     if best is None:
@@ -144,11 +144,11 @@ def _higher_targets(options: Sequence[Option], best: Option, reliably: bool, req
 
 def _more_examples(lines: list[Line], options: Sequence[Option], target: float) -> list[str]:
     """Return what the learning curve of the trained method says about more examples."""
-    *_, asked = question(lines)
+    *_, settings = question(lines)
     if (forecasts := forecast_examples(lines, target)) is None:
         return []
     sizes, curve = forecasts
-    method = asked["peft"].get("name", "the method")
+    method = settings["peft"].get("name", "the method")
     text = f"With the number of steps fixed, the error of {method} falls as n^-{curve.curve.c:.2f} with n examples"
     if curve.curve.c <= 0.005:
         text = f"With the number of steps fixed, the error of {method} does not fall with more examples"
@@ -156,24 +156,24 @@ def _more_examples(lines: list[Line], options: Sequence[Option], target: float) 
         text += (f" (a fit to fewer than {sizes[-1]:,} examples forecasts the error at {sizes[-1]:,} to within "
                  f"{abs(curve.residual):.3f})")  # fmt: skip
     means = {option.name: option.estimate.mean for option in options}
-    enough = [n for name, n in asked["sizes"].items() if means.get(name, -math.inf) >= target]
+    enough = [n for name, n in settings["sizes"].items() if means.get(name, -math.inf) >= target]
     if enough:
         return [f"{text}; {min(enough):,} examples were enough for the target."]
     if not curve.needed <= 100 * sizes[-1]:
         return [f"{text}: with more examples the target is unreachable."]
     high = f"{curve.needed_high:,.0f}" if curve.needed_high < 1e9 else "unreachable"
     return [f"{text}: the target would take about {curve.needed:,.0f} examples ({curve.needed_low:,.0f} to {high}), of "
-            f"which there are {asked['examples']:,}; beyond those this is an extrapolation."]  # fmt: skip
+            f"which there are {settings['examples']:,}; beyond those this is an extrapolation."]  # fmt: skip
 
 
 def _draw_curve(path: Path, lines: list[Line]) -> bool:
     """Draw the errors by number of examples, if the method was trained on two or more; return True if so."""
-    *_, asked = question(lines)
-    if (forecasts := forecast_examples(lines, asked["target"])) is None:
+    *_, settings = question(lines)
+    if (forecasts := forecast_examples(lines, settings["target"])) is None:
         return False
     sizes, curve = forecasts
-    best, by_name = asked["reference_score"], {option.name: option.estimate for option in read_options(lines)}
-    estimates = [by_name[name] for name in asked["sizes"] if name in by_name]
+    best, by_name = settings["reference_score"], {option.name: option.estimate for option in read_options(lines)}
+    estimates = [by_name[name] for name in settings["sizes"] if name in by_name]
     mean, low, high = ([best - getattr(e, key) for e in estimates] for key in ("mean", "high", "low"))
-    plot_learning_curve(path, sizes, mean, low, high, curve.curve, best - asked["target"])
+    plot_learning_curve(path, sizes, mean, low, high, curve.curve, best - settings["target"])
     return True

@@ -47,7 +47,7 @@ def question(lines: list[Line]) -> tuple[str, dict[str, Any], Line]:
 
 def read_options(lines: list[Line]) -> list[Option]:
     """Return all options that were measured, in the order in which they were tried."""
-    task, about, asked = question(lines)
+    task, about, settings = question(lines)
     untrained = select(lines, kind="option")
     estimates = compare_scores({line["name"]: [line] for line in untrained}).methods
     options = [Option(line["name"], estimates[line["name"]], line["examples"], line["prepare_flops"],
@@ -60,9 +60,10 @@ def read_options(lines: list[Line]) -> list[Option]:
         cost = costs[name]
         steps = seeds[0]["steps"] * len(select(lines, kind="search", task=task, method=name))
         options.append(Option(
-            name, estimates[name], seeds[0].get("examples", 0) or asked["examples"], cost["flops"] * steps,
-            cost["seconds"] * steps, asked["request_flops"] * (1 + cost["virtual_tokens"] / asked["request_tokens"]),
-            min(line["seconds"] for line in seeds) / about["rows"], asked["prompt_tokens"] + cost["virtual_tokens"],
+            name, estimates[name], seeds[0].get("examples", 0) or settings["examples"], cost["flops"] * steps,
+            cost["seconds"] * steps,
+            settings["request_flops"] * (1 + cost["virtual_tokens"] / settings["request_tokens"]),
+            min(line["seconds"] for line in seeds) / about["rows"], settings["prompt_tokens"] + cost["virtual_tokens"],
             cost["artifact_bytes"],
         ))  # fmt: skip
     return options
@@ -81,11 +82,11 @@ def cheapest(options: Sequence[Option], target: float, requests: float) -> tuple
 
 def forecast_examples(lines: list[Line], target: float) -> tuple[list[int], Forecast] | None:
     """Return (numbers of examples, forecast of their learning curve); None for fewer than two numbers."""
-    task, _, asked = question(lines)
+    task, _, settings = question(lines)
     predictions, _ = tested_methods(lines, task)
-    by_size = {name: predictions[name] for name in asked["sizes"] if name in predictions}
+    by_size = {name: predictions[name] for name in settings["sizes"] if name in predictions}
     if len(by_size) < 2:
         return None
-    sizes, best = [asked["sizes"][name] for name in by_size], asked["reference_score"]
+    sizes, best = [settings["sizes"][name] for name in by_size], settings["reference_score"]
     means = [best - float(np.mean([line["score"] for line in seeds])) for seeds in by_size.values()]
     return sizes, forecast(sizes, best - bootstrap_scores(by_size), means, best - target)

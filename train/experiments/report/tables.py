@@ -1,4 +1,4 @@
-"""Tables as data: cells with a text and a value to sort by, written as markdown, HTML (page.html) or to the console."""
+"""Tables as data: cells with a text and a value to sort by, as markdown, in HTML (compare.html) or on the console."""
 
 import dataclasses
 from collections.abc import Sequence
