@@ -31,7 +31,8 @@ TYPES: dict[str, list[type[Method]]] = {}  # peft_type -> its classes, the plain
 for _cls in by_name.values():
     if _cls.hf.type:
         TYPES.setdefault(_cls.hf.type, []).append(_cls)
-COMPANIONS = dict.fromkeys(cls.hf.companion for cls in by_name.values() if cls.hf.companion)
+# Subclasses share the spec of Subset, which stands last: whole tables first, then what is left.
+COMPANIONS = [*dict.fromkeys(cls.hf.companion for cls in reversed(by_name.values()) if cls.hf.companion)][::-1]
 
 
 def method_from_config(adapter_config: Mapping[str, Any], config: Config) -> Method:
