@@ -292,7 +292,7 @@ def test_parallel_of_both_sublayers_and_some_layers(base):
 def test_parallel_refuses(base):
     with pytest.raises(InputError, match="layers/mlp/up ends no sublayer"):
         Parallel(where="layers/mlp/(up|down)").init(jax.random.key(0), base.params)
-    with pytest.raises(InputError, match="layers/mlp/parallel_adapter: BesideWeight is not linear in x"):
+    with pytest.raises(InputError, match="layers/mlp/parallel_adapter: ParallelAdapterWeight is not linear in x"):
         peft.merge(Parallel(), base.params, Parallel().init(jax.random.key(0), base.params))
 
 
