@@ -26,15 +26,7 @@ EXTRAS = tuple(
 )
 # Still to be cut, by others: {core module: the extras that it imports}, and the modules of known cycles.
 KNOWN_EXTRAS = {"peft": {"peft.hf"}}
-KNOWN_CYCLES = [
-    {
-        "data.tokenizers.chat",
-        "data.tokenizers.default_template",
-        "data.tokenizers.huggingface",
-        "data.tokenizers.sentencepiece_bpe",
-        "data.tokenizers.tokenizer",
-    },
-]
+KNOWN_CYCLES: list[set[str]] = []
 
 
 def module_name(path):

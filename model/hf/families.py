@@ -79,54 +79,48 @@ _GEMMA2_KEYS = {**_without(_SIZES, "hidden_act"), **_BIAS, "hidden_activation": 
                 "query_pre_attn_scalar": "query_scale", "attn_logit_softcapping": "attn_cap",
                 "final_logit_softcapping": "logit_cap"}  # fmt: skip
 
-# Name tables: tensor name -> path. {} is the layer; paths joined by a space are concatenated along the output axis.
-_ATTENTION = {
-    f"model.layers.{{}}.self_attn.{p}_proj.{kind}": f"layers/attn/{p}{ours}"
-    for p in "qkvo"
-    for kind, ours in (("weight", ""), ("bias", "_bias"))
-} | {f"model.layers.{{}}.self_attn.{p}_norm.weight": f"layers/attn/{p}_norm/scale" for p in "qk"}
-_MLP = {
-    f"model.layers.{{}}.mlp.{p}_proj.{kind}": f"layers/mlp/{p}{ours}"
-    for p in ("gate", "up", "down")
-    for kind, ours in (("weight", ""), ("bias", "_bias"))
-}
-_OUTER = {"model.embed_tokens.weight": "embed/table", "lm_head.weight": "head/matrix"}
+
+def _names(layers: str, outer: Mapping[str, str], layer: Mapping[str, str]) -> dict[str, str]:
+    """The name table {tensor name: path} of modules outside the layers, and of a layer, whose prefix is `layers`.
+
+    {} stands for the layer. Paths joined by a space are concatenated along the output axis. A module has a weight and,
+    if the model has it, a bias.
+    """
+    modules = dict(outer) | {
+        f"{layers}.{{}}.{module}": " ".join(f"layers/{path}" for path in paths.split())
+        for module, paths in layer.items()
+    }
+    names = {}
+    for module, paths in modules.items():
+        suffixes = ("/scale", "/bias") if paths.endswith("norm") else ("", "_bias")
+        for kind, suffix in zip(("weight", "bias"), suffixes, strict=True):
+            names[f"{module}.{kind}"] = " ".join(path + suffix for path in paths.split())
+    return names
 
 
-def _norms(**names: str) -> dict[str, str]:
-    """Name table of the norms of a layer, and of the final norm; each with its bias, if it has one."""
-    norms = {f"model.layers.{{}}.{k}": f"layers/{v}" for k, v in names.items()} | {"model.norm": "final_norm"}
-    parts = (("weight", "scale"), ("bias", "bias"))
-    return {f"{hf}.{hf_part}": f"{path}/{part}" for hf, path in norms.items() for hf_part, part in parts}
-
-
-LLAMA_NAMES = {**_OUTER, **_ATTENTION, **_MLP,
-               **_norms(input_layernorm="attn_norm", post_attention_layernorm="mlp_norm")}  # fmt: skip
-_POST = _norms(post_attention_layernorm="attn_post_norm", post_feedforward_layernorm="mlp_post_norm")
-_OLMO2_NAMES = {**_OUTER, **_ATTENTION, **_MLP, **_POST}
-_GEMMA2_NAMES = {**_OLMO2_NAMES, **_norms(input_layernorm="attn_norm", pre_feedforward_layernorm="mlp_norm")}
-_PHI3_NAMES = {k: v for k, v in LLAMA_NAMES.items() if v not in (f"layers/{p}" for p in (
-    "attn/q", "attn/k", "attn/v", "mlp/gate", "mlp/up"))} | {
-    "model.layers.{}.self_attn.qkv_proj.weight": "layers/attn/q layers/attn/k layers/attn/v",
-    "model.layers.{}.mlp.gate_up_proj.weight": "layers/mlp/gate layers/mlp/up",
+_OUTER = {"model.embed_tokens": "embed/table", "lm_head": "head/matrix", "model.norm": "final_norm"}
+_MATRICES = {
+    "self_attn.q_proj": "attn/q", "self_attn.k_proj": "attn/k", "self_attn.v_proj": "attn/v",
+    "self_attn.o_proj": "attn/o", "self_attn.q_norm": "attn/q_norm", "self_attn.k_norm": "attn/k_norm",
+    "mlp.gate_proj": "mlp/gate", "mlp.up_proj": "mlp/up", "mlp.down_proj": "mlp/down",
 }  # fmt: skip
-_GPT2_NAMES = {
-    "transformer.wte.weight": "embed/table",
-    "transformer.wpe.weight": "embed/positions",
-    "lm_head.weight": "head/matrix",
-} | {
-    f"transformer.{theirs}.{kind}": " ".join(path + ours for path in paths.split())
-    for theirs, paths, parts in (
-        ("h.{}.attn.c_attn", "layers/attn/qkv", ("", "_bias")),
-        ("h.{}.attn.c_proj", "layers/attn/o", ("", "_bias")),
-        ("h.{}.mlp.c_fc", "layers/mlp/up", ("", "_bias")),
-        ("h.{}.mlp.c_proj", "layers/mlp/down", ("", "_bias")),
-        ("h.{}.ln_1", "layers/attn_norm", ("/scale", "/bias")),
-        ("h.{}.ln_2", "layers/mlp_norm", ("/scale", "/bias")),
-        ("ln_f", "final_norm", ("/scale", "/bias")),
-    )
-    for kind, ours in zip(("weight", "bias"), parts, strict=True)
-}
+_PRE_NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "mlp_norm"}
+_POST_NORMS = {"post_attention_layernorm": "attn_post_norm", "post_feedforward_layernorm": "mlp_post_norm"}
+_BOTH_NORMS = {**_POST_NORMS, "input_layernorm": "attn_norm", "pre_feedforward_layernorm": "mlp_norm"}
+LLAMA_NAMES = _names("model.layers", _OUTER, {**_MATRICES, **_PRE_NORMS})
+_OLMO2_NAMES = _names("model.layers", _OUTER, {**_MATRICES, **_POST_NORMS})
+_GEMMA2_NAMES = _names("model.layers", _OUTER, {**_MATRICES, **_BOTH_NORMS})
+_PHI3_NAMES = _names("model.layers", _OUTER, {
+    "self_attn.qkv_proj": "attn/q attn/k attn/v", "self_attn.o_proj": "attn/o",
+    "mlp.gate_up_proj": "mlp/gate mlp/up", "mlp.down_proj": "mlp/down", **_PRE_NORMS,
+})  # fmt: skip
+_GPT2_NAMES = _names("transformer.h", {
+    "transformer.wte": "embed/table", "transformer.wpe": "embed/positions", "lm_head": "head/matrix",
+    "transformer.ln_f": "final_norm",
+}, {
+    "attn.c_attn": "attn/qkv", "attn.c_proj": "attn/o", "mlp.c_fc": "mlp/up", "mlp.c_proj": "mlp/down",
+    "ln_1": "attn_norm", "ln_2": "mlp_norm",
+})  # fmt: skip
 # Buffers of old checkpoints: tables that transformers computes.
 BUFFERS = r".*\.rotary_emb\.inv_freq|(transformer\.)?h\.\d+\.attn\.(masked_)?bias"
 
