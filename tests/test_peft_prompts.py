@@ -1,8 +1,7 @@
-"""What stands before or beside the text, against its formulas and against HF PEFT (tests/golden/peft)."""
+"""Prompts, prefixes, tokens and parallel adapters against their formulas and HF PEFT (tests/golden/peft)."""
 
 import dataclasses
 import json
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -57,16 +56,18 @@ def test_counts_are_those_of_hf_peft(model):
         "adaption_prompt 10x30": LLaMAAdapter(tokens=10, layers=30),
         "tokens 8": Tokens(ids=tuple(range(8))),
     }
-    found = {name: peft.count(method, presets[model]) for name, method in methods.items() if name in COUNTS[model]}
-    assert found == {name: COUNTS[model][name] for name in found}
-    assert len(found) >= 3
+    counts = {name: peft.count(method, presets[model]) for name, method in methods.items() if name in COUNTS[model]}
+    assert counts == {name: COUNTS[model][name] for name in counts}
+    assert len(counts) >= 3
 
 
 # Prompt, P-tuning, prefix tuning by an MLP
 
 
 def test_a_prompt_starts_as_asked(base):
-    start = lambda **fields: Prompt(tokens=5, **fields).init(jax.random.key(0), base.params)["embed/table"]["prompt"]  # noqa: E731
+    def start(**fields):
+        return Prompt(tokens=5, **fields).init(jax.random.key(0), base.params)["embed/table"]["prompt"]
+
     table = base.params["embed"]["table"]
     assert same(start(ids=(7, 3)), table[jnp.array([7, 3, 7, 3, 7])])
     assert same(start(init_from="ids", ids=(9, 8, 7, 6, 5, 4)), table[jnp.array([9, 8, 7, 6, 5])])
@@ -158,11 +159,14 @@ def test_a_prompt_s_keys_are_normed_and_do_not_turn():
     t = {n: x[0] for n, x in trainable["layers/attn/o"].items()}
     x = jax.random.normal(jax.random.key(2), (2, 5, c.D))
     turn = rope_table(jnp.arange(5)[None].repeat(2, 0), c.rope, c.H, jnp.array([5, 5]))
-    layer = lambda tree: jax.tree.map(lambda x: x[0], tree)  # noqa: E731
-    run = lambda params: Attention(c).apply(
-        {"params": layer(params["layers"]["attn"])}, x, LayerInputs(None, turn), None
-    )
-    rms = lambda y, s: y / np.sqrt((y**2).mean(-1, keepdims=True) + c.norm_eps) * (1 + s)  # noqa: E731
+
+    def run(params):
+        layer = jax.tree.map(lambda x: x[0], params["layers"]["attn"])
+        return Attention(c).apply({"params": layer}, x, LayerInputs(None, turn), None)
+
+    def rms(y, s):
+        return y / np.sqrt((y**2).mean(-1, keepdims=True) + c.norm_eps) * (1 + s)
+
     k = rms((t["prompt"] @ p["k"]).reshape(3, c.K, c.H), p["k_norm/scale"])
     v = (t["prompt"] @ p["v"]).reshape(3, c.K, c.H)
     q = rms((x @ p["q"]).reshape(2, 5, c.N, c.H), p["q_norm/scale"])
@@ -187,7 +191,7 @@ def test_llama_adapter_with_lora_reads_its_prompt_through_the_bound_matrices(bas
 
 
 def test_llama_adapter_stands_beside_a_prompt(base):
-    """It takes no positions, so what does may stand in one chain with it."""
+    """It takes no positions, so a chain may hold a prompt too."""
     method = chain(LLaMAAdapter(tokens=3), Prompt(tokens=2))
     trainable = method.init(jax.random.key(0), base.params)
     close(logits(base, method, trainable), logits(base, Prompt(tokens=2), trainable["prompt"]))
@@ -196,7 +200,9 @@ def test_llama_adapter_stands_beside_a_prompt(base):
 
 
 def test_llama_adapter_refuses(base):
-    init = lambda method, params=base.params: method.init(jax.random.key(0), params)  # noqa: E731
+    def init(method, params=base.params):
+        return method.init(jax.random.key(0), params)
+
     with pytest.raises(InputError, match=r"layers/attn/prompt: GatedPrompt is not linear in x"):
         peft.merge(LLaMAAdapter(), base.params, init(LLaMAAdapter()))
     with pytest.raises(InputError, match=r"--method\.layers 0: wanted 1 or more"):
@@ -218,12 +224,12 @@ def test_tokens_replace_rows_alone(base):
     assert same(rows, table[jnp.array(method.ids)])
     rows = shaken(trainable, 0.3)["embed/table"]["rows"]
     weight = method.bind(base.params, {"embed/table": {"rows": rows}})["embed"]["table"]
-    wanted = table.at[jnp.array(method.ids)].set(rows)
-    assert same(weight[IDS], wanted[IDS])
+    expected = table.at[jnp.array(method.ids)].set(rows)
+    assert same(weight[IDS], expected[IDS])
     x = jax.random.normal(jax.random.key(1), (2, 3, CONFIG.D))
-    close(x @ weight.T, x @ wanted.T)
+    close(x @ weight.T, x @ expected.T)
     folded = peft.merge(method, base.params, {"embed/table": {"rows": rows}})
-    assert same(folded["embed"]["table"], wanted)
+    assert same(folded["embed"]["table"], expected)
 
 
 def test_tokens_of_an_untied_base_leave_its_head():
@@ -235,7 +241,7 @@ def test_tokens_of_an_untied_base_leave_its_head():
 
 
 def test_tokens_nest_with_other_tables(base):
-    """A prompt over a table of another method: what the table gives row by row, and the prompt."""
+    """A prompt over the table of another method looks up that table's rows, and the prompt."""
     prompt = Prompt(tokens=2)
     for method in (Tokens(), LoRA(rank=2, where="embed/table")):
         both = chain(method, prompt)
@@ -251,8 +257,8 @@ def test_tokens_nest_with_other_tables(base):
 
 
 def test_tokens_refuse(base):
-    for ids, said in (((3, 61), "id 61 is no row"), ((), "no ids"), ((4, 4), "an id is twice")):
-        with pytest.raises(InputError, match=f"tokens: {said}"):
+    for ids, message in (((3, 61), "id 61 is no row"), ((), "no ids"), ((4, 4), "an id is twice")):
+        with pytest.raises(InputError, match=f"tokens: {message}"):
             Tokens(ids=ids).init(jax.random.key(0), base.params)
 
 
@@ -265,8 +271,10 @@ def test_parallel_adds_to_its_sublayer(base):
     trainable = shaken(method.init(jax.random.key(0), base.params), 0.3)
     t = {n: x[0] for n, x in trainable["layers/mlp/down"].items()}
     x = jax.random.normal(jax.random.key(1), (2, 5, CONFIG.D))
-    layer = partial(jax.tree.map, lambda x: x[0])
-    run = lambda params: MLP(CONFIG).apply({"params": layer(params["layers"]["mlp"])}, x)  # noqa: E731
+
+    def run(params):
+        return MLP(CONFIG).apply({"params": jax.tree.map(lambda x: x[0], params["layers"]["mlp"])}, x)
+
     added = 4 * (jnp.maximum(x @ t["down"] + t["down_bias"], 0) @ t["up"] + t["up_bias"])
     close(run(method.bind(base.params, trainable)), run(base.params) + added)
 

@@ -193,8 +193,12 @@ def test_every_method_binds_and_keeps_no_dense_matrix_or_refuses(method):
     nf4 = Base(base.config, base.model, jax.eval_shape(partial(quantize, kind="nf4"), base.params))
     if method in [CASES[name] for name in ("subset", "gradual", "layer_range", "pissa", "olora")]:
         key, params = jax.random.key(0), nf4.params
-        refusing = (partial(residuals, nf4, method), partial(method.frozen_params, params), partial(method.init, key, params),
-                    partial(peft.partition, method, params, key))  # fmt: skip
+        refusing = (
+            partial(residuals, nf4, method),
+            partial(method.frozen_params, params),
+            partial(method.init, key, params),
+            partial(peft.partition, method, params, key),
+        )
         for refused in refusing:
             with pytest.raises(InputError, match=r"^\w+: layers/(attn|mlp)/\w+ is NF4"):
                 refused()
