@@ -10,7 +10,7 @@ from .. import InputError
 from .pack import Row, empty_row
 
 Batch = dict[str, Any]  # a Row's fields with a leading batch axis: arrays [B, T], and `row` [B]
-_PREFETCH = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # batches in flight
+PREFETCH = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # batches in flight
 
 
 def stack(rows: Sequence[Row]) -> Batch:
@@ -46,7 +46,7 @@ class Loader:
         stream: Any = grain.MapDataset.range((len(rows) - start) // batch_size)
         stream = stream.map(lambda n: stack([rows[start + n * batch_size + i] for i in indices]))
         stream = stream.map(put) if put else stream
-        self._batches = iter(stream.to_iter_dataset(_PREFETCH))
+        self._batches = iter(stream.to_iter_dataset(PREFETCH))
 
     def __iter__(self) -> Iterator[Batch]:
         return self

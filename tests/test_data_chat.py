@@ -377,7 +377,7 @@ def test_one_refused_chat_costs_no_other(qwen, monkeypatch, words):
     if "range" in words:  # a process that is killed takes its seconds: no more of them than the cap allows
         bad = RowErrors("skip", 0.001)
         bad.rows = 1000
-        with pytest.raises(InputError, match=r"2 of 1000 rows left out.*more than --data\.bad-cap"):
+        with pytest.raises(InputError, match=r"2 of 1000 rows left out.*more than --data\.max-bad-rows"):
             list(encode_examples([*rows[:2], *rows[1:2] * 99], tok, bad))
     with pytest.raises(InputError, match=r"^chat template .*: line 1"):
         list(encode_examples(rows, dataclasses.replace(qwen, template="{% if %}"), RowErrors("skip", 1.0)))

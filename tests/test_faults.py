@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import grain
 import jax
 import numpy as np
 import pytest
@@ -94,8 +95,7 @@ def _rows(run, n=8 * STEPS):
 def test_other_prefetching_other_batches_the_same_rows(cut, whole, tmp_path, monkeypatch):  # noqa: F811
     expected = f"{stream_digest(np.arange(320), np.array([r['row'] for r in _rows(cut)])) % 2**256:064x}"
     assert last(whole("lora"))["rows_digest"] == expected, "every row once, in order"
-    monkeypatch.setattr(loader, "_THREADS", 1)
-    monkeypatch.setattr(loader, "_AHEAD", 1)
+    monkeypatch.setattr(loader, "PREFETCH", grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
     run = copied(cut, tmp_path)
     assert life(monkeypatch, run) is None
     assert last(run.out) == last(whole("lora"))
@@ -330,7 +330,7 @@ def test_a_signal_where_nothing_can_be_raised(capsys):
 
     def work():
         with Stop():
-            gc.collect()
+            gc.collect(0)  # the youngest generation: of all it takes seconds in a large process
             time.sleep(4)
             seen.append("lost")
 

@@ -83,8 +83,8 @@ def test_one_parameter_at_a_time_is_whole(which, base, hf_base, monkeypatch, tmp
     whole = load_run(folder).merged
     before, largest = nbytes(whole), max(x.nbytes for x in jax.tree.leaves(whole))
     del whole
-    start, real = now(), load.quantized
-    monkeypatch.setattr(load, "quantized", lambda *a, **k: (peak.append(now() - start), real(*a, **k))[1])
+    start, real = now(), load.quantize_parameter
+    monkeypatch.setattr(load, "quantize_parameter", lambda *a, **k: (peak.append(now() - start), real(*a, **k))[1])
     load_run(folder, quantize="nf4")
     assert len(peak) > 8
     assert max(peak) <= after + largest + 1024 < before
