@@ -159,7 +159,7 @@ def test_the_newest_good_one_is_taken(cut, whole, tmp_path, monkeypatch, capsys)
     )
     assert life(monkeypatch, run) is None
     err = capsys.readouterr().err
-    assert f"step 18 is damaged, going on from an earlier one: {damaged} has" in err
+    assert f"step 18 is damaged, resuming from an earlier one: {damaged} has" in err
     assert "resumed at step 12 of 40" in err
     assert last(run.out) == last(whole("lora"))
     run = copied(cut, tmp_path, "all")
