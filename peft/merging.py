@@ -178,8 +178,8 @@ def rerank(method: LoRA, trainable: Any, rank: int, params: Any = None) -> tuple
 def concatenate(*adapters: tuple[LoRA, Any], params: Any = None) -> tuple[LoRA, dict[str, Any]]:
     """Return (LoRA, trainable) whose update is the sum of those of (method, trainable) pairs.
 
-    [A_1 A_2] [s_1 B_1; s_2 B_2]: its rank is the sum of the ranks, less where fewer of them act. `params`: for rules of
-    alphas, as in `rerank`.
+    `[A_1 A_2] [s_1 B_1; s_2 B_2]`: its rank is the sum of the ranks, less where fewer of them act. `params`: for
+    rules of alphas, as in `rerank`.
     """
     parts: dict[str, tuple[list[Array], list[Array]]] = {}
     owner: dict[Any, str] = {}  # (name, layer) -> the key that holds it

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,9 +31,22 @@ def base() -> Base:
     return make_base()
 
 
+# The fast tier (make test) holds every law for one method of each mechanism, and one law (4, fold) for all of them.
+FAST_METHODS = {
+    "subset", "layer_range", "lora", "dora", "lora_range", "norms_and_lora", "ia3", "houlsby", "prompt", "prefix",
+    "oft", "vera", "adalora", "pissa", "tokens",
+}  # fmt: skip
+FOR_ALL_METHODS = ("test_4_",)
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist, which makes names of the groups here
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Several workers (make test): all laws of one method to the same, which has its programs; else file by file."""
+    """Mark what is not in the fast tier. Give all laws of one method to one worker, which has its programs."""
+    for item in items:
+        params = getattr(item, "callspec", None) and item.callspec.params
+        law = params and item.path.name == "test_laws.py" and item.name.startswith(FOR_ALL_METHODS)
+        if params and "method" in params and not law and not FAST_METHODS & set(re.split("[-]", item.callspec.id)):
+            item.add_marker(pytest.mark.full)
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
             method = getattr(item, "callspec", None) and item.callspec.params.get("method")

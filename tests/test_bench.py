@@ -23,6 +23,7 @@ def results():
     return race.race(TINY, 3, "keep", None)
 
 
+@pytest.mark.full
 def test_contenders_run_and_learn(results):
     assert [(r.method, r.who, len(r.seconds)) for r in results] == [("full", "graftax", 3), ("lora", "graftax", 3)]
     full, lora = results
@@ -32,6 +33,7 @@ def test_contenders_run_and_learn(results):
     assert all(0 < r.facts["libraries"] < r.facts["rss"] for r in results)
 
 
+@pytest.mark.full
 def test_the_table(results):
     other = [dataclasses.replace(r, who="HF", seconds=tuple(2 * s for s in r.seconds)) for r in results]
     text = table.section([*results, *other], "keep")

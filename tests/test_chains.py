@@ -59,6 +59,7 @@ def test_a_chain_says_what_became_of_its_runs_and_survives_them(adapter, tmp_pat
     assert "nowhere does not exist; give the folder" in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_positions_split_and_state_on_the_host_change_nothing(base, pretraining, tmp_path, monkeypatch):  # noqa: F811
     run = dataclasses.replace(pretraining, mesh=(1, 2, 1, 4), offload=True, out=str(tmp_path / "run"))
     with monkeypatch.context() as patch:
@@ -98,6 +99,7 @@ PAIRS = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("pair", PAIRS)
 def test_a_run_on_a_run_that_must_be_computed(pair, base, tmp_path):  # noqa: F811
     """A run can use any other run as its base: it loads, on any mesh, computes and merges."""

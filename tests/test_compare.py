@@ -293,6 +293,7 @@ def done(plan):
     return read_results(Path(plan.config.out) / "results.jsonl")
 
 
+@pytest.mark.full
 def test_a_comparison_is_what_it_says(plan, done):
     out, kinds = Path(plan.config.out), [line["kind"] for line in done]
     assert {kind: kinds.count(kind) for kind in kinds} == {"setup": 1, "base": 2, "cost": 3, "search": 12, "test": 12}
@@ -319,6 +320,7 @@ def test_a_comparison_is_what_it_says(plan, done):
     assert (out / "report.html").exists()
 
 
+@pytest.mark.full
 def test_it_goes_on_where_it_was_ended(plan, done, tmp_path, monkeypatch):
     """By a signal before the second sweep: what was found is what an unbroken comparison finds, times aside."""
     out = tmp_path / "out"
@@ -342,6 +344,7 @@ def test_it_goes_on_where_it_was_ended(plan, done, tmp_path, monkeypatch):
     said(lambda: again.run(), "--resume: the base has changed", "restore it")
 
 
+@pytest.mark.full
 def test_a_budget_says_how_many_steps(plan, done, tmp_path):
     short = dataclasses.replace(plan.config, steps=0, out=str(tmp_path / "out"))
     least = dataclasses.replace(plan, config=short, budget=0.01)

@@ -81,6 +81,7 @@ def test_copies_of_a_function_are_in_one_part():
     assert python_library.part(source) == python_library.part(source.replace("    # why\n", "").replace("    ", "\t"))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["package", "next_statement", "next_token"])
 def test_python_functions(few_modules, name):
     task = getattr(python_functions, name)()

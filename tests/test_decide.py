@@ -46,6 +46,7 @@ def done(plan):
     return plan.run(), read_results(Path(plan.config.out) / "results.jsonl")
 
 
+@pytest.mark.full
 def test_every_option_is_there(plan, done):
     told, lines = done
     names = [row["option"] for row in told["options"]]
@@ -73,6 +74,7 @@ def test_every_option_is_there(plan, done):
     )
 
 
+@pytest.mark.full
 def test_the_trained_ones_are_runs_on_so_many_examples(plan, done):
     _, lines = done
     line = select(lines, kind="test", method="lora on 40 examples")[0]
@@ -98,6 +100,7 @@ def test_fewer_examples_are_part_of_more(plan):
     said(lambda: tuning_rows(many, 0, base.tokenizer, base.config.V), "--data.examples 1,000: words has 1")
 
 
+@pytest.mark.full
 def test_it_goes_on(plan, done):
     """What is in results.jsonl is not done again, and says the same."""
     again = dataclasses.replace(plan, config=dataclasses.replace(plan.config, resume="auto"))

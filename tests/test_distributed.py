@@ -123,6 +123,7 @@ def deaths(work):
     return found
 
 
+@pytest.mark.full
 def test_one_process_dies_and_the_others_say_which(work, base, deaths):
     for who, found in deaths:
         (died, *_, then), (code, _, err, end) = found[who], found[1 - who]
@@ -138,6 +139,7 @@ def test_one_process_dies_and_the_others_say_which(work, base, deaths):
     bit_equal(base, work / "dies")
 
 
+@pytest.mark.full
 @pytest.mark.faults
 def test_one_gets_a_signal_and_all_stop_after_the_same_step(work, base):
     """The last step is far: they have the time to agree."""
@@ -160,6 +162,7 @@ def saved(folder):
     return CheckpointWriter(folder / "checkpoints").steps()
 
 
+@pytest.mark.full
 def test_another_number_of_processes_goes_on_in_the_same_order(work, base, deaths):
     """2 (killed at 5) -> 4 -> one, whose layers are unrolled."""
     out = work / "four"
@@ -175,6 +178,7 @@ def test_another_number_of_processes_goes_on_in_the_same_order(work, base, death
     assert "layers/1/mlp/up" in last(out)["leaves"]["trainable"]
 
 
+@pytest.mark.full
 def test_an_adapter_killed_and_resumed_equals_unbroken(work, base):
     go = ["finetune", str(work / "lora.json"), "--out"]
     well(launch(2, [*go, str(work / "whole")]))
@@ -186,6 +190,7 @@ def test_an_adapter_killed_and_resumed_equals_unbroken(work, base):
     near(work / "whole", work / "one")
 
 
+@pytest.mark.full
 def test_processes_that_differ_and_mistakes_of_all(work):
     go = ["pretrain", str(work / "pre.json"), "--out", str(work / "never")]
     found = launch(2, go, each=lambda i: ["--seed", str(i)])
@@ -211,6 +216,7 @@ def _run(path):
     return from_json(path)
 
 
+@pytest.mark.full
 def test_the_flag_says_what_it_wants():
     assert processes.parse_processes("10.0.0.1:8476,4,3") == ("10.0.0.1:8476", 4, 3, None)
     for wrong in ("4", "host,2,0", "host:1,2,2", "host:1,2,-1", "host:x,2,0"):
@@ -218,6 +224,7 @@ def test_the_flag_says_what_it_wants():
             processes.parse_processes(wrong)
 
 
+@pytest.mark.full
 def test_a_slurm_step_is_found_and_a_shell_is_none(monkeypatch):
     for name in processes.CLUSTERS:
         monkeypatch.delenv(name, raising=False)
@@ -232,6 +239,7 @@ def test_a_slurm_step_is_found_and_a_shell_is_none(monkeypatch):
     assert processes.detect_cluster() is None
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("hellos", "wrong"), [
     ([{"index": 0, "count": 2}, {"index": 0, "count": 2}], r"two processes say that they are process 0: h, pid 1; h"),
     ([{"index": 0, "count": 2}, {"index": 1, "count": 3}], r"process 1 \(h, pid 1\) was told of 3 processes, not of 2"),
@@ -250,6 +258,7 @@ def test_the_coordinator_knows_who_is_wrong(hellos, wrong):
     assert (len(found) == 2) == (said == "")
 
 
+@pytest.mark.full
 def test_the_digest_of_rows_adds_up():
     ids = np.arange(100, 124)
     whole = stream_digest(np.arange(24), ids)
@@ -257,6 +266,7 @@ def test_the_digest_of_rows_adds_up():
     assert whole != stream_digest(np.arange(24), ids[::-1])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 2, 2, 2), (1, 1, 8)])
 def test_a_batch_of_the_rows_of_a_process_is_the_batch(shape):
     mesh = make_mesh(shape)

@@ -55,6 +55,7 @@ def metrics_once(folder):
 # --- 20 + resume + 20 is 40 ---
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", CASES)
 @pytest.mark.parametrize("cuts", [("step@8:fail", "step@20:term"), ("step@21:fail", "step@33:term"),
                                   ("step@4:fail", "score@40:fail")], ids=["7,20", "20,33", "3,40"])  # fmt: skip
@@ -74,6 +75,7 @@ def test_two_lives_more_equal_one(method, cuts, runs, whole, tmp_path, monkeypat
     assert good(run.out) == STEPS
 
 
+@pytest.mark.full
 def test_at_the_boundary_of_an_epoch(runs, whole, tmp_path, monkeypatch):  # noqa: F811
     run = dataclasses.replace(runs["lora"], out=str(tmp_path / "run"))
     rows = len(np.unique([r["row"] for r in _rows(run)]))
@@ -92,6 +94,7 @@ def _rows(run, n=8 * STEPS):
     return [rows[i] for i in range(n)]
 
 
+@pytest.mark.full
 def test_other_prefetching_other_batches_the_same_rows(cut, whole, tmp_path, monkeypatch):  # noqa: F811
     expected = f"{stream_digest(np.arange(320), np.array([r['row'] for r in _rows(cut)])) % 2**256:064x}"
     assert last(whole("lora"))["rows_digest"] == expected, "every row once, in order"
@@ -106,6 +109,7 @@ def test_other_prefetching_other_batches_the_same_rows(cut, whole, tmp_path, mon
     assert (found["rows_digest"], found["next_row"]) == (expected, 320)
 
 
+@pytest.mark.full
 def test_on_another_mesh(cut, whole, tmp_path, monkeypatch):  # noqa: F811
     run = dataclasses.replace(copied(cut, tmp_path), mesh=(2, 2, 2))
     assert life(monkeypatch, run) is None

@@ -22,7 +22,8 @@ from graftax.data.sources import documents
 from graftax.data.tasks import tasks
 from graftax.data.tokenizers import chat, load_tokenizer
 from graftax.model import pattern
-from graftax.model.hf.files import fetch_checkpoint, read_header, read_index, shard_names
+from graftax.model.hf.files import read_header, read_index, shard_names
+from graftax.model.hf.hub import fetch_checkpoint
 from graftax.peft import hf as adapters
 from graftax.train import cli
 from graftax.train.caches import cache_folder

@@ -69,6 +69,7 @@ def test_kill_9_in_saves(tmp_path):
     assert end == before + 1, "it has its name"
 
 
+@pytest.mark.full
 def test_a_run_killed_between_arrays_and_manifest(runs, whole, tmp_path, monkeypatch):  # noqa: F811
     """A process of its own, on one device; then a second signal in another."""
     run = dataclasses.replace(runs["lora"], out=str(tmp_path / "run"), mesh=(1, 1, 1), steps=14, eval_rows=1)
@@ -149,6 +150,7 @@ def test_a_manifest_of_another_step(two):
     assert two.steps() == [1, 2, 7]
 
 
+@pytest.mark.full
 def test_the_newest_good_one_is_taken(cut, whole, tmp_path, monkeypatch, capsys):  # noqa: F811
     run = copied(cut, tmp_path)
     damaged = next((Path(run.out) / "checkpoints/18/trainable").glob("**/d/*"))
@@ -208,6 +210,7 @@ def limited(patch, size, step):
     patch.setattr(CheckpointWriter, "save", saved)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("step", [6, 40])
 def test_a_file_that_grows_too_large(step, runs, whole, tmp_path, monkeypatch):  # noqa: F811
     run = dataclasses.replace(runs["lora"], out=str(tmp_path / "run"))

@@ -46,6 +46,7 @@ def logp(model, ids, start):
     return sum(float(found[i, ids[i + 1]]) for i in at), all(found[i].argmax() == ids[i + 1] for i in at)
 
 
+@pytest.mark.full
 def test_loglikelihood(model):
     pairs = [("The with", " statement"), ("The ", "if"), ("", "The"), (TEXT * 2, "block")]
     found = model.loglikelihood([asked(*pair) for pair in pairs])
@@ -57,11 +58,13 @@ def test_loglikelihood(model):
         assert greedy == wanted[1]
 
 
+@pytest.mark.full
 def test_windows_are_not_longer_than_the_context(folder):
     with pytest.raises(InputError, match="max_length=65: a whole number from 2 to 64 is wanted"):
         Harness(folder, max_length=65)
 
 
+@pytest.mark.full
 def test_rolling_windows_count_each_token_once(model):
     ids = list(range(30, 71))
     windows = list(model._windows(ids))
@@ -77,6 +80,7 @@ def test_rolling_windows_count_each_token_once(model):
     assert model.loglikelihood_rolling([asked("")]) == [0]
 
 
+@pytest.mark.full
 def test_generation_ends_at_its_stops(model):
     how = {"max_gen_toks": 8, "until": []}
     (text,) = model.generate_until([asked("The with", how)])
@@ -89,6 +93,7 @@ def test_generation_ends_at_its_stops(model):
     assert model.generate_until([asked(TEXT * 3, {"max_gen_toks": 99, "until": "\n"})]), "cut from the left"
 
 
+@pytest.mark.full
 def test_a_chat_goes_through_the_template(model):
     turns = [{"role": "user", "content": "red 1"}]
     text = model.apply_chat_template(turns)
@@ -100,12 +105,14 @@ def test_a_chat_goes_through_the_template(model):
     assert (prompt, tail) == (render_prompt(turns, model.tokenizer)[-(17 - len(tail)) :], model.tokenizer.encode("der"))
 
 
+@pytest.mark.full
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="the harness is installed")
 def test_without_the_harness_it_says_so():
     with pytest.raises(InputError, match="pip install 'graftax\\[lm_eval\\]'"):
         harness.model("x")
 
 
+@pytest.mark.full
 def test_a_local_task_in_the_harness_itself(folder, tmp_path):
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.tasks import TaskManager

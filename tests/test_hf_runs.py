@@ -200,6 +200,7 @@ def test_the_share_of_an_effect_that_is_kept(merged, kept, capsys):
     assert "kept" not in compare_logits(*args, noise=1e-4)
 
 
+@pytest.mark.full
 def test_imported_with_more_tokens(hf_base, rows, tmp_path, capsys):
     tokens = [f"<|new {i}|>" for i in range(5)]
     got = command(capsys, "import", hf_base, "--out", tmp_path / "run", "--add-tokens", *tokens)

@@ -67,6 +67,7 @@ def adam():
     return {(cls, r): runs(cls(rank=r, alpha=ALPHA), tx, {SMALL: 2, LARGE: 8}) for cls, r in cases}
 
 
+@pytest.mark.full
 def test_the_first_adam_step_does_not_depend_on_the_rank(adam, gradient):
     """The loss falls by what theory says, in nats, and the logits move alike, to 5 % (the draw of A, at rank 2);
     rsLoRA's by sqrt(r) times as much."""
@@ -82,6 +83,7 @@ def test_the_first_adam_step_does_not_depend_on_the_rank(adam, gradient):
         assert along == pytest.approx(factor, rel=0.05), f"{cls.__name__} of rank {rank}"
 
 
+@pytest.mark.full
 def test_early_training_hardly_depends_on_the_rank(adam):
     """At a rate that takes 6 % off the loss in 8 steps, A and all: to 10 %, where rsLoRA's is three times as fast."""
     fall = {case: found[LARGE][0][0] - found[LARGE][0][-1] for case, found in adam.items()}
@@ -90,6 +92,7 @@ def test_early_training_hardly_depends_on_the_rank(adam):
     assert fall[RsLoRA, 64] > 2 * fall[RsLoRA, 2]
 
 
+@pytest.mark.full
 def test_the_first_sgd_step_falls_as_one_over_the_rank(gradient):
     """E[A A^T] = r / 3D, so rsLoRA is the one that SGD moves alike at every rank; to 6 % (the draw of A, at rank 2)."""
     rate = 1e-2
@@ -115,6 +118,7 @@ def trained(p=1.0, q=1.0, rates=True):
     return np.array(losses)
 
 
+@pytest.mark.full
 def test_adam_does_not_see_where_the_scale_is():
     """(alpha, A, lr_A, lr_B) and (alpha / p q, p A, p lr_A, q lr_B) are one run: A B is p q times as large, the
     gradient of A 1 / p of what it was, and Adam divides by its size. Without the rates it is another run."""

@@ -104,6 +104,7 @@ def test_merging_is_what_hf_peft_does(how, monkeypatch):
         np.testing.assert_allclose(got[name], MERGE[f"{name}/{how}"], atol=1e-6)
 
 
+@pytest.mark.full
 def test_merging_takes_each_layer_by_itself(base):
     """Stacked or unrolled, the same numbers stay; a path that one update has not is a row of zeros."""
     unrolled = dataclasses.replace(base.config, scan=False)
@@ -168,6 +169,7 @@ def test_any_update_of_low_rank_becomes_lora(scan, where):
         merging.to_lora(merging.task_vector(base.params, base.params), 2, "norms")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "method",
     [LoRA(rank=4), RsLoRA(rank=4, alpha=3.0, where=QV), LoRA(rank=4, where="layers/[:1]/mlp/.*"),

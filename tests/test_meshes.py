@@ -29,17 +29,20 @@ def losses(name, shape, steps=10, **kwargs):
     return found
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("shape", MESHES, ids=lambda s: "x".join(map(str, s)))
 def test_6_every_mesh_gives_the_losses_of_one_device(shape, name):
     np.testing.assert_allclose(losses(name, shape), losses(name, (1, 1, 1)), rtol=1e-5)
 
 
+@pytest.mark.full
 def test_6_chunks_and_parts_of_a_batch_over_stretches():
     parts = losses("prompt", (1, 2, 1, 4), 4, accumulate=2, chunk=16)
     np.testing.assert_allclose(parts, losses("prompt", (1, 1, 1))[:4], rtol=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["full", "lora"])
 @pytest.mark.parametrize("shape", [(1, 8, 1), (1, 4, 2), (1, 2, 2, 2)], ids=lambda s: "x".join(map(str, s)))
 def test_a_step_gathers_one_layer_at_a_time_and_no_whole_batch(shape, name):

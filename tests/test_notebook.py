@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import pytest
 from graftax import peft
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "invent.ipynb"
 
 
+@pytest.mark.full
 def test_a_method_is_invented_checked_swept_and_plotted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(peft, "methods", dict(peft.methods))

@@ -34,6 +34,7 @@ def spelled(model, name):
     return {"peft_type": TYPES[cls], **settings_of}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("model", COUNTS)
 def test_counts_are_those_of_hf_peft(model):
     names = [n for n in COUNTS[model] if model in KINDS or n in FEW]
@@ -43,5 +44,6 @@ def test_counts_are_those_of_hf_peft(model):
     assert len(expected) >= 4
 
 
+@pytest.mark.full
 def test_seventy_billion_are_counted_without_memory():
     assert peft.count(peft.LoRA(rank=8), presets["llama-3.1-70b"]) == 103_546_880

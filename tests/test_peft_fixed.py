@@ -203,6 +203,7 @@ def test_fourierft_by_rules(base):
     assert sorted(fourierft.places(5, 60, 60)) == list(range(60))
 
 
+@pytest.mark.full
 def test_shira_places(base):
     """Distinct, sorted, other in each layer, the same in both layouts and for layers alone; or those that are given."""
     method, unrolled = SHiRA(rank=3, where=SOME), make_base(scan=False)
@@ -249,6 +250,7 @@ def test_c3a_blocks(base):
 ALL = (SHiRA(rank=1), VeRA(rank=64), RandLoRA(rank=8), FourierFT(n=60), C3A(block=8))
 
 
+@pytest.mark.full
 def test_updates_stack_and_skip_layers(base):
     """Methods stacked in one layer, on a LoRA, act as the sum of each alone; other layers have no update."""
     where, path, x = "layers/[1:]/mlp/up", "layers/mlp/up", jax.random.normal(jax.random.key(1), (4, CONFIG.D))
@@ -281,6 +283,7 @@ def test_half_precision(base, method):
     assert jnp.abs(rough - exact).max() < 0.02 * jnp.abs(exact).max()
 
 
+@pytest.mark.full
 def test_no_layer_keeps_a_matrix():
     """A layer more takes the memory of its activations, as with norms alone: no projection and no update stays."""
 

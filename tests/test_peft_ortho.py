@@ -112,6 +112,7 @@ VARIANTS = {
 }  # fmt: skip
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", VARIANTS.values(), ids=VARIANTS.keys())
 def test_layers_apart(base, method):
     """Training one layer leaves the others bit for bit as they are, without NaN, in every layout and dtype."""
@@ -286,6 +287,7 @@ def test_ranks_end_as_in_the_card(base, times):
         AdaLoRA(tinit=3, tfinal=0.25).update_transform(4)
 
 
+@pytest.mark.full
 def test_adalora_ends_with_its_budget(base):
     method, steps = AdaLoRA(rank=3, init_rank=6, tinit=2, tfinal=4), 20
     frozen, state, step = stepper(base, method, Optim(lr=1e-2, warmup=2))
@@ -312,6 +314,7 @@ def test_adalora_ends_with_its_budget(base):
     assert step(state, frozen, make_batch())[1]["ok"]
 
 
+@pytest.mark.full
 def test_the_penalty_of_adalora(base):
     """A mean over matrices, each layer's by itself; it has a slope where a matrix is orthonormal, or has no rank."""
     method = AdaLoRA(init_rank=3, orthogonality=0.4, ranks=(("layers/[1:]/mlp/up", 0),), where="layers/mlp/(up|down)")
@@ -344,6 +347,7 @@ def test_mistakes(base, method, message):
         method.init(jax.random.key(0), base.params)
 
 
+@pytest.mark.full
 def test_hra_says_when_it_does_not_begin_as_the_base(base):
     for method in (HRA(rank=3), HRA(rank=4), HRA(rank=4, gram_schmidt=True)):
         merged = named(peft.merge(method, base.params, method.init(jax.random.key(0), base.params)))

@@ -85,6 +85,7 @@ def linear(arrays, i, x):
     return jnp.einsum("pd,df->pf", x, arrays[f"w{i}"]) + arrays[f"b{i}"]
 
 
+@pytest.mark.full
 def test_p_tuning_is_a_prompt_that_an_mlp_makes(base):
     method = PTuning(tokens=3, hidden=12)
     trainable = shaken(method.init(jax.random.key(0), base.params))
@@ -105,6 +106,7 @@ def test_an_encoder_begins_as_torch_begins_it(base):
         np.testing.assert_allclose(t[f"w{i}"].std(), (3 * fan) ** -0.5, rtol=0.05)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("scan", [True, False])
 def test_prefix_mlp_is_a_prefix_that_an_mlp_makes(scan):
     base, method = make_base(scan=scan), PrefixMLP(tokens=3, hidden=5)
@@ -130,6 +132,7 @@ def test_prefix_mlp_over_a_fused_matrix():
 # LLaMA-Adapter
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", VARIANTS)
 def test_llama_adapter_over_other_architectures(name):
     """Packed, cached, stacked and unrolled, recomputed; and nothing changes while the gate is shut."""
@@ -309,6 +312,7 @@ def test_parallel_refuses(base):
 HALF = [PTuning(), PrefixMLP(), LLaMAAdapter(), Tokens(), Parallel()]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", HALF, ids=lambda m: type(m).__name__)
 def test_a_half_precision_base(method):
     base = make_base(param_dtype="bfloat16", dtype="bfloat16")

@@ -48,6 +48,7 @@ def tuned(base, examples, tmp_path_factory):  # noqa: F811
     return train(tuning(base, examples, LoRA(rank=2), quantize="nf4", out=out))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mesh", [None, (2, 2, 2)], ids=["one", "mesh"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_reading_is_quantising_after_reading(kind, mesh, base, hf_base):  # noqa: F811
@@ -135,6 +136,7 @@ def test_merging_folds_what_was_trained_against(tuned, tmp_path, capsys):
     assert again.fingerprint == got.fingerprint, "what it is computed from, before it was quantised again"
 
 
+@pytest.mark.full
 def test_tuning_a_hugging_face_base_over_nf4(hf_base, examples, tmp_path):  # noqa: F811
     run = tuning(hf_base, examples, LoRA(rank=2), quantize="nf4", out=str(tmp_path / "run"), layers="unrolled")
     out = train(run)

@@ -43,6 +43,7 @@ def test_eight_rows_with_eight_adapters(base, method):
     assert float(jnp.abs(mixed[0] - single(trainables[0], batch["ids"][:1])[0]).max()) > 1e-3, "the adapters differ"
 
 
+@pytest.mark.full
 def test_losses_of_packed_rows(base):
     method, batch = LoRA(rank=3), make_batch(B=8)
     trainables = eight(base, method)

@@ -2,9 +2,16 @@
 public is without a docstring."""
 
 import ast
+from functools import partial
 from pathlib import Path
 
+import jax
 import pytest
+from conftest import FAST_METHODS
+from graftax import peft
+from graftax.model import Weight
+from graftax.peft import Chain, Method
+from tiny import CASES, make_base
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(p for folder in ("model", "peft", "data", "train") for p in (ROOT / folder).rglob("*.py"))
@@ -120,3 +127,39 @@ def test_the_names_that_scripts_rely_on():
         peft.masks: ("mask",),
     }.items():
         assert all(callable(getattr(owner, name)) for name in names)
+
+
+def test_the_fast_tier_covers_every_hook_and_weight():
+    """Law 4 runs over all methods there, the other laws over FAST_METHODS."""
+    methods = [type(link) for name in FAST_METHODS for link in links(CASES[name])]
+    for hook in (name for name, value in vars(Method).items() if callable(value) and not name.startswith("__")):
+        overriding = {cls for cls in peft.methods.values() if getattr(cls, hook) is not getattr(Method, hook)}
+        assert not overriding or overriding & set(methods), f"no method of the fast tier overrides {hook}"
+    base, bound = make_base(), set()
+    for method in CASES.values():
+        frozen = jax.eval_shape(method.frozen_params, base.params)
+        trainable = jax.eval_shape(method.init, jax.random.key(0), base.params)
+        bound |= weight_classes([frozen, jax.eval_shape(partial(bind_and_transpose, method), frozen, trainable)])
+    defined = {cls for cls in subclasses(Weight) if cls.__module__.startswith("graftax.peft.methods")}
+    assert defined <= {base for cls in bound for base in cls.__mro__}
+
+
+def bind_and_transpose(method, frozen, trainable):
+    """The bound tree, and the transposed table, which is the output projection of a tied base."""
+    bound = method.bind(frozen, trainable)
+    return bound, bound["embed"]["table"].T
+
+
+def weight_classes(tree):
+    """The classes of all weights in a tree, those inside another weight included."""
+    is_weight = lambda x: isinstance(x, Weight)  # noqa: E731
+    weights = [w for w in jax.tree.leaves(tree, is_leaf=is_weight) if is_weight(w)]
+    return {type(w) for w in weights}.union(*(weight_classes(list(vars(w).values())) for w in weights))
+
+
+def links(method):
+    return [link for _, link in method.methods] if isinstance(method, Chain) else [method]
+
+
+def subclasses(cls):
+    return {cls}.union(*(subclasses(sub) for sub in cls.__subclasses__()))

@@ -52,6 +52,7 @@ def curve(folder):
     return [(r["step"], r["loss"], r["grad_norm"], r["update_rms"]) for r in read_metrics(Path(folder)) if "loss" in r]
 
 
+@pytest.mark.full
 def test_16_lanes_are_their_own_runs(run, tmp_path):
     """On 8 devices, two lanes each. What is compared has each rate, both ranks and both seeds."""
     run = dataclasses.replace(run, method=LoRA(rank=2, dropout=0.1))  # each lane drops out by its own seed
@@ -105,6 +106,7 @@ def test_a_lane_that_diverges_stops_alone(run, tmp_path, capsys):
         CheckpointWriter(tmp_path / "ill/trials/001/checkpoints").steps()) < 12  # fmt: skip
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("fault", ["save.manifest@8:fail", "step@7:term"])
 def test_a_sweep_goes_on_bit_for_bit(fault, run, tmp_path, monkeypatch):
     """Ended in the second chunk's save, or by a signal; three trials in chunks of two: one lane is filled up."""
@@ -137,6 +139,7 @@ def test_a_sweep_goes_on_bit_for_bit(fault, run, tmp_path, monkeypatch):
         assert {k: now[k] for k in now if k != "lanes"} == {k: told[k] for k in now if k != "lanes"}
 
 
+@pytest.mark.full
 def test_halving_keeps_the_best(run):
     found = Sweep(dataclasses.replace(run, save_every=0), ("optim.lr=1e-5,1e-4,1e-3,2e-2",), halve=2, lanes=4).run()
     assert (found["done"], found["stopped"]) == (1, 3)
@@ -145,6 +148,7 @@ def test_halving_keeps_the_best(run):
     assert leaves(Path(run.out) / "trials/002", 6), "what stopped can be gone on with"
 
 
+@pytest.mark.full
 def test_halving_by_loss_alone(run, tmp_path):
     """What is not finite is the worst, also before it has diverged; rungs may be one."""
     over = ("optim.lr=1e38,3e-3,1e37,1e-4,1e36,1e-5",)
@@ -157,6 +161,7 @@ def test_halving_by_loss_alone(run, tmp_path):
     said(lambda: Sweep(dataclasses.replace(none), over, halve=3).run(), "T=8; raise T")
 
 
+@pytest.mark.full
 def test_a_state_that_is_not_finite_ends_its_lane_alone(run):
     over = ("optim.lr=1e-3,3e38,2e-3",)
     Sweep(dataclasses.replace(run, optim=dataclasses.replace(run.optim, clip=0.0), save_every=2), over, lanes=3).run()
@@ -181,6 +186,7 @@ def test_a_signal_in_a_later_chunk(run, monkeypatch):
     assert CheckpointWriter(Path(run.out) / "trials/001/checkpoints").steps() == [3]
 
 
+@pytest.mark.full
 def test_a_signal_while_lanes_are_evaluated(run, tmp_path, monkeypatch):
     """At once: all lanes are saved, none is evaluated any more; a resumed sweep does that."""
     real, over = scheduler.evaluate_losses, ("optim.lr=1e-3,2e-3,4e-3",)
@@ -231,6 +237,7 @@ def test_which_trials_are_one_program(run, tmp_path):
     assert [chunk_size(16, 6, 1), chunk_size(3, 16, 8), chunk_size(20, 16, 8), chunk_size(5, 1, 1)] == [6, 3, 16, 1]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", [m for m in CASES.values() if isinstance(m, LoRA)], ids=lambda m: type(m).__name__)
 def test_a_padded_rank_computes_what_its_own_does(method):
     """Logits; and gradients, which are zero where it is filled up, so that no optimizer of it moves."""

@@ -35,6 +35,7 @@ def base(request):
     return Base(base.config, base.model, shaken(base.params, 0.1))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
 def test_packed_and_cached(base, method):
     laws.test_7_packed_documents_equal_separate_ones(base, method)
