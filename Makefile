@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: demo test test-all mutate lint bench
+.PHONY: demo test test-all lint bench
 demo: .venv/.ready
 	$(BIN)/graftax demo
 
@@ -12,9 +12,6 @@ test: .venv/.ready
 
 test-all: .venv/.ready
 	$(PYTEST) $(ARGS)
-
-mutate: .venv/.ready
-	$(BIN)/python tests/mutations.py $(ARGS)
 
 lint: .venv/.ready
 	$(BIN)/ruff check .
