@@ -151,5 +151,5 @@ def test_what_cannot_train_is_named(base, examples, tmp_path):  # noqa: F811
     with pytest.raises(InputError, match="subset: layers/attn/k is NF4 and cannot train; narrow where='all'"):
         train(run)
     assert not (tmp_path / "run").exists()
-    with pytest.raises(InputError, match="--quantize int8: of a frozen base; pretraining has none"):
+    with pytest.raises(InputError, match="--quantize int8: applies to a frozen base, which pretraining lacks"):
         Run(quantize="int8")
