@@ -17,7 +17,6 @@ lint: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --site-dir .cache/site
 
 bench: .venv/.ready
 	$(BIN)/python -m graftax.train.bench $(ARGS)

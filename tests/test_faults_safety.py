@@ -77,7 +77,7 @@ def test_a_link_out_of_a_folder(tmp_path):
 def test_an_index_that_names_a_file_elsewhere(name, tmp_path):
     listed = tmp_path / "model.safetensors.index.json"
     listed.write_text(json.dumps({"weight_map": {"a": name}}))
-    words = (f"{listed}: names the file {name!r}", "a plain name of a .safetensors file beside it is wanted")
+    words = (f"{listed}: names the file {name!r}", "wanted the plain name of a .safetensors file in its folder")
     said(lambda: shard_names(listed), *words)
     said(lambda: read_index(tmp_path), *words)
 
@@ -103,7 +103,7 @@ def test_no_pickle_is_read(tmp_path):
     (here / CONFIG).write_text("{}")
     said(lambda: read_index(here), ".bin is a pickle, which runs code when it is read", "safe_serialization")
     said(lambda: adapters.read_tensors(here), ".bin is a pickle, which can run code", "safe_serialization=True")
-    said(lambda: list(documents(str(here / "x.pkl"))), "x.pkl: arrays or a pickle", "a file of text is wanted")
+    said(lambda: list(documents(str(here / "x.pkl"))), "x.pkl: arrays or a pickle", "expected a text file")
     array = np.array([Trap(trap)], object)
     for kind, made in (("object", {"d/ids": array}), ("of", {"d/ids": np.zeros((1, 2)), "d/of": array})):
         np.savez(here / f"{kind}.npz", **made)

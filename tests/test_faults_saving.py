@@ -168,7 +168,7 @@ def test_the_newest_good_one_is_taken(cut, whole, tmp_path, monkeypatch, capsys)
     for file in (Path(run.out) / "checkpoints").glob("*/manifest.json"):
         file.write_text("{")
     said(
-        lambda: train(dataclasses.replace(run, resume="auto")), "no checkpoint in", "is whole", "begin anew in another"
+        lambda: train(dataclasses.replace(run, resume="auto")), "no checkpoint in", "is whole", "start anew in another"
     )
 
 

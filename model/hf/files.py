@@ -97,8 +97,10 @@ def shard_names(index: Path) -> list[str]:
     if not isinstance(shard_of, dict) or not shard_of or not all(isinstance(v, str) for v in shard_of.values()):
         raise InputError(f"{index}: has no weight_map of tensor names to files")
     names = sorted(set(shard_of.values()))
-    if bad := next((name for name in names if not re.fullmatch(r"[\w][\w.-]*\.safetensors", name)), None):
-        raise InputError(f"{index}: names the file {bad!r}; wanted the plain name of a .safetensors file in its folder")
+    if bad := [name for name in names if not re.fullmatch(r"[\w][\w.-]*\.safetensors", name)]:
+        raise InputError(
+            f"{index}: names the file {bad[0]!r}; wanted the plain name of a .safetensors file in its folder"
+        )
     return names
 
 
