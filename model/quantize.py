@@ -114,6 +114,7 @@ class NF4(Quantized):
 
     @classmethod
     def from_dense(cls, w: Array, axes: tuple[Any, ...] = (None, None)) -> Self:
+        """Quantise a matrix [D, F] by blocks of rows, with absolute maxima that are quantised too."""
         (D, F), w32 = w.shape, w.astype(jnp.float32)
         blocks = w32.reshape(-1, 2 * _divisor(D // 2, BLOCK // 2), F)
         largest = jnp.abs(blocks).max(1)

@@ -148,6 +148,7 @@ def fold(bound: Any, dtype: Any = None) -> dict[str, Any]:
     untied = any(path.startswith("head/") for path in named(bound))
 
     def matrix(path: str, w: Any) -> Any:
+        """Return the dense array of one entry of the tree."""
         if not isinstance(w, Weight):
             return w
         if not w.linear:

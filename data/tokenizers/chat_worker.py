@@ -83,7 +83,7 @@ class SafeDict:
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """The environment of transformers, with a fixed date.
+    """The jinja2 environment in which transformers renders chat templates, with a fixed date.
 
     marked: the template has {% generation %}. parts: the output so far. marks: (start, text) of marked blocks.
     """

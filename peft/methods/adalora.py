@@ -157,6 +157,7 @@ def prune_ranks(budget: Budget, b1: float, b2: float) -> optax.GradientTransform
         return Scores(jnp.int32(0), *(jax.tree.map(jnp.zeros_like, trainable) for _ in range(2)))
 
     def update(updates: Any, state: Any, params: Any = None, *, grads: Any, **_: Any) -> tuple[Any, Scores]:
+        """Update the importance scores, and set the singular values of pruned ranks to 0."""
         pruned = jnp.asarray(budget.pruned(*sizes(params)))
         sensitivity = jax.tree.map(lambda p, u, g: jnp.abs((p + u) * g), params, updates, grads)
 

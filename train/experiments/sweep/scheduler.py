@@ -165,7 +165,7 @@ class Scheduler:
             lane.add_metrics(rows, k, stack.rms_factors[k])
 
     def _log(self, lanes: list[Lane], step: int, until: int) -> None:
-        """Write the log of each lane, and print the progress of all, about ten times a chunk."""
+        """Write the metrics of each lane and print the progress of all lanes, about ten times per chunk of steps."""
         for lane in lanes:
             was_diverged = lane.diverged
             lane.write_log()
@@ -196,7 +196,7 @@ class Scheduler:
                 lane.mark_diverged(str(error))
                 _print_diverged(lane)
                 continue
-            # Without a stack, a process was killed between the last save and summary.json: the log has the losses.
+            # Not trained in this process: an earlier one was killed after the last save, and its log has the losses.
             logged = logged_evaluation(lane.folder, step) if stack is None else {}
             losses = logged
             if not logged and step == until:
