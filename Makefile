@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: demo test test-all lint bench
+.PHONY: demo test test-all mutate lint bench
 demo: .venv/.ready
 	$(BIN)/graftax demo
 
@@ -13,10 +13,14 @@ test: .venv/.ready
 test-all: .venv/.ready
 	$(PYTEST) $(ARGS)
 
+mutate: .venv/.ready
+	$(BIN)/python tests/mutations.py $(ARGS)
+
 lint: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir .cache/site
 
 bench: .venv/.ready
 	$(BIN)/python -m graftax.train.bench $(ARGS)

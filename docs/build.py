@@ -1,17 +1,36 @@
 """Generate pages that the code knows: the command line's help, the table of methods, and the notebooks.
 
-MkDocs calls `on_files` before it renders. Generated pages are not kept in git.
+MkDocs calls `on_config`, then `on_files`, before it renders. Generated pages are not kept in git.
 """
 
+import contextlib
+import io
 import os
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / ".cache" / "package"  # also in mkdocs.yml, as the path in which mkdocstrings looks
+
+
+@event_priority(100)  # before mkdocstrings reads its paths
+def on_config(config: Any) -> Any:
+    """Make a folder in which this repository is the package graftax, whatever its own folder is called.
+
+    It links to the package's parts, since a link to the root would contain itself, and mkdocstrings follows links.
+    """
+    shutil.rmtree(PACKAGE, ignore_errors=True)
+    (PACKAGE / "graftax").mkdir(parents=True)
+    for part in [*ROOT.glob("*.py"), *(path.parent for path in ROOT.glob("*/__init__.py"))]:
+        (PACKAGE / "graftax" / part.name).symlink_to(part)
+    sys.path.insert(0, str(PACKAGE))
+    os.environ |= {"COLUMNS": "100", "NO_COLOR": "1", "JAX_PLATFORMS": "cpu"}  # of the help texts
+    return config
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -25,10 +44,16 @@ def on_files(files: Files, config: Any) -> Files:
 
 def graftax(*args: str) -> str:
     """Return what `graftax ARGS` prints."""
-    command = [sys.executable, "-m", "graftax.train.cli", *args]
-    environment = os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
+    from graftax.train.cli import main
+
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        try:
+            main(list(args))
+        except SystemExit as end:
+            if end.code:
+                raise RuntimeError(f"graftax {' '.join(args)}: exit code {end.code}") from end
+    return text.getvalue()
 
 
 def command_line() -> str:

@@ -11,6 +11,7 @@ from conftest import FAST_METHODS
 from graftax import peft
 from graftax.model import Weight
 from graftax.peft import Chain, Method
+from mutations import MUTATIONS, stale
 from tiny import CASES, make_base
 
 ROOT = Path(__file__).parents[1]
@@ -163,3 +164,11 @@ def links(method):
 
 def subclasses(cls):
     return {cls}.union(*(subclasses(sub) for sub in cls.__subclasses__()))
+
+
+def test_every_mutation_can_be_tried():
+    """`make mutate` replaces a text that must occur once in its file; a refactoring moves these texts along."""
+    assert not stale(), f"tests/mutations.py: give the present text of {', '.join(stale())}"
+    files = {word for mutation in MUTATIONS for word in mutation.tests.split() if word.endswith(".py")}
+    assert all((ROOT / "tests" / name).is_file() for name in files)
+    assert len({mutation.name for mutation in MUTATIONS}) == len(MUTATIONS)
