@@ -33,12 +33,14 @@ def on_config(config: Any) -> Any:
     return config
 
 
+@event_priority(100)  # before mkdocs-jupyter looks for notebooks
 def on_files(files: Files, config: Any) -> Files:
     """Add reference/cli.md, reference/methods.md and notebooks/*.ipynb."""
     files.append(File.generated(config, "reference/cli.md", content=command_line()))
     files.append(File.generated(config, "reference/methods.md", content=methods()))
     for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        files.append(File.generated(config, f"notebooks/{notebook.name}", abs_src_path=str(notebook)))
+        place = {"src_dir": str(ROOT), "dest_dir": config.site_dir, "use_directory_urls": config.use_directory_urls}
+        files.append(File(f"notebooks/{notebook.name}", **place))
     return files
 
 
