@@ -257,6 +257,9 @@ def test_stream_is_seeded_and_reshuffled(tok):
     assert order(1) == order(1)
     assert order(1)[1] != order(2)[1]
     assert order(1)[0] != order(1, start=1)[0]
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user", "assistant")]
+    rows = [[("f:1", {"messages": [turns[0], turns[1] | weight, *turns[2:]]})] for weight in ({}, {"weight": 0})]
+    assert len({sft_rows(row, tok, 64, 1).digest for row in rows}) == 2, "the same tokens with other targets"
     assert sorted(order(1)[0]) == sorted(order(1, start=1)[0])
 
 

@@ -197,11 +197,15 @@ def test_another_rank(method, rank):
     assert learns(lora_tree)
 
 
-def test_a_new_lora_of_another_rank_is_a_new_lora(base):
+def test_a_lora_of_another_rank_has_the_same_update(base):
+    """A new one stays new, and a trained one keeps its update."""
     method = LoRA(rank=4)
     lora_tree = merging.rerank(method, method.init(jax.random.key(0), base.params), 6)[1]
     assert all((t["b"] == 0).all() for t in lora_tree.values())
     assert learns(lora_tree)
+    trainable = tuned(method, base)
+    new, lora_tree = merging.rerank(method, trainable, 6)
+    close(merging.delta(new, base.params, lora_tree), merging.delta(method, base.params, trainable), 2e-6)
 
 
 def test_concatenated_adapters_act_as_their_sum(base):

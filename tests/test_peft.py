@@ -191,6 +191,23 @@ def test_dropout_draws_in_training_alone(base):
     close(mean, x @ w, 1e-2)
 
 
+def test_no_two_draws_of_a_run_are_alike(base):
+    """Dropout differs between matrices, layers, steps and accumulated parts; two links of a chain begin apart."""
+    method = LoRA(rank=2, dropout=0.5)
+    frozen, state, step = stepper(base, method)
+    state = state._replace(trainable=shaken(state.trainable, 0.3))
+    bound = named(method.bind_train(base.params, state.trainable, jax.random.key(0)))
+    seeds = [tuple(seed) for w in bound.values() if isinstance(w, LoRAWeight) for seed in np.asarray(w.seed).tolist()]
+    assert len(set(seeds)) == len(seeds) == 14
+    row = {name: x[:1] for name, x in make_batch().items()}
+    twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), row)
+    losses = [float(step(state._replace(step=jnp.int32(i)), frozen, row)[1]["loss"]) for i in (0, 1)]
+    losses.append(float(stepper(base, method, accumulate=2)[2](state, frozen, twice)[1]["loss"]))
+    assert min(np.diff(sorted(losses))) > 1e-4
+    links = chain(LoRA(rank=2), LoRA(rank=2)).init(jax.random.key(0), base.params)
+    assert not same(links["lora"], links["lora_2"])
+
+
 def test_lora_of_a_table(base):
     """The tied projection keeps the base's rows, as in HF PEFT."""
     method, ids = LoRA(rank=2, alpha=4.0, where="embed/table"), make_batch()["ids"]

@@ -314,7 +314,6 @@ def test_adalora_ends_with_its_budget(base):
     assert step(state, frozen, make_batch())[1]["ok"]
 
 
-@pytest.mark.full
 def test_the_penalty_of_adalora(base):
     """A mean over matrices, each layer's by itself; it has a slope where a matrix is orthonormal, or has no rank."""
     method = AdaLoRA(init_rank=3, orthogonality=0.4, ranks=(("layers/[1:]/mlp/up", 0),), where="layers/mlp/(up|down)")
