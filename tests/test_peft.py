@@ -246,6 +246,7 @@ def test_weight_decay_shrinks_updates_and_no_prompt_or_rotation(base):
     assert shrunk(peft.PrefixMLP(tokens=2)) == {"w1", "w2"}
     assert shrunk(Subset()) == {"table", *"qkvo", "gate", "up", "down"}
     assert shrunk(Prompt(tokens=2), decay_where=".*") == {"prompt"}
+    assert shrunk(LoRA(), decay_where=".*/b") == {"b"}
 
 
 def test_a_table_is_replaced_before_it_is_adapted(base):
