@@ -33,7 +33,8 @@ def alone(model, bound, context, prompt, tail):
 
 
 @pytest.mark.parametrize("width", [1024, 12])
-@pytest.mark.parametrize("method", [Subset("all"), LoRA(rank=2), Prompt(tokens=3), Prefix(tokens=3)], ids=str)
+@pytest.mark.parametrize("method", [Subset("all"), LoRA(rank=2), Prompt(tokens=3), Prefix(tokens=3)],
+                         ids=("mask", "lora", "prompts", "prefixes"))  # fmt: skip  # lora is in the fast tier
 def test_many_are_as_each_alone(method, width, monkeypatch):
     monkeypatch.setattr(choices, "WIDTH", width)
     base = make_base()

@@ -131,6 +131,9 @@ def test_edges_of_the_noise():
     assert stats.compare_scores({"a": same, "b": same}).pairs["a", "b"] == (0, 0, 0), "all are drawn on the same rows"
     drawn = [{"score": 0.3, "resampled_scores": [0.3] * stats.RESCORED_DRAWS}]
     assert set(stats.compare_scores({"a": sure, "b": drawn}).methods) == {"a", "b"}, "as many draws as the fewest have"
+    two = stats.compare_scores({"a": [{"score": score, "row_correct": [score] * 4} for score in (0.4, 0.6)]})
+    spread = 0.1 * 2**0.5  # of a mean of two seeds: deviations of two are sqrt(2) times too small
+    assert two.methods["a"][:3] == pytest.approx((0.5, 0.5 - spread, 0.5 + spread))
     few = lambda rows, answers: {"of_a": 0.5} if any(r["a"] for r in rows) else {}  # noqa: E731
     assert set(stats.resampled_scores(few, "of_a", [{"a": i == 0} for i in range(3)], "xyz")["resampled_scores"]) == {
         0.5

@@ -13,7 +13,7 @@ from graftax.model.sharding import AXES, make_mesh
 from graftax.peft import LoRA, Subset
 from graftax.train import cli
 from graftax.train.config import Data, Run
-from graftax.train.plan import hlo, jaxpr_memory, planner, trace
+from graftax.train.plan import hlo, jaxpr_memory, planner, roofline, trace
 from graftax.train.plan.command import Plan
 from graftax.train.plan.planner import make_plan, parse_out_of_memory
 from graftax.train.plan.search import meshes
@@ -125,6 +125,11 @@ def test_a_trace_counts_products_of_loops_and_what_lives():
     stacked, carry, weight = 5 * 8 * 16 * 4, 8 * 16 * 4, 16 * 16 * 4
     assert stacked + carry + weight <= got.peak <= stacked + 3 * carry + weight
     assert stacked <= got.activations <= got.peak
+
+
+def test_products_hide_memory_traffic_but_not_collectives():
+    times = roofline.Times(compute=2.0, memory=3.0, links=0.5)
+    assert (times.expected, times.best) == (3.5, 3.0)
 
 
 def test_a_scan_says_what_it_carries():
